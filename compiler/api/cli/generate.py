@@ -1,0 +1,75 @@
+"""``attnedit generate``: text out of a model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attnedit.cli.terminal import (
+    DequantizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    RevisionOption,
+    SeedOption,
+    print_json,
+    show,
+)
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.models import load_source
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 20,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    dequantize: DequantizeOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Continue a prompt."""
+    source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+    if source.tokenizer is None:
+        raise UsageError(f"{model} holds no tokenizer; save the tokenizer of the model in the same directory")
+    torch.manual_seed(seed)
+    text, count = complete(source.model, source.tokenizer, prompt, max_new_tokens, temperature)
+    if json:
+        print_json({"model": model, "prompt": prompt, "text": text, "new_tokens": count})
+    else:
+        show(prompt + text)
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> tuple[str, int]:
+    """The continuation of a prompt and its number of tokens.
+
+    Raises:
+        UsageError: the prompt has no token.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise UsageError("the prompt is empty; give at least one word")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    generate_tokens: Any = model.generate  # typed as a tensor or module, like every attribute of a module
+    output = generate_tokens(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)), int(new.numel())

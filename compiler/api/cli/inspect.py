@@ -1,0 +1,120 @@
+"""``attnedit inspect``: what would match, from a configuration alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from attnedit.cli.terminal import JsonOption, ModelArgument, RevisionOption, print_json, show
+from attnedit.compiler.capture import capture
+from attnedit.compiler.data import context_length
+from attnedit.compiler.models import load_config_only
+from attnedit.compiler.sites import AttentionSite
+
+
+def inspect(model: ModelArgument, revision: RevisionOption = None, json: JsonOption = False) -> None:
+    """Show the attention sites of a model, what was read off their graphs, and what their cache costs."""
+    meta = load_config_only(model, revision=revision)
+    facts = describe(meta, capture(meta))
+    if json:
+        print_json({"model": model, **facts})
+        return
+    table = Table(title=f"{model} ({facts['model_type']}): {facts['parameters']:,} parameters")
+    for column in ("layers", "heads", "kv heads", "head dim", "rope", "norms", "window", "other", "values per token"):
+        table.add_column(column)
+    for kind in facts["kinds"]:
+        table.add_row(*_row(kind))
+    show(table)
+    show(
+        f"KV cache at {facts['context_length']:,} tokens: {facts['kv_values_per_token_layer']:g} values per token "
+        f"and layer, {facts['kv_bytes_per_token']:,.0f} bytes per token ({facts['dtype']})"
+    )
+
+
+def describe(model: PreTrainedModel, sites: Sequence[AttentionSite]) -> dict[str, Any]:
+    """The facts that ``inspect --json`` prints, sites grouped by kind."""
+    length = context_length(model)
+    config = model.config.get_text_config(decoder=True)
+    declared = getattr(config, "dtype", None)
+    dtype = declared if isinstance(declared, torch.dtype) else torch.float32
+    kinds: dict[str, list[AttentionSite]] = defaultdict(list)
+    for site in sites:
+        kinds[site.kind].append(site)
+    # Layers may share one slot of the cache: it counts once.
+    values = {site.layer_idx: _values(site) * min(1.0, (site.window or length) / length) for site in sites}
+    return {
+        "model_type": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "context_length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "sites": len(sites),
+        "kv_values_per_token_layer": sum(values.values()) / int(config.num_hidden_layers),
+        "kv_bytes_per_token": sum(values.values()) * dtype.itemsize,
+        "kinds": [_facts(group) for group in kinds.values()],
+    }
+
+
+def _values(site: AttentionSite) -> int:
+    return site.num_key_value_heads * (site.head_dim + site.v_head_dim)
+
+
+def _facts(sites: Sequence[AttentionSite]) -> dict[str, Any]:
+    site = sites[0]
+    return {
+        "names": [each.name for each in sites],
+        "layers": [each.layer_idx for each in sites],
+        "num_attention_heads": site.num_attention_heads,
+        "num_key_value_heads": site.num_key_value_heads,
+        "head_dim": site.head_dim,
+        "v_head_dim": site.v_head_dim,
+        "scale": site.scale,
+        "rope": None if site.rope is None else {"style": site.rope.style, "frequencies": len(site.rope.pairs)},
+        "query_norm": site.query_norm,
+        "key_norm": site.key_norm,
+        "sliding_window": site.window,
+        "softcap": site.softcap,
+        "sinks": site.sinks is not None,
+        "output_gate": site.output_gate,
+        "linear_kv": site.linear_kv,
+        "already_mla": site.already_mla,
+        "kv_values_per_token": _values(site),
+    }
+
+
+def _row(kind: dict[str, Any]) -> list[str]:
+    rope, dim, v_dim = kind["rope"], kind["head_dim"], kind["v_head_dim"]
+    norms = ", ".join(f"{part} {kind[f'{part}_norm']}" for part in ("query", "key") if kind[f"{part}_norm"])
+    other = [name for name in ("sinks", "output_gate", "already_mla") if kind[name]]
+    if kind["softcap"] is not None:
+        other.append(f"softcap {kind['softcap']:g}")
+    return [
+        _ranges(kind["layers"]),
+        str(kind["num_attention_heads"]),
+        str(kind["num_key_value_heads"]),
+        f"{dim}" if dim == v_dim else f"{dim}/{v_dim}",
+        "-" if rope is None else f"{rope['style']}, {2 * rope['frequencies']} of {dim}",
+        norms or "-",
+        "-" if kind["sliding_window"] is None else str(kind["sliding_window"]),
+        ", ".join(other) or "-",
+        str(kind["kv_values_per_token"]),
+    ]
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Write layer numbers shortly.
+
+    >>> _ranges([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1][1:] = [layer]
+        else:
+            runs.append([layer])
+    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -1,0 +1,149 @@
+"""``attnedit sweep``: quality against cache over several budgets."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import attnedit
+from attnedit.cli.compile import OutputOption, OverwriteOption
+from attnedit.cli.evaluate import SeqLenOption, TextOption, WindowsOption, measure
+from attnedit.cli.terminal import (
+    CalibrationOption,
+    CalibrationTokensOption,
+    DequantizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    ProgressBars,
+    RevisionOption,
+    SeedOption,
+    check_budget,
+    check_output,
+    check_readable,
+    print_json,
+    show,
+)
+from attnedit.compiler.data import text_tokens, token_windows
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.models import load_source
+
+
+def sweep(
+    model: ModelArgument,
+    text: TextOption,
+    output: OutputOption,
+    kv_budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "0.5,0.25,0.125",
+    target: Annotated[str, typer.Option(help="What attention becomes.")] = "mla",
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOption = None,
+    seq_len: SeqLenOption = 1024,
+    windows: WindowsOption = 40,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    dequantize: DequantizeOption = False,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Compile at several budgets, evaluate each, and write sweep.json and sweep.png."""
+    budgets = parse_budgets(kv_budgets)
+    check_output(output, overwrite=overwrite)
+    check_readable(text, "evaluation text")
+    if calibration is not None:
+        check_readable(calibration, "calibration text")
+    rows: list[dict[str, Any]] = []
+    with ProgressBars() as progress:
+        source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+        tokens = text_tokens(text, source.tokenizer)
+        # Once for all budgets: samples take long to make, and equal data is what makes the rows comparable.
+        data = token_windows(
+            calibration, source.tokenizer, source.model, tokens=calibration_tokens, seed=seed, progress=progress
+        )
+        figures = measure(source.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
+        rows.append({"kv_budget": None, "kv_budget_achieved": 1.0, "seconds": 0.0, **figures})
+        for budget in budgets:
+            start = perf_counter()
+            result = attnedit.compile(
+                source.model,
+                target=target,
+                kv_budget=budget,
+                calibration=data,
+                tokenizer=source.tokenizer,
+                calibration_tokens=data.numel(),
+                seed=seed,
+                progress=progress,
+            )
+            seconds = perf_counter() - start
+            figures = measure(result.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
+            achieved = result.report.kv_budget_achieved
+            rows.append({"kv_budget": budget, "kv_budget_achieved": achieved, "seconds": seconds, **figures})
+    summary = {"model": model, "target": target, "text": text, "calibration_tokens": data.numel(), "rows": rows}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "sweep.json").write_text(json_format.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    plot(rows, output / "sweep.png", title=f"{model} to {target}")
+    if json:
+        print_json(summary)
+    else:
+        show(_table(model, rows))
+        show(f"written: {output / 'sweep.json'}, {output / 'sweep.png'}")
+
+
+def parse_budgets(text: str) -> list[float]:
+    """Read ``"0.5,0.25"``.
+
+    >>> parse_budgets("0.5, 0.25")
+    [0.5, 0.25]
+
+    Raises:
+        UsageError: not numbers above 0 and at most 1.
+    """
+    try:
+        budgets = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--kv-budgets {text!r} is not numbers separated by commas; give e.g. 0.5,0.25") from error
+    for budget in budgets:
+        check_budget(budget)
+    return budgets
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Path, *, title: str) -> None:
+    """Draw perplexity over cached values per token and layer; the first row is the source."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only this command draws
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    points = sorted((row["kv_values_per_token_layer"], row["perplexity"]) for row in rows[1:])
+    axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label="result")
+    axes.axhline(rows[0]["perplexity"], linestyle="--", color="gray", label="source")
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set(xlabel="cached values per token and layer", ylabel="perplexity")
+    axes.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
+    axes.minorticks_off()
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(file))
+
+
+def _table(model: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=model)
+    for column in ("kv budget", "achieved", "values per token and layer", "bytes per token", "perplexity", "seconds"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            "source" if row["kv_budget"] is None else f"{row['kv_budget']:g}",
+            f"{row['kv_budget_achieved']:.4g}",
+            f"{row['kv_values_per_token_layer']:g}",
+            f"{row['kv_bytes_per_token']:,.0f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['seconds']:.1f}",
+        )
+    return table

@@ -1,0 +1,167 @@
+"""What the commands share: output, progress, options."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as transformers_logging
+
+from attnedit.compiler.errors import UsageError
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub name, model directory, .gguf file, or smollm2.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+DequantizeOption = Annotated[bool, typer.Option("--dequantize", help="Unpack a source that is already quantised.")]
+SeedOption = Annotated[int, typer.Option(help="Same seed, same result.")]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(help="Text, jsonl or parquet file, or a dataset's name; without it the model's own samples."),
+]
+CalibrationTokensOption = Annotated[int | None, typer.Option(min=2, help="How many calibration tokens to use.")]
+BudgetOption = Annotated[
+    float | None, typer.Option(help="Cached values per token as a fraction of the source's, above 0 to 1.")
+]
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted."""
+    return os.environ.get("ATTNEDIT_DEBUG", "") not in ("", "0")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep what libraries log, warn and draw off stderr while inside: our own errors say what matters."""
+    if debugging():
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def fail(message: str, code: int, *, as_json: bool) -> int:
+    """Say in one line on stderr what is wrong; with ``--json`` say it on stdout too, as the one object there."""
+    line = " ".join(message.split())
+    print(f"attnedit: {line}", file=sys.stderr)
+    if as_json:
+        print_json({"error": line, "exit_code": code})
+    return code
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout; numbers that are not finite become null."""
+    print(json.dumps(_finite(value)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a table or text on stdout."""
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable, highlight=False)
+
+
+def check_budget(kv_budget: float | None) -> None:
+    """Refuse a budget that is no fraction, before anything is loaded.
+
+    Raises:
+        UsageError: not above 0 and at most 1.
+    """
+    if kv_budget is not None and not 0 < kv_budget <= 1:
+        raise UsageError(
+            f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"
+        )
+
+
+def check_output(directory: Path, *, overwrite: bool) -> None:
+    """Refuse an output directory that holds something, before anything is computed.
+
+    Raises:
+        UsageError: it is a file, or a directory with something in it and ``overwrite`` is not given.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file; give a directory for the output")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise UsageError(f"{directory} is not empty; give another output directory, or --overwrite")
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{directory} cannot be written ({existing} is read-only); give another output directory")
+
+
+def check_readable(path: str, what: str) -> None:
+    """Refuse a file that is plainly missing, before anything is loaded; dataset names pass.
+
+    Raises:
+        UsageError: it looks like a path and there is nothing.
+    """
+    candidate = Path(path).expanduser()
+    if not candidate.exists() and (candidate.suffix or path.startswith((".", "/", "~"))):
+        raise UsageError(f"{what} {path} does not exist; give a text, jsonl or parquet file, or a dataset's name")
+
+
+class ProgressBars:
+    """Draws one bar per stage on stderr while entered; draws nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._stages: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressBars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` steps of a stage are done."""
+        if stage not in self._stages:
+            self._stages[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._stages[stage], completed=done, total=total)

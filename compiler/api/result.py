@@ -1,0 +1,84 @@
+"""What a compilation gives back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from attnedit.compiler.capture import capture_model
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.report import Report
+from attnedit.targets.runtime.eager import load_model, save
+from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
+
+
+@dataclass
+class CompileResult:
+    """A rewritten model and what is known of it.
+
+    Attributes:
+        model: a live transformers model; `generate`, PEFT, accelerate and `save_pretrained` work on it.
+        report: what matched, what was rewritten and how exactly, KV bytes before and after.
+        tokenizer: saved with the model; None if none was given.
+    """
+
+    model: PreTrainedModel
+    report: Report
+    tokenizer: PreTrainedTokenizerBase | None = None
+    _graph: torch.fx.GraphModule | None = field(default=None, repr=False)
+
+    @property
+    def graph(self) -> torch.fx.GraphModule:
+        """The rewritten model as one FX graph: forward(input_ids [B, T], attention_mask [B, T]) -> logits.
+
+        Captured at the first use.
+
+        Raises:
+            CaptureError: torch.export could not trace the model.
+        """
+        if self._graph is None:
+            self._graph = capture_model(self.model)
+        return self._graph
+
+    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write weights, configuration, tokenizer, chat template, generation config and report.
+
+        Raises:
+            UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
+        """
+        return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=self.report.to_json())
+
+    def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
+        """Lower to another runtime, by its name among the entry points `attnedit.runtimes`.
+
+        Raises:
+            UsageError: no runtime of that name is installed.
+        """
+        installed = {point.name: point for point in entry_points(group="attnedit.runtimes")}
+        if runtime not in installed:
+            names = ", ".join(sorted(installed)) or "none"
+            raise UsageError(f"no runtime {runtime!r} to export to; installed: {names}")
+        return installed[runtime].load()(self, directory, **options)
+
+
+def load(directory: str | os.PathLike[str]) -> CompileResult:
+    """Read what `CompileResult.save` wrote.
+
+    Raises:
+        UsageError: nothing there, not an attnedit model, or damaged.
+    """
+    path = Path(directory).expanduser()
+    model = load_model(path)
+    file = path / REPORT_FILE
+    try:
+        report = Report.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+    has_tokenizer = (path / "tokenizer_config.json").exists()
+    return CompileResult(model, report, AutoTokenizer.from_pretrained(path) if has_tokenizer else None)

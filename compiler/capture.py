@@ -1,0 +1,255 @@
+"""From a live transformers model to its attention sites, and back to graph modules that fit into the model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import operator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from attnedit.compiler.anchor import ANCHOR, attention_implementation
+from attnedit.compiler.dataflow import anchors, structure_hash
+from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.export import Exported, export_attention, export_program, shadow
+from attnedit.compiler.facts import FactReader, Facts
+from attnedit.compiler.normalise import clean
+from attnedit.compiler.probe import LENGTH, AttentionCall, by_reason, discover, evaluation_mode, probe_inputs
+from attnedit.compiler.sites import AttentionSite
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    exported: Exported
+    facts: Facts
+    structure: str
+
+
+def capture(model: torch.nn.Module) -> list[AttentionSite]:
+    """Find and read every attention site of a live model; the model is left as it was.
+
+    Args:
+        model: a transformers causal language model in any dtype, on any device; on meta too, where only buffers may
+            need values (see `attnedit.compiler.rope.rope_angles`).
+
+    Returns:
+        One site per attention module, in the order they run. Sites of one kind share their graph: copy it before
+        editing (`graph_module` does).
+
+    Raises:
+        UsageError: not a transformers model.
+        CaptureError: no attention, an unsupported architecture, or layers whose graph or facts cannot be read;
+            each is listed with its reason.
+    """
+    with torch.device("cpu"):
+        calls = discover(model)
+        kinds: dict[str, _Kind | CaptureError] = {}
+        for call in calls:
+            if call.signature not in kinds:
+                try:
+                    kinds[call.signature] = _read_kind(call)
+                except CaptureError as error:
+                    kinds[call.signature] = error
+        _log.debug("%d attention sites of %d kinds", len(calls), len(kinds))
+        sites: list[AttentionSite] = []
+        problems: list[tuple[str, str]] = []
+        for position, call in enumerate(calls):
+            kind = kinds[call.signature]
+            if isinstance(kind, CaptureError):
+                problems.append((call.name, f"({type(call.module).__name__}): {kind}"))
+            else:
+                sites.append(_site(call, kind, position))
+    if problems:
+        raise CaptureError(f"{type(model).__name__}: {by_reason(problems)}")
+    return sites
+
+
+def _read_kind(call: AttentionCall) -> _Kind:
+    if call.mask is not None and not call.mask.regular:
+        raise CaptureError("its mask is neither causal nor a sliding window")
+    exported = export_attention(call)
+    facts = FactReader(exported.graph, call.module, exported.constants).read()
+    exported.graph.lint()
+    _check_against_eager(call, exported)
+    return _Kind(exported, facts, structure_hash(exported.graph))
+
+
+def _site(call: AttentionCall, kind: _Kind, position: int) -> AttentionSite:
+    facts: dict[str, Any] = {f.name: getattr(kind.facts, f.name) for f in dataclasses.fields(kind.facts)}
+    if call.mask is not None:
+        # What the mask shows is what eager attention and SDPA compute, whatever the keyword argument says.
+        facts["window"] = call.mask.window
+    layer = getattr(call.module, "layer_idx", None)
+    return AttentionSite(
+        name=call.name,
+        layer_idx=position if layer is None else int(layer),
+        kind=call.signature,
+        structure=kind.structure,
+        graph=kind.exported.graph,
+        rotary=call.rotary if facts["rope"] is not None else None,
+        constants=kind.exported.constants,
+        **facts,
+    )
+
+
+def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The probe's arguments with random float32 tensors of the same shapes, a causal mask, and positions 0, 1, ..."""
+    generator = torch.Generator().manual_seed(0)
+    lowest = torch.finfo(torch.float32).min
+    causal = torch.full((LENGTH, LENGTH), lowest).triu(1)
+
+    def replace(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.dim() == 4 and tuple(leaf.shape[-2:]) == (LENGTH, LENGTH):
+            return causal.expand(leaf.shape).clone()
+        if leaf.is_floating_point():
+            return torch.randn(leaf.shape, generator=generator)
+        return torch.arange(leaf.shape[-1], dtype=leaf.dtype).expand(leaf.shape).clone() if leaf.dim() else leaf.cpu()
+
+    args, kwargs = pytree.tree_map(replace, (call.args, dict(call.kwargs)))
+    return args, kwargs
+
+
+def _check_against_eager(call: AttentionCall, exported: Exported) -> None:
+    """Hold the graph to the module's own eager attention, on random weights: what the anchor left out shows here."""
+    module = shadow(call.module, "eager", "cpu", torch.float32, seed=0)
+    graph = _assemble(module, exported.graph, exported.constants, None)
+    args, kwargs = _random_inputs(call)
+    with torch.no_grad():
+        expected = module(*args, **kwargs)
+        found = graph(*args, **kwargs)
+    expected = next(v for v in pytree.tree_leaves(expected) if isinstance(v, torch.Tensor))
+    found = next(v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor))
+    difference = float((expected - found).abs().max())
+    size = float(expected.abs().max())
+    if not difference <= 1e-4 * size:
+        raise CaptureError(
+            f"its graph does not compute what its eager attention computes (difference {difference:.1e} at size "
+            f"{size:.1e}): the attention function of its family does something that its arguments do not say"
+        )
+
+
+def graph_module(model: torch.nn.Module, site: AttentionSite) -> fx.GraphModule:
+    """A graph module that can take the place of `site.name` in `model`: same signature, same child modules.
+
+    Args:
+        model: the model the site was captured from, or one with the same modules.
+        site: its site; the graph is copied, so the result can be edited freely.
+
+    Returns:
+        The graph module; parameters are the live model's own, state-dict keys are those of the attention module.
+    """
+    return _assemble(model.get_submodule(site.name), site.graph, site.constants, site.layer_idx)
+
+
+def _assemble(module: torch.nn.Module, graph: fx.Graph, constants: Any, layer: int | None) -> fx.GraphModule:
+    copied = copy.deepcopy(graph)
+    for anchor in anchors(copied):
+        if layer is not None:
+            anchor.update_arg(8, layer)
+    targets: dict[str, Any] = {}
+    temporary: list[tuple[str, str]] = []
+    for node in copied.nodes:
+        if node.op == "call_module":
+            targets[node.target] = module.get_submodule(node.target)
+        elif node.op == "get_attr" and node.target in constants:
+            targets[node.target] = constants[node.target]
+            temporary.append(("", node.target))
+        elif node.op == "get_attr":
+            owner, _, name = node.target.rpartition(".")
+            holder = module.get_submodule(owner)
+            targets[node.target] = getattr(holder, name)
+            if name in holder._non_persistent_buffers_set:
+                temporary.append((owner, name))
+    result = fx.GraphModule(targets, copied, class_name=type(module).__name__)
+    for owner, name in temporary:
+        result.get_submodule(owner)._non_persistent_buffers_set.add(name)
+    # Decoder layers and caches read plain attributes such as layer_idx or is_causal.
+    plain = (bool, int, float, str, type(None))
+    for name, value in vars(module).items():
+        if not name.startswith("_") and isinstance(value, plain) and not hasattr(result, name):
+            setattr(result, name, value)
+    result.train(module.training)
+    return result
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+
+def capture_model(model: torch.nn.Module) -> fx.GraphModule:
+    """The whole model as one graph: `forward(input_ids [B, T], attention_mask [B, T]) -> logits [B, T, vocab]`.
+
+    Args:
+        model: a transformers causal language model; attention modules that were replaced by graph modules are traced
+            through, others show as one attnedit::attention node each.
+
+    Returns:
+        A graph module without cache that shares the model's parameters (by their names in the model), for any batch
+        and length.
+
+    Raises:
+        CaptureError: torch.export could not trace the model.
+    """
+    with torch.device("cpu"):
+        inputs = probe_inputs(model)
+        arguments = (inputs["input_ids"].clone(), inputs["attention_mask"].clone())
+        dynamic = tuple({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for _ in arguments)
+        with evaluation_mode(model), attention_implementation(model, ANCHOR):
+            program = export_program(_Logits(model).eval(), arguments, dynamic)
+        targets: dict[str, Any] = {}
+        graph = copy.deepcopy(_unlifted(program, targets))
+    clean(graph)
+    result = fx.GraphModule(targets, graph, class_name=type(model).__name__)
+    persistent = set(model.state_dict())
+    for name, _ in list(result.named_buffers()):
+        if name not in persistent:
+            owner, _, attribute = name.rpartition(".")
+            result.get_submodule(owner)._non_persistent_buffers_set.add(attribute)
+    result.graph.lint()
+    return result
+
+
+def _unlifted(program: torch.export.ExportedProgram, targets: dict[str, Any]) -> fx.Graph:
+    """The program's graph with get_attr for parameters, buffers and constants; `targets` receives their values."""
+    signature = program.graph_signature
+    lifted = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            original = lifted[node.name]
+            target = original.removeprefix("model.")
+            targets[target] = program.state_dict.get(original, program.constants.get(original))
+            values[node] = graph.get_attr(target)
+            values[node].meta.update(node.meta)
+        elif node.op == "get_attr":
+            targets[str(node.target)] = operator.attrgetter(str(node.target))(program.graph_module)
+            values[node] = graph.node_copy(node)
+        elif node.op == "output":
+            graph.output(values[node.args[0][0]])
+        else:
+            values[node] = graph.node_copy(node, lambda n: values[n])
+            stack = node.meta.get("nn_module_stack") or {}
+            values[node].meta["nn_module_stack"] = {
+                key: (path.removeprefix("model").removeprefix("."), kind) for key, (path, kind) in stack.items() if path
+            }
+    return graph

@@ -1,0 +1,151 @@
+"""Quality and cost of a model as it stands: perplexity, and what its cache really holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
+
+from attnedit.compiler.data import context_length
+from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.progress import Progress, track
+from attnedit.compiler.source_checks import embedding_weight
+
+#: Positions whose logits are held in float32 at once.
+_LOSS_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Result of `perplexity`.
+
+    Attributes:
+        perplexity: exp of ``loss``.
+        loss: mean negative log-likelihood in nats.
+        tokens: how many were predicted.
+        windows: how many windows they come from.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    windows: int
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    *,
+    seq_len: int = 1024,
+    windows: int = 40,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Mean negative log-likelihood over consecutive windows, each on its own.
+
+    The text is cut into windows of ``seq_len`` from its start, without any special token, and tokens 2 to
+    ``seq_len`` of each of the first ``windows`` are predicted.
+
+    Args:
+        model: causal language model.
+        tokens: int64 [number of tokens], the whole text in order.
+        seq_len: window length, at least 2.
+        windows: how many; the text must be long enough for all.
+        batch: windows per forward pass; more than one costs memory for their logits.
+        progress: told after every forward pass.
+
+    Raises:
+        UsageError: the text is too short, or an argument makes no sense.
+        AttneditError: the model's loss is not finite.
+    """
+    if seq_len < 2 or windows < 1 or batch < 1:
+        raise UsageError(f"seq_len {seq_len}, windows {windows}, batch {batch}: at least 2, 1 and 1 are needed")
+    available = tokens.numel() // seq_len
+    if available < windows:
+        raise UsageError(
+            f"the evaluation text has {tokens.numel()} tokens, and {windows} windows of {seq_len} need "
+            f"{windows * seq_len}; give a longer text, or ask for at most {available} windows"
+            + ("" if available else " of fewer tokens")
+        )
+    embedding = embedding_weight(model)
+    rows = tokens.flatten()[: windows * seq_len].view(windows, seq_len)
+    if int(rows.max()) >= embedding.shape[0] or int(rows.min()) < 0:
+        raise UsageError(
+            f"the evaluation text holds token id {int(rows.max())}, and the model has {embedding.shape[0]} embeddings; "
+            f"give the tokenizer the model was trained with"
+        )
+    total = 0.0
+    for chunk in track(rows.split(batch), "evaluate", progress):
+        total += _loss(model, chunk.to(embedding.device))
+    count = windows * (seq_len - 1)
+    loss = total / count
+    if not math.isfinite(loss):
+        raise AttneditError(f"the model's loss on the evaluation text is {loss}; its outputs are broken")
+    return Perplexity(math.exp(min(loss, 700.0)), loss, count, windows)
+
+
+def _loss(model: PreTrainedModel, rows: torch.Tensor) -> float:
+    """Sum of the negative log-likelihoods of tokens 2 and on of each row, in float32."""
+    logits = model(rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+    targets = rows[:, 1:].flatten()
+    pieces = zip(logits.split(_LOSS_CHUNK), targets.split(_LOSS_CHUNK), strict=True)
+    return sum(float(functional.cross_entropy(piece.float(), goal, reduction="sum")) for piece, goal in pieces)
+
+
+@dataclass(frozen=True)
+class KVUsage:
+    """What a model's cache holds, measured on a live cache.
+
+    Attributes:
+        per_layer: cached values per token of each layer, averaged over ``length`` positions: a layer that keeps
+            only a window of W costs W / length of its width.
+        bytes_per_token: of all layers together, in the dtype the cache really has.
+        length: the context length that the average is over.
+    """
+
+    per_layer: tuple[float, ...]
+    bytes_per_token: float
+    length: int
+
+    @property
+    def values_per_token_layer(self) -> float:
+        """Mean of ``per_layer``."""
+        return sum(self.per_layer) / len(self.per_layer)
+
+
+@torch.inference_mode()
+def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
+    """Run a few tokens and count what the cache holds.
+
+    Args:
+        model: causal language model with real weights.
+        length: context length to account for; the model's own by default.
+
+    Raises:
+        UsageError: the model keeps no key-value cache.
+    """
+    length = length or context_length(model)
+    cache = DynamicCache(config=model.config)
+    tokens = 2
+    device = embedding_weight(model).device
+    ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
+    used = model(ids, past_key_values=cache, use_cache=True).past_key_values
+    config = model.config.get_text_config(decoder=True)
+    per_layer = [0.0] * int(config.num_hidden_layers)
+    total_bytes = 0.0
+    for index, layer in enumerate(getattr(used, "layers", ())):
+        share = 1.0
+        if getattr(layer, "is_sliding", False):
+            share = min(1.0, float(layer.sliding_window) / length)
+        for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if part is not None and part.numel():
+                width = part.numel() / part.shape[-2]
+                per_layer[index] += width * share
+                total_bytes += width * share * part.element_size()
+    if not any(per_layer):
+        raise UsageError("the model keeps no key-value cache, so there is nothing to measure")
+    return KVUsage(tuple(per_layer), total_bytes, length)

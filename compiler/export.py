@@ -1,0 +1,291 @@
+"""Exports one attention module with the anchor in it, as an fx graph whose forward has the module's own signature.
+
+The export runs on a bfloat16 copy on the meta device: no weight is touched, and every cast the source makes shows up
+in the graph whatever the dtype of the live model is.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._dynamo.exc import TorchDynamoException
+
+from attnedit.compiler.anchor import ANCHOR
+from attnedit.compiler.dataflow import where
+from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.normalise import ChildCall, clean, prune, raise_children, retarget_sizes
+from attnedit.compiler.probe import BATCH, LENGTH, AttentionCall
+
+PROBE_DTYPE = torch.bfloat16
+_ROOT = "attn"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A normalised attention graph; `constants` are tensors that tracing lifted out of the source."""
+
+    graph: fx.Graph
+    constants: Mapping[str, torch.Tensor]
+
+
+def shadow(
+    module: torch.nn.Module, implementation: str, device: str, dtype: torch.dtype, seed: int | None = None
+) -> torch.nn.Module:
+    """A copy of `module` that shares no storage with it and whose attention implementation is `implementation`.
+
+    Args:
+        module: any attention module.
+        implementation: for the copy of its configuration; the module's own is left alone.
+        device: "meta", or where random parameters are made.
+        dtype: of the floating parameters and buffers.
+        seed: for random parameters; None on meta.
+    """
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        floating = tensor.is_floating_point()
+        replacement: torch.Tensor
+        if generator is None:
+            replacement = torch.empty_like(tensor, device="meta", dtype=dtype if floating else tensor.dtype)
+        elif floating and (isinstance(tensor, torch.nn.Parameter) or tensor.is_meta):
+            # Variance 1/fan_in keeps activations near 1, vectors near 1 keep norms from vanishing.
+            spread = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
+            replacement = torch.empty(tensor.shape, dtype=dtype).uniform_(-1.7, 1.7, generator=generator) * spread
+        else:
+            replacement = tensor.detach().to(device=device, dtype=dtype if floating else tensor.dtype, copy=True)
+        if isinstance(tensor, torch.nn.Parameter):
+            replacement = torch.nn.Parameter(replacement, requires_grad=False)
+        memo[id(tensor)] = replacement
+    for child in module.modules():
+        config = getattr(child, "config", None)
+        if config is not None and id(config) not in memo:
+            twin = copy.copy(config)
+            if hasattr(twin, "_attn_implementation_internal"):
+                twin._attn_implementation_internal = implementation
+            memo[id(config)] = twin
+    hooks = {id(hook): hook for child in module.modules() for hook in child._forward_hooks.values()}
+    memo.update(hooks)
+    return copy.deepcopy(module, memo).eval()
+
+
+class _Structure:
+    """The arguments of the probe's call and the structure of its output.
+
+    Not attributes of the module: export restores those after tracing.
+    """
+
+    def __init__(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        self.leaves = leaves
+        self.spec = spec
+        self.output: tuple[list[Any], pytree.TreeSpec] | None = None
+
+
+class _Flat(torch.nn.Module):
+    """Calls the attention module with tensors put back among its other arguments; keeps its output structure."""
+
+    def __init__(self, module: torch.nn.Module, structure: _Structure) -> None:
+        super().__init__()
+        self.attn = module
+        self.structure = structure
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.structure.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure.spec)
+        output = self.attn(*args, **kwargs)
+        values, spec = pytree.tree_flatten(output)
+        self.structure.output = ([isinstance(v, torch.Tensor) or v for v in values], spec)
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _as_meta(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    dtype = PROBE_DTYPE if leaf.is_floating_point() else leaf.dtype
+    # Contiguous and distinct: a view of another argument would become a guard on its base.
+    return torch.empty(leaf.shape, dtype=dtype, device="meta")
+
+
+def bind(call: AttentionCall) -> inspect.BoundArguments:
+    """The probe's arguments by parameter name, without defaults."""
+    return inspect.signature(call.module.forward).bind(*call.args, **call.kwargs)
+
+
+def _record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]]:
+    calls: list[ChildCall] = []
+    counts: dict[str, int] = {}
+    handles = []
+    for name, child in module.named_modules():
+        if not name:
+            continue
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            number = counts.get(name, 0)
+            counts[name] = number + 1
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            marked = [ChildCall.TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            calls.append(ChildCall(name, number, marked, spec))
+
+        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+    return calls, handles
+
+
+def export_attention(call: AttentionCall) -> Exported:
+    """Export, unlift and normalise the attention module of one call.
+
+    Returns:
+        The graph: child modules are called, sizes are read from the hidden states, casts follow the hidden states'
+        dtype, the anchor stands for the attention interface.
+
+    Raises:
+        CaptureError: torch.export could not trace the module, or the graph holds something that is no plain op.
+    """
+    copied = shadow(call.module, ANCHOR, "meta", PROBE_DTYPE)
+    leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
+    leaves = [_as_meta(leaf) for leaf in leaves]
+    structure = _Structure(leaves, spec)
+    flat = _Flat(copied, structure).eval()
+    inputs = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    children, handles = _record_children(copied)
+    dynamic = (tuple(_dynamic(tensor) for tensor in inputs),)
+    try:
+        program = export_program(flat, inputs, dynamic)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _assemble(call, program, structure, children)
+
+
+def export_program(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: Any
+) -> torch.export.ExportedProgram:
+    """Non-strict export in functional form, every composite op kept; CaptureError where torch.export fails."""
+    program: torch.export.ExportedProgram
+    try:
+        # With gradients on, the no_grad regions of rotary embeddings would become higher-order ops.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch's own copy of it
+            program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+            program = program.run_decompositions({})
+    except (RuntimeError, ValueError, TypeError, AssertionError, TorchDynamoException) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"torch.export failed: {reason}") from error
+    return program
+
+
+def _dynamic(tensor: torch.Tensor) -> dict[int, Any]:
+    # Batch, and whatever is as long as the sequence; feature dims stay numbers.
+    lengths = {size for size in tensor.shape if size in (BATCH, LENGTH)}
+    return {
+        dim: torch.export.Dim.AUTO
+        for dim, size in enumerate(tensor.shape)
+        if size in lengths and dim < max(tensor.dim() - 1, 2 if tensor.dim() < 4 else 4)
+    }
+
+
+def _assemble(
+    call: AttentionCall, program: torch.export.ExportedProgram, structure: _Structure, children: list[ChildCall]
+) -> Exported:
+    signature = program.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    constants: dict[str, torch.Tensor] = {}
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    users = _source_signature(graph, call)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in targets:
+                new = graph.get_attr(targets[node.name].removeprefix(f"{_ROOT}."))
+            elif node.name in lifted:
+                name = "_constant_" + lifted[node.name].rsplit(".", 1)[-1]
+                value = program.constants[lifted[node.name]]
+                if not isinstance(value, torch.Tensor) or value.is_meta:
+                    raise CaptureError(f"the source makes a constant tensor ({name}) that has no value")
+                constants[name] = value
+                new = graph.get_attr(name)
+            else:
+                new = next(users)
+            new.meta.update(node.meta)
+            values[node] = new
+        elif node.op == "output":
+            graph.output(_output(structure, [values[n] for n in node.args[0]]))
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"{where(node)} is the higher-order op {node.target}; cannot rewrite it")
+        else:
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    clean(graph)
+    retarget_sizes(graph)
+    raise_children(graph, children, call.module, _ROOT)
+    prune(graph)
+    graph.lint()
+    return Exported(graph, constants)
+
+
+def _source_signature(graph: fx.Graph, call: AttentionCall) -> Any:
+    """Add placeholders with the source's signature; yield the node of each tensor the probe passed, in order."""
+    bound = bind(call)
+    parameters = inspect.signature(call.module.forward).parameters
+    roots: dict[str, fx.Node] = {}
+    defaulted = False
+    for name, parameter in parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            roots[name] = graph.create_node("placeholder", f"*{name}", name=name)
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            roots[name] = graph.create_node("placeholder", f"**{name}", name=name)
+        elif parameter.default is inspect.Parameter.empty and not defaulted:
+            roots[name] = graph.placeholder(name)
+        else:
+            defaulted = True
+            empty = parameter.default is inspect.Parameter.empty
+            roots[name] = graph.placeholder(name, default_value=None if empty else parameter.default)
+    # The leaves of args come before those of kwargs, each in order: the order the export flattened them in.
+    by_identity: dict[int, list[fx.Node]] = {}
+    made: dict[tuple[str, str], fx.Node] = {}
+    for path, leaf in pytree.tree_flatten_with_path(dict(bound.arguments))[0]:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        name = _step(path[0])
+        node = roots[name]
+        keys: list[Any] = []
+        for step in path[1:]:
+            keys.append(_step(step))
+            at = (name, repr(keys))
+            if at not in made:
+                made[at] = graph.call_function(operator.getitem, (node, keys[-1]))
+            node = made[at]
+        by_identity.setdefault(id(leaf), []).append(node)
+    originals = pytree.tree_leaves((call.args, dict(call.kwargs)))
+    return iter(
+        [
+            (by_identity[id(leaf)].pop(0) if len(by_identity[id(leaf)]) > 1 else by_identity[id(leaf)][0])
+            for leaf in originals
+            if isinstance(leaf, torch.Tensor)
+        ]
+    )
+
+
+def _step(entry: Any) -> Any:
+    """The key or index of one step of a pytree path."""
+    if isinstance(entry, pytree.MappingKey):
+        return entry.key
+    if isinstance(entry, pytree.SequenceKey):
+        return entry.idx
+    raise CaptureError(f"an argument holds a tensor inside an object that cannot be indexed ({entry})")
+
+
+def _output(structure: _Structure, tensors: list[fx.Node]) -> Any:
+    if structure.output is None:
+        raise RuntimeError("the module was never called during export")
+    marks, spec = structure.output
+    given = iter(tensors)
+    return pytree.tree_unflatten([next(given) if mark is True else mark for mark in marks], spec)

@@ -1,0 +1,205 @@
+"""What a compilation did, layer by layer: a table to read and JSON to keep."""
+
+from __future__ import annotations
+
+import io
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from attnedit.compiler.evaluate import KVUsage
+
+
+class LayerReport(BaseModel):
+    """One attention site, before and after.
+
+    Attributes:
+        layer: cache slot.
+        name: fully qualified name of the attention module.
+        kind: what it became (``"mla"``), or ``"source"`` where it was left as it is.
+        kv_lora_rank: latent size; None where there is none.
+        qk_rope_head_dim: rotary values in the cache; None where there is no latent.
+        values_before: cached values per token of the source.
+        values_after: the same of the result.
+        energy_kept: share of the weighted second moment that the latent keeps, 0 to 1; None if not measured.
+        output_error: relative squared error of the attention output on calibration data; None if not measured.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    layer: int
+    name: str
+    kind: str
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    values_before: float
+    values_after: float
+    energy_kept: float | None = None
+    output_error: float | None = None
+
+
+class Verification(BaseModel):
+    """One promise of a rewrite, held on real numbers.
+
+    Attributes:
+        what: what was compared.
+        contract: ``"exact"``, ``"close(...)"`` or ``"learned"``.
+        error: largest deviation as a fraction of the largest value; None for ``"learned"``.
+        tolerance: what was allowed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    what: str
+    contract: str
+    error: float | None = None
+    tolerance: float | None = None
+
+
+class Report(BaseModel):
+    """Everything a compilation has to say about itself.
+
+    Attributes:
+        source: name of the source model.
+        target: what its attention became.
+        sites_matched: attention sites found.
+        sites_rewritten: of those, how many were replaced.
+        layers: one row per site.
+        verification: contracts checked, with their errors.
+        kv_budget_asked: as given; None where none was.
+        kv_budget_achieved: cached values per token and layer of the result, as a fraction of the source's.
+        kv_bytes_before: bytes per token over all layers at ``context_length``.
+        kv_bytes_after: the same of the result.
+        context_length: the length that layers with a window are averaged over.
+        calibration: where the data came from.
+        calibration_tokens: how many were used.
+        seconds: per stage, in order.
+        peak_memory_bytes: of the process, at the end.
+        notes: what the user should know.
+    """
+
+    source: str
+    target: str
+    sites_matched: int
+    sites_rewritten: int
+    layers: list[LayerReport]
+    verification: list[Verification] = Field(default_factory=list)
+    kv_budget_asked: float | None = None
+    kv_budget_achieved: float
+    kv_bytes_before: float
+    kv_bytes_after: float
+    context_length: int
+    calibration: str = ""
+    calibration_tokens: int = 0
+    seconds: dict[str, float] = Field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    notes: list[str] = Field(default_factory=list)
+
+    def to_json(self) -> str:
+        """One JSON object; numbers that are not finite become null."""
+        return self.model_dump_json()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain Python values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote.
+
+        Raises:
+            pydantic.ValidationError: it is something else.
+        """
+        return cls.model_validate_json(text)
+
+    def __rich__(self) -> RenderableType:
+        return Group(self._table(), Text(self._summary()))
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip()
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self.source} to {self.target}: {self.sites_rewritten} of {self.sites_matched} sites")
+        table.add_column("layer", justify="right")
+        table.add_column("attention")
+        table.add_column("becomes")
+        for heading in ("rank", "rotary", "values before", "after", "energy kept", "output error"):
+            table.add_column(heading, justify="right")
+        for row in self.layers:
+            table.add_row(
+                str(row.layer),
+                row.name,
+                row.kind,
+                _number(row.kv_lora_rank),
+                _number(row.qk_rope_head_dim),
+                f"{row.values_before:g}",
+                f"{row.values_after:g}",
+                "-" if row.energy_kept is None else f"{row.energy_kept:.2%}",
+                "-" if row.output_error is None else f"{row.output_error:.2e}",
+            )
+        return table
+
+    def _summary(self) -> str:
+        asked = "" if self.kv_budget_asked is None else f" (asked {self.kv_budget_asked:.4g})"
+        lines = [
+            f"KV cache   {self.kv_bytes_before:,.0f} -> {self.kv_bytes_after:,.0f} bytes per token, "
+            f"budget {self.kv_budget_achieved:.4g}{asked} at {self.context_length:,} tokens"
+        ]
+        if self.calibration:
+            lines.append(f"calibrated {self.calibration_tokens:,} tokens of {self.calibration}")
+        for check in self.verification:
+            error = "" if check.error is None else f", error {check.error:.1e}"
+            allowed = "" if check.tolerance is None else f" (allowed {check.tolerance:.1e})"
+            lines.append(f"verified   {check.what}: {check.contract}{error}{allowed}")
+        if self.seconds:
+            stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+            lines.append(f"seconds    {sum(self.seconds.values()):.1f}: {stages}")
+        if self.peak_memory_bytes:
+            lines.append(f"memory     {self.peak_memory_bytes / 2**30:.2f} GiB at most")
+        return "\n".join([*lines, *(f"note       {note}" for note in self.notes)])
+
+
+def kv_fields(before: KVUsage, after: KVUsage) -> Mapping[str, Any]:
+    """The fields of `Report` that follow from two measured caches.
+
+    >>> fields = kv_fields(KVUsage((4.0, 4.0), 32.0, 8), KVUsage((1.0, 3.0), 16.0, 8))
+    >>> fields["kv_budget_achieved"], fields["kv_bytes_after"]
+    (0.5, 16.0)
+    """
+    return {
+        "kv_budget_achieved": after.values_per_token_layer / before.values_per_token_layer,
+        "kv_bytes_before": before.bytes_per_token,
+        "kv_bytes_after": after.bytes_per_token,
+        "context_length": before.length,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time spent inside to ``seconds[stage]``."""
+    start = perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + perf_counter() - start
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)

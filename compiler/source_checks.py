@@ -1,0 +1,117 @@
+"""What a source model must be before attnedit touches it; each refusal is one line that says how to mend it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING_NAMES
+
+from attnedit.compiler.errors import UsageError
+
+
+def check_config(config: PreTrainedConfig, name: str, *, dequantize: bool = False) -> None:
+    """Refuse what cannot be a decoder-only text model, from the configuration alone.
+
+    Raises:
+        UsageError: encoder-decoder, multimodal, no causal language model, or quantised without ``dequantize``.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{name} is an encoder-decoder ({config.model_type}); attnedit converts decoder-only language models"
+        )
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        raise UsageError(
+            f"{name} is multimodal ({config.model_type}); attnedit converts text models only: save its text tower, "
+            f"{text.model_type}, as a model of its own and give that directory"
+        )
+    _check_architecture(config, name)
+    method = quantization_method(config)
+    if method is not None and not dequantize:
+        raise UsageError(
+            f"{name} is already quantised ({method}); give the unquantised model, or --dequantize "
+            f"(dequantize=True) to work on the dequantised weights"
+        )
+
+
+def quantization_method(config: PreTrainedConfig) -> str | None:
+    """Name of the quantisation a configuration declares, or None."""
+    declared = getattr(config, "quantization_config", None)
+    if declared is None:
+        return None
+    method = declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown method")
+
+
+def needs_own_code(name: str) -> UsageError:
+    """The refusal of a model whose modelling code comes with its weights."""
+    return UsageError(
+        f"{name} needs modelling code from its own repository (trust_remote_code), which attnedit does not run; "
+        f"give a model whose architecture transformers has"
+    )
+
+
+def _check_architecture(config: PreTrainedConfig, name: str) -> None:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if getattr(config, "auto_map", None):
+            raise needs_own_code(name)
+        raise UsageError(f"{name} ({config.model_type}) is not a causal language model; attnedit converts those only")
+    # A checkpoint of another head would load with its language head initialised at random. The bare base model
+    # is let through here: whether its head is tied, and so not missing, shows when the weights are read.
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    names = {kind.__name__ for kind in (causal if isinstance(causal, tuple) else (causal,)) if kind is not None}
+    base = MODEL_MAPPING_NAMES.get(config.model_type, ())
+    allowed = names | ({base} if isinstance(base, str) else set(base))
+    declared = getattr(config, "architectures", None) or []
+    if declared and not allowed & set(declared):
+        raise UsageError(
+            f"{name} holds {', '.join(declared)}, not a causal language model ({', '.join(sorted(names))})"
+        )
+
+
+def check_weights(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that hold NaN or infinity, naming the first such tensor.
+
+    Raises:
+        UsageError: with the tensor's name.
+    """
+    for key, value in model.state_dict().items():
+        if not value.is_floating_point() or value.numel() == 0 or value.is_meta:
+            continue
+        # aminmax carries NaN through and shows infinity, in one read and without a mask as large as the tensor.
+        low, high = torch.aminmax(value)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            what = "NaN" if bool(torch.isnan(low) | torch.isnan(high)) else "infinite values"
+            raise UsageError(
+                f"the weights of {name} hold {what} in {key}; get an intact checkpoint "
+                f"(a float16 copy may have overflowed)"
+            )
+
+
+def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The input embeddings, [vocabulary, hidden]: they say which ids a model takes, and on which device."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Refuse a tokenizer that can produce ids without an embedding row.
+
+    Added special tokens that text cannot produce by itself (image placeholders and the like) are let through
+    unless the tokenizer inserts them.
+
+    Raises:
+        UsageError: with the first such token and both sizes.
+    """
+    rows = embedding_weight(model).shape[0]
+    inserted = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    special = set(tokenizer.all_special_ids) - inserted
+    outside = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    outside = [(index, token) for index, token in outside if index not in special]
+    if outside:
+        index, token = outside[0]
+        raise UsageError(
+            f"the tokenizer does not fit {name}: {len(outside)} of its tokens have no embedding (first: {token!r}, "
+            f"id {index}; the model has {rows} rows); give the tokenizer the model was trained with"
+        )

@@ -1,0 +1,202 @@
+"""Run a model over calibration windows one decoder layer at a time.
+
+Only the hidden states between two layers are kept, so memory does not grow with depth, and every attention module is
+met with exactly the arguments that the live model gives it (teacher forcing: always the source's own hidden states).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.progress import Progress, silent
+from attnedit.compiler.sites import AttentionSite
+
+BATCH_TOKENS = 4096
+"""Tokens that go through a layer at once."""
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """The arguments of one attention module on one batch of calibration windows."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+Visit = Callable[[AttentionSite, Iterator[AttentionInputs]], None]
+
+
+@dataclass
+class _Batch:
+    """Hidden states [B, T, D] entering the next layer, and what else each layer is called with."""
+
+    hidden: Tensor
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def decoder_layers(model: nn.Module, sites: list[AttentionSite]) -> tuple[nn.ModuleList, dict[int, AttentionSite]]:
+    """The list of decoder layers that holds all sites, and the site of each layer index.
+
+    Raises:
+        CaptureError: the sites do not lie in one list of layers, one per layer.
+    """
+    parts = sites[0].name.split(".")
+    for end in range(1, len(parts)):
+        prefix = ".".join(parts[:end])
+        container = model.get_submodule(prefix)
+        if isinstance(container, nn.ModuleList):
+            by_layer = {int(s.name[len(prefix) + 1 :].split(".")[0]): s for s in sites if s.name.startswith(prefix + ".")}
+            if len(by_layer) == len(sites):
+                return container, by_layer
+    raise CaptureError(f"{sites[0].name}: its layers are not in one torch.nn.ModuleList, so they cannot be streamed")
+
+
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    sites: list[AttentionSite],
+    windows: Tensor,
+    visit: Visit,
+    *,
+    progress: Progress | None = None,
+    stage: str = "calibrate",
+) -> None:
+    """Call `visit(site, inputs)` for every site in layer order; `inputs` iterates over the batches.
+
+    Args:
+        model: live source model in eval mode; left as it was.
+        sites: sites to visit, all in one list of decoder layers.
+        windows: token ids [N, T], int64, no padding.
+        visit: must consume `inputs`; while it iterates, each batch's layer runs once.
+        progress: told of every layer.
+        stage: name under which progress is told.
+
+    Raises:
+        CaptureError: the model's layers exchange more than hidden states, or are not in one list.
+    """
+    layers, by_layer = decoder_layers(model, sites)
+    report = progress or silent
+    batches = _enter(model, layers, windows)
+    last = max(by_layer)
+    report(stage, 0, last + 1)
+    for index in range(last + 1):
+        layer = layers[index]
+        site = by_layer.get(index)
+        if site is None:
+            for batch in batches:
+                _advance(layer, index, batch)
+        else:
+            attention = model.get_submodule(site.name)
+            inputs = _inputs(layer, index, attention, batches)
+            visit(site, inputs)
+            for _ in inputs:  # a visitor that stopped early must not stop the hidden states
+                pass
+        report(stage, index + 1, last + 1)
+
+
+def _inputs(layer: nn.Module, index: int, attention: nn.Module, batches: list[_Batch]) -> Iterator[AttentionInputs]:
+    seen: list[AttentionInputs] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(AttentionInputs(args, kwargs))
+
+    for batch in batches:
+        handle = attention.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            _advance(layer, index, batch)
+        finally:
+            handle.remove()
+        yield seen.pop()
+
+
+def _advance(layer: nn.Module, index: int, batch: _Batch) -> None:
+    args, kwargs = batch.calls.pop(index)
+    output = layer(batch.hidden, *args, **kwargs)
+    batch.hidden = output[0] if isinstance(output, tuple) else output
+
+
+def _enter(model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor) -> list[_Batch]:
+    """Run everything before the first layer, with layers that only record how they are called."""
+    device = next(model.parameters()).device
+    size = max(1, BATCH_TOKENS // windows.shape[1])
+    returns_tuple = _returns_tuple(model, layers, windows[:1, :2].to(device))
+    batches: list[_Batch] = []
+    for rows in windows.split(size):
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        entered: list[Tensor] = []
+        originals = [(layer, layer.__dict__.get("forward")) for layer in layers]
+        for index, layer in enumerate(layers):
+            layer.forward = _recorder(index, calls, entered, returns_tuple)
+        try:
+            _decoder(model)(input_ids=rows.to(device), use_cache=False)
+        finally:
+            for layer, original in originals:
+                if original is None:
+                    del layer.forward
+                else:
+                    layer.forward = original
+        if len(calls) != len(layers):
+            raise CaptureError(f"{type(model).__name__}: not every decoder layer runs once per forward pass")
+        if any(h is not entered[0] for h in entered[1:]):
+            raise CaptureError(f"{type(model).__name__}: hidden states change between its decoder layers")
+        if batches:
+            calls = _share(calls, batches[0].calls)
+        batches.append(_Batch(entered[0], calls))
+    return batches
+
+
+def _recorder(
+    index: int,
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]],
+    entered: list[Tensor],
+    returns_tuple: bool,
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        calls[index] = (args, kwargs)
+        entered.append(hidden)
+        return (hidden,) if returns_tuple else hidden
+
+    return forward
+
+
+def _returns_tuple(model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor) -> bool:
+    found: list[bool] = []
+    handle = layers[0].register_forward_hook(lambda _, __, output: found.append(isinstance(output, tuple)))
+    try:
+        _decoder(model)(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The model without its head: logits are not needed, and cost the most for large vocabularies."""
+    return model.base_model if model.base_model is not model else model
+
+
+def _share(calls: dict[int, Any], first: dict[int, Any]) -> dict[int, Any]:
+    """Use the first batch's tensors wherever they are equal: masks and rotary tables are the same for all."""
+    pool = {id(leaf): leaf for leaf in pytree.tree_leaves(list(first.values())) if isinstance(leaf, Tensor)}
+    known: dict[int, Tensor] = {}
+
+    def replace(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in known:
+            same = (t for t in pool.values() if t.shape == leaf.shape and t.dtype == leaf.dtype and torch.equal(t, leaf))
+            known[id(leaf)] = next(same, leaf)
+        return known[id(leaf)]
+
+    return {index: pytree.tree_map(replace, call) for index, call in calls.items()}

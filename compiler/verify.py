@@ -1,0 +1,62 @@
+"""Hold a rewritten model to its promises on real numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from attnedit.compiler.errors import VerificationError
+from attnedit.compiler.report import Verification
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest deviation allowed, as a fraction of the largest logit."""
+LENGTH = 48
+"""Tokens that promises are checked on."""
+
+
+def check_tokens(windows: Tensor | None, model: PreTrainedModel) -> Tensor:
+    """A short prompt [1, T]: the start of the calibration data, or token ids 0, 1, 2, ..."""
+    device = next(model.parameters()).device
+    if windows is not None:
+        return windows[:1, :LENGTH].to(device)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return (torch.arange(LENGTH, device=device) * 7919 % vocabulary)[None]
+
+
+@torch.inference_mode()
+def same_logits(source: PreTrainedModel, result: PreTrainedModel, ids: Tensor) -> Verification:
+    """The result computes what the source computes.
+
+    Raises:
+        VerificationError: it does not, within `TOLERANCE` of the source's largest logit.
+    """
+    return _hold("logits of the result against the source", source(ids).logits, result(ids).logits)
+
+
+@torch.inference_mode()
+def same_decode(result: PreTrainedModel, ids: Tensor) -> Verification:
+    """Decoding token by token from the cache gives the logits of a prefill.
+
+    Raises:
+        VerificationError: it does not, within `TOLERANCE` of the largest logit.
+    """
+    prefill = result(ids, use_cache=False).logits
+    cache = DynamicCache(config=result.config)
+    first = ids.shape[1] // 2
+    steps = [result(ids[:, :first], past_key_values=cache, use_cache=True).logits]
+    for position in range(first, ids.shape[1]):
+        steps.append(result(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
+    return _hold("decoding from the cache against prefill", prefill, torch.cat(steps, 1))
+
+
+def _hold(what: str, expected: Tensor, found: Tensor) -> Verification:
+    tolerance = TOLERANCE.get(expected.dtype, 1e-4)
+    size = float(expected.float().abs().max())
+    error = float((expected.float() - found.float()).abs().max()) / max(size, 1e-30)
+    if not error <= tolerance:
+        raise VerificationError(
+            f"{what}: off by {error:.1e} of the largest logit where {tolerance:.0e} is allowed; "
+            "please report the model's class and configuration"
+        )
+    return Verification(what=what, contract="close", error=error, tolerance=tolerance)

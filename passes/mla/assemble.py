@@ -1,0 +1,157 @@
+"""From fitted factors to the graph that takes the place of an attention module."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from attnedit.compiler.sites import AttentionSite
+from attnedit.passes.mla.budget import Shape
+from attnedit.passes.mla.site_sample import output_weight, part_of
+from attnedit.passes.mla.weights import Factors
+from attnedit.targets.attention.mla import MLA, MLAConfig
+from attnedit.targets.runtime.eager import mla_graph
+
+
+def exact_factors(site: AttentionSite, shape: Shape, weight: Tensor) -> Factors:
+    """Weights of the lossless shape: slots are the source's own rotary components, the latent holds all else.
+
+    Args:
+        site: the attention site.
+        shape: from `exact_shape`.
+        weight: o_proj by head [H, D, e].
+    """
+    heads, groups, d, e = site.num_attention_heads, site.num_key_value_heads, site.head_dim, site.v_head_dim
+    device, share = weight.device, heads // groups
+    pairs = site.rope.pairs if site.rope else ()
+    turning = {dim for pair in pairs for dim in pair}
+    still = [dim for dim in range(d) if dim not in turning]
+    source = torch.eye(groups * (d + e), device=device)
+    latent_rows = [g * d + dim for g in range(groups) for dim in still] + list(range(groups * d, groups * (d + e)))
+    slot_rows = [g * d + pair[part] for part in (0, 1) for g in range(groups) for pair in pairs]
+    query_latent = torch.zeros(heads, d, shape.rank, device=device)
+    query_slots = torch.zeros(heads, 2 * shape.slots, d, device=device)
+    output = torch.zeros(heads, weight.shape[1], shape.rank, device=device)
+    for h in range(heads):
+        g = h // share
+        for i, dim in enumerate(still):
+            query_latent[h, dim, g * len(still) + i] = 1.0
+        for part in (0, 1):
+            for i, pair in enumerate(pairs):
+                query_slots[h, part * shape.slots + g * len(pairs) + i, pair[part]] = 1.0
+        start = groups * len(still) + g * e
+        output[h, :, start : start + e] = weight[h]
+    columns = torch.tensor(list(site.rope.columns) * groups if site.rope else [], dtype=torch.int64, device=device)
+    return Factors(source[latent_rows], source[slot_rows], columns, query_latent, query_slots, output)
+
+
+def build(model: nn.Module, site: AttentionSite, shape: Shape, factors: Factors) -> fx.GraphModule:
+    """The site's graph with latent attention in it, weights included, in the model's dtype and on its device.
+
+    Args:
+        model: the model that the graph will be spliced into; its own tensors are not written to.
+        site: the attention site.
+        shape: what is cached.
+        factors: the weights.
+    """
+    weight, module = output_weight(model, site)
+    heads, rank, e = site.num_attention_heads, factors.rank, site.v_head_dim
+    value_up, projected = _split_output(site, shape, factors, weight)
+    projection = None if projected is None else _with_weight(site, module, projected)
+    down = torch.cat([factors.latent, factors.slots]).double()
+    bias = None
+    if site.linear_kv:
+        matrix, offset = kv_as_affine(model, site)
+        bias = down @ offset if bool(offset.any()) else None
+        down = down @ matrix
+    nope = bool(factors.query_latent.any()) or not shape.slots
+    config = MLAConfig(
+        layer_idx=site.layer_idx,
+        num_attention_heads=heads,
+        head_dim=site.head_dim,
+        v_head_dim=e,
+        kv_lora_rank=rank,
+        rope_columns=tuple(int(c) for c in factors.columns),
+        qk_nope_head_dim=site.head_dim if nope else 0,
+        input_size=down.shape[1],
+        scale=site.scale,
+        kv_bias=bias is not None,
+        folded=site.linear_kv,
+        softcap=site.softcap,
+        sinks=site.sinks is not None,
+        window=site.window,
+    )
+    graph = mla_graph(model, site, config, projection)
+    mla = cast(MLA, graph.get_submodule("mla"))
+    up = torch.cat([factors.query_latent.double(), value_up], 1) if nope else value_up
+    with torch.no_grad():
+        mla.kv_a_proj_with_mqa.weight.copy_(down)
+        if bias is not None:
+            mla.kv_a_proj_with_mqa.bias.copy_(bias)
+        mla.kv_b_proj.weight.copy_(up.flatten(0, 1))
+        if mla.q_rope_proj is not None:
+            mla.q_rope_proj.copy_(factors.query_slots)
+        if mla.sinks is not None and site.sinks is not None:
+            mla.sinks.copy_(model.get_submodule(site.name).get_parameter(site.sinks))
+    return graph
+
+
+def _split_output(
+    site: AttentionSite, shape: Shape, factors: Factors, weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """W_UV [H, e, r] in float64, and o_proj's new weight by head [H, D, e] where it changes.
+
+    F_h has rank at most e, so projecting on the leading eigenvectors of F_h^T F_h loses nothing.
+    """
+    output = factors.output.double()
+    if shape.exact or site.output_gate:
+        return torch.linalg.pinv(weight.double()) @ output, None
+    e, rank = site.v_head_dim, factors.rank
+    vectors = torch.linalg.eigh(output.mT @ output).eigenvectors[..., -min(e, rank) :]
+    missing = e - vectors.shape[-1]
+    up = nn.functional.pad(vectors.mT, (0, 0, 0, missing))
+    return up, nn.functional.pad(output @ vectors, (0, missing))
+
+
+def _with_weight(site: AttentionSite, module: nn.Module, by_head: Tensor) -> nn.Module:
+    """A copy of the output projection with another weight; its bias stays."""
+    full = by_head.transpose(0, 1).flatten(1) / site.o_proj.scale
+    fresh = copy.deepcopy(module)
+    name = site.o_proj.weight.rsplit(".", 1)[-1]
+    old = fresh.get_parameter(name)
+    new = (full.T if site.o_proj.transposed else full).to(old.dtype).contiguous()
+    setattr(fresh, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    return fresh
+
+
+@torch.no_grad()
+def kv_as_affine(model: nn.Module, site: AttentionSite) -> tuple[Tensor, Tensor]:
+    """Keys and values as an affine map of the hidden states, read off by running it on the unit vectors.
+
+    Returns:
+        matrix [G d + G e, D] and offset [G d + G e], float64 on the model's device.
+    """
+    graph = part_of(model, site, (site.key, site.value))
+    # float64 copies of the projections: folded weights should be rounded once, at the end
+    graph = copy.deepcopy(graph).double()
+    hidden = next(n for n in graph.graph.nodes if n.op == "placeholder" and n.name == site.hidden)
+    size = _input_size(model, site)
+    device = next(graph.parameters()).device
+    unit = torch.cat([torch.zeros(1, size), torch.eye(size)]).double().to(device)[None]
+    arguments = {
+        str(n.target): None for n in graph.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
+    }
+    key, value = graph(**{**arguments, str(hidden.target): unit})
+    states = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], -1)[0]
+    return (states[1:] - states[0]).T, states[0]
+
+
+def _input_size(model: nn.Module, site: AttentionSite) -> int:
+    projection = site.k_proj or site.v_proj
+    if projection is None:
+        raise ValueError(f"{site.name}: keys are affine in hidden states but no projection was found")
+    weight = model.get_submodule(site.name).get_parameter(projection.weight)
+    return int(weight.shape[0] if projection.transposed else weight.shape[1])

@@ -1,0 +1,108 @@
+"""From one `kv_budget` to slots and rank of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.sites import AttentionSite
+
+VALUES_PER_SLOT = 12
+"""One rotary slot (two values) for every twelve cached values: the best split over budgets (docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one layer caches per token.
+
+    Attributes:
+        rank: latent values (kv_lora_rank).
+        slots: rotary slots of two values each (qk_rope_head_dim is 2 slots).
+        fold: neighbouring frequencies that are mixed into common slots.
+        exact: every rotary component is a slot and the latent holds all else: nothing is lost.
+    """
+
+    rank: int
+    slots: int
+    fold: int = 1
+    exact: bool = False
+
+    @property
+    def values(self) -> int:
+        """Cached values per token."""
+        return self.rank + 2 * self.slots
+
+
+def source_values(site: AttentionSite) -> int:
+    """Cached values per token of the source: G (d + e)."""
+    return site.num_key_value_heads * (site.head_dim + site.v_head_dim)
+
+
+def exact_shape(site: AttentionSite) -> Shape:
+    """The lossless shape: G slots per frequency, pass-through key dims and values in the latent."""
+    planes = len(site.rope.pairs) if site.rope else 0
+    slots = site.num_key_value_heads * planes
+    return Shape(rank=source_values(site) - 2 * slots, slots=slots, exact=True)
+
+
+def shape_for(site: AttentionSite, values: int) -> Shape:
+    """Split `values` cached values into slots and latent; the lossless shape where everything fits."""
+    full = exact_shape(site)
+    if values >= full.values:
+        return full
+    planes = len(site.rope.pairs) if site.rope else 0
+    if not planes:
+        return Shape(rank=values, slots=0)
+    slots = max(1, min(round(values / VALUES_PER_SLOT), full.slots, (values - 1) // 2))
+    fold = 1
+    while fold * 2 <= planes // (2 * slots):
+        fold *= 2
+    return Shape(rank=values - 2 * slots, slots=slots, fold=fold)
+
+
+def least_values(site: AttentionSite) -> int:
+    """The smallest cache a converted layer can have: one slot, if it has rope, and a latent of one."""
+    return 3 if site.rope else 1
+
+
+def plan(
+    sites: list[AttentionSite], before: dict[int, float], chosen: list[AttentionSite], kv_budget: float
+) -> dict[str, Shape]:
+    """Shapes of the chosen sites so that all layers together cache `kv_budget` of the source.
+
+    Layers that stay as they are count against the budget; the rest is shared evenly.
+
+    Args:
+        sites: all attention sites.
+        before: cached values per token of the source by layer, at the context length.
+        chosen: the sites that are converted.
+        kv_budget: fraction of the source's cached values, above 0 and at most 1.
+
+    Returns:
+        Shape by site name.
+
+    Raises:
+        UsageError: the budget cannot be met; the message has the smallest that can.
+    """
+    if not 0 < kv_budget <= 1:
+        raise UsageError(f"kv_budget must be above 0 and at most 1, got {kv_budget:g}")
+    total = sum(before.values())
+    names = {site.name for site in chosen}
+    kept = sum(before[site.layer_idx] for site in sites if site.name not in names)
+    weight = {site.name: before[site.layer_idx] / source_values(site) for site in chosen}
+    least = kept + sum(least_values(site) * weight[site.name] for site in chosen)
+    if kv_budget * total < least - 1e-6:
+        smallest = -(-least * 10000 // total) / 10000
+        raise UsageError(
+            f"kv_budget {kv_budget:g} cannot be met: layers that stay as they are and one slot per converted layer "
+            f"need {smallest:g}; ask for at least that"
+        )
+    share = (kv_budget * total - kept) / sum(before[site.layer_idx] for site in chosen)
+    shapes: dict[str, Shape] = {}
+    carried = 0.0  # rounding goes to the next layer, so that the total is met to one value
+    for site in chosen:
+        wanted = share * source_values(site) + carried
+        shape = shape_for(site, max(int(wanted + 1e-6), least_values(site)))
+        carried = wanted - shape.values
+        shapes[site.name] = shape
+    return shapes

@@ -1,0 +1,178 @@
+"""Analytic initialisation: mixing with its dual basis, expected rotation, two-sided token-weighted factorisation.
+
+Source: attnedit docs/method.md; mixing generalises RoRoPE (TransMLA, arXiv 2502.07864) to complex bases with weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnedit.passes.mla.sample import LayerSample, Rotation
+from attnedit.passes.mla.weights import Factors
+
+EXPECTED_DISTANCES = (0.1, 512.0, 200)
+"""Log-spaced distances over which the rotation of components that lose it is averaged: from, to, count."""
+QUERY_FLOOR = 1e-3
+"""Floor of the query energy of a component, relative to the largest of its fold."""
+PSEUDO_INVERSE_FLOOR = 1e-10
+
+
+@dataclass(frozen=True)
+class Components:
+    """Mixed rotary components of all folds, ordered by what rotation is worth to them, most first.
+
+    Attributes:
+        analysis: complex rows a, y = a . z over (group, frequency) [m, G, n].
+        synthesis: complex columns s, z = sum_y s y [m, G, n]; with the analysis a dual pair.
+        column: cos/sin column of the fold frequency [m].
+    """
+
+    analysis: Tensor
+    synthesis: Tensor
+    column: Tensor
+
+
+def expected_rotation(rotation: Rotation) -> Tensor:
+    """E[exp(i t theta)] over `EXPECTED_DISTANCES` times the squared attention scaling [n], complex128."""
+    low, high, count = EXPECTED_DISTANCES
+    distance = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
+    phase = rotation.frequency.cpu()[:, None] * distance
+    mean = torch.complex(phase.cos(), phase.sin()).mean(1)
+    return mean.to(rotation.frequency.device) * rotation.scaling**2
+
+
+def mix_components(sample: LayerSample, fold: int) -> Components:
+    """Mix the complex keys of `fold` neighbouring frequencies and all groups (docs/method.md, step 1).
+
+    With S = E[z z^H], W = diag(sqrt(query energy)) and U the eigenvectors of W S W: y = U^H W z, z = W^-1 U y.
+    """
+    rotation = sample.rotation
+    assert rotation is not None
+    groups, planes = sample.groups, len(rotation.real)
+    keys = sample.key.transpose(1, 2).flatten(0, 1)
+    z = torch.complex(keys[..., rotation.real], keys[..., rotation.imaginary])
+    weight = (sample.token_weight.flatten() / sample.token_weight.sum()).to(z.dtype)
+    energy = sample.query[..., rotation.real].square() + sample.query[..., rotation.imaginary].square()
+    energy = energy.double().mean((0, 2)).view(groups, -1, planes).sum(1)
+    rho = expected_rotation(rotation)
+    order = rotation.frequency.argsort(descending=True)
+    found: list[tuple[float, Tensor, Tensor, int]] = []
+    for start in range(0, planes, fold):
+        members = order[start : start + fold]
+        states = z[:, :, members].flatten(1)
+        second = (torch.einsum("ti,tj->ij", states * weight[:, None], states.conj())).to(torch.complex128)
+        root = energy[:, members].flatten().sqrt()
+        root = root.clamp(min=float(root.max()) * QUERY_FLOOR + 1e-30)
+        values, vectors = torch.linalg.eigh(root[:, None] * second * root)
+        analysis, synthesis = vectors.mH * root, (vectors / root[:, None]).mT
+        lead = int(members[0])
+        loss = 1 - float((rho[lead] / rotation.scaling**2).abs()) ** 2
+        for j in range(len(values)):
+            a = torch.zeros(groups, planes, dtype=torch.complex128, device=z.device)
+            s = torch.zeros_like(a)
+            a[:, members] = analysis[j].view(groups, -1)
+            s[:, members] = synthesis[j].view(groups, -1)
+            found.append((float(values[j]) * loss, a, s, int(rotation.columns[lead])))
+    found.sort(key=lambda item: -item[0])
+    return Components(
+        torch.stack([item[1] for item in found]),
+        torch.stack([item[2] for item in found]),
+        torch.tensor([item[3] for item in found], device=z.device),
+    )
+
+
+def real_rows(states: Tensor, rotation: Rotation, head_dim: int) -> Tensor:
+    """Real form of complex rows over planes: [..., m, n] -> [..., 2 m, d], rows [real part | imaginary part]."""
+    shape = (*states.shape[:-1], head_dim)
+    top = states.real.new_zeros(shape)
+    bottom = top.clone()
+    top[..., rotation.real], top[..., rotation.imaginary] = states.real, -states.imag
+    bottom[..., rotation.real], bottom[..., rotation.imaginary] = states.imag, states.real
+    return torch.cat([top, bottom], -2)
+
+
+def _root_and_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root and its pseudo-inverse with a floor."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=float(values.max()) * PSEUDO_INVERSE_FLOOR + 1e-300)
+    return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT
+
+
+def analytic(sample: LayerSample, components: Components | None, slots: int, rank: int) -> tuple[Factors, float]:
+    """Closed-form MLA weights with `slots` rotary slots and a latent of size `rank`.
+
+    Args:
+        sample: calibration tensors of the site.
+        components: from `mix_components`; None for a layer without rope.
+        slots: how many components keep their rotation (the first of `components`).
+        rank: latent size; at most the number of remaining key components (real) plus G e values.
+
+    Returns:
+        The weights, and the share of the weighted second moment of what is projected that the latent keeps.
+    """
+    heads, groups, d, e = sample.heads, sample.groups, sample.key.shape[-1], sample.value.shape[-1]
+    share, device = heads // groups, sample.key.device
+    rotation = sample.rotation
+    still = torch.ones(d, dtype=torch.bool, device=device)
+    rows, maps = [], []  # y_rest = rows . key, logit = (maps_h q) . y_rest
+    slot_rows = torch.zeros(0, groups * d, dtype=torch.float64, device=device)
+    slot_maps = torch.zeros(heads, 0, d, dtype=torch.float64, device=device)
+    columns = torch.zeros(0, dtype=torch.int64, device=device)
+    if components is not None and rotation is not None:
+        still[rotation.real] = still[rotation.imaginary] = False
+        analysis = real_rows(components.analysis.transpose(0, 1), rotation, d)  # [G, 2 m, d]
+        dual = components.synthesis.conj()
+        plain = real_rows(dual.transpose(0, 1), rotation, d).repeat_interleave(share, 0)
+        expected = real_rows((dual * expected_rotation(rotation)).transpose(0, 1), rotation, d)
+        expected = expected.repeat_interleave(share, 0)
+        m = len(components.column)
+        keep = torch.arange(2 * m, device=device) % m < slots
+        slot_rows = analysis[:, keep].transpose(0, 1).flatten(1)
+        slot_maps = plain[:, keep]
+        columns = components.column[:slots]
+        rows.append(analysis[:, ~keep].transpose(0, 1).flatten(1))
+        maps.append(expected[:, ~keep])
+    fixed = torch.eye(d, dtype=torch.float64, device=device)[still]
+    rows.append(torch.block_diag(*[fixed] * groups) if len(fixed) else fixed.new_zeros(0, groups * d))
+    own = torch.nn.functional.one_hot(torch.arange(heads, device=device) // share, groups).to(fixed.dtype)
+    maps.append(torch.einsum("hg,id->hgid", own, fixed).flatten(1, 2))
+    row, query_map = torch.cat(rows), torch.cat(maps, 1)
+
+    query = sample.query.transpose(0, 1).flatten(1, 2)
+    moment = (query.mT @ query).double() / query.shape[1]
+    key_metric = torch.einsum("hki,hij,hlj->kl", query_map, moment, query_map) * sample.scale**2
+    weight = sample.output_weight.double()
+    value_metric = (weight.mT @ weight).view(groups, share, e, e).sum(1)
+    pairs = [_root_and_inverse(block) for block in value_metric]
+    value_root, value_inverse = (torch.block_diag(*[pair[i] for pair in pairs]) for i in (0, 1))
+    key_root, key_inverse = _root_and_inverse(key_metric) if len(row) else (key_metric, key_metric)
+
+    source = sample.source.flatten(0, 1)
+    token = (sample.token_weight.flatten() / sample.token_weight.sum())[:, None]
+    second = ((source * token).mT @ source).double()
+    lift = torch.block_diag(key_root @ row, value_root)
+    spread = lift @ second @ lift.mT
+    k = len(row)
+    balance = float((spread[:k, :k].trace() / spread[k:, k:].trace().clamp(min=1e-300)).sqrt()) if k else 1.0
+    lift[k:] *= balance if balance > 0 else 1.0
+    energy, vectors = torch.linalg.eigh(lift @ second @ lift.mT)
+    basis = vectors.flip(1)[:, :rank]
+    kept = float(energy.flip(0)[:rank].sum() / energy.sum().clamp(min=1e-300))
+    latent = basis.mT @ lift
+    up_key = key_inverse @ basis[:k]
+    up_value = (value_inverse @ basis[k:] / (balance if balance > 0 else 1.0)).view(groups, e, rank)
+    # unit mean square per latent value: fp16 and the least squares want comparable scales
+    size = (latent @ second @ latent.mT).diagonal().clamp(min=1e-30).sqrt()
+    factors = Factors(
+        latent=(latent / size[:, None]).float(),
+        slots=torch.cat([slot_rows, slot_rows.new_zeros(len(slot_rows), groups * e)], 1).float(),
+        columns=columns,
+        query_latent=(torch.einsum("hki,kr->hir", query_map, up_key) * size).float(),
+        query_slots=slot_maps.float(),
+        output=(torch.einsum("hDe,her->hDr", weight, up_value.repeat_interleave(share, 0)) * size).float(),
+    )
+    return factors, kept

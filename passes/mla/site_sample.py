@@ -1,0 +1,101 @@
+"""From the calibration stream to the tensors of one site."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from attnedit.compiler.capture import graph_module
+from attnedit.compiler.rope import rope_angles
+from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.stream import AttentionInputs
+from attnedit.passes.mla.sample import LayerSample, Rotation
+
+
+def part_of(model: nn.Module, site: AttentionSite, names: tuple[str, ...]) -> fx.GraphModule:
+    """The site's graph cut off at some of its nodes: forward returns their values as a tuple."""
+    whole = graph_module(model, site)
+    graph: fx.Graph = copy.deepcopy(whole.graph)
+    nodes = {node.name: node for node in graph.nodes}
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (tuple(nodes[name] for name in names),)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return fx.GraphModule(whole, graph)
+
+
+def take_sample(
+    model: nn.Module, site: AttentionSite, inputs: Iterator[AttentionInputs], queries: int, seed: int
+) -> LayerSample:
+    """Run the site's own queries, keys and values on the calibration stream.
+
+    Args:
+        model: the live source model.
+        site: its attention site.
+        inputs: batches of the attention module's arguments.
+        queries: sampled queries per sequence, all positions where there are fewer.
+        seed: of the sampled positions.
+    """
+    names = (site.query, site.key, site.value)
+    rope = site.rope
+    graph = part_of(model, site, names + ((rope.cos, rope.sin) if rope else ()))
+    generator = torch.Generator().manual_seed(seed + site.layer_idx)
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    tables: tuple[Tensor, Tensor] | None = None
+    for batch in inputs:
+        query, key, value, *angles = graph(*batch.args, **batch.kwargs)
+        length = query.shape[2]
+        count = min(queries, length)
+        positions = torch.stack(
+            [torch.randperm(length, generator=generator)[:count].sort().values for _ in range(len(query))]
+        ).to(query.device)
+        picked = query.gather(2, positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        parts.append((picked.float(), positions, key.float(), value.float()))
+        if angles and tables is None:
+            cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
+            tables = cos, sin
+    query, positions, key, value = (torch.cat(column) for column in zip(*parts, strict=True))
+    weight, _ = output_weight(model, site)
+    sinks = model.get_submodule(site.name).get_parameter(site.sinks).float() if site.sinks else None
+    return LayerSample(
+        query=query,
+        positions=positions,
+        key=key,
+        value=value,
+        cos=tables[0] if tables else None,
+        sin=tables[1] if tables else None,
+        rotation=_rotation(model, site, query.device),
+        output_weight=weight,
+        scale=site.scale,
+        softcap=site.softcap,
+        window=site.window,
+        sinks=sinks,
+        fixed_output=site.output_gate,
+    )
+
+
+def output_weight(model: nn.Module, site: AttentionSite) -> tuple[Tensor, nn.Module]:
+    """o_proj's weight by head [H, D, e] in float32, and the module itself."""
+    attention = model.get_submodule(site.name)
+    weight = attention.get_parameter(site.o_proj.weight).detach().float()
+    if site.o_proj.transposed:
+        weight = weight.T
+    by_head = weight.reshape(len(weight), site.num_attention_heads, site.v_head_dim).transpose(0, 1)
+    return (by_head * site.o_proj.scale).contiguous(), attention.get_submodule(site.o_proj.module)
+
+
+def _rotation(model: nn.Module, site: AttentionSite, device: torch.device) -> Rotation | None:
+    found = rope_angles(model, site)
+    if site.rope is None or found is None:
+        return None
+    frequency, scaling = found
+    real, imaginary = zip(*site.rope.pairs, strict=True)
+    return Rotation(
+        real=torch.tensor(real, device=device),
+        imaginary=torch.tensor(imaginary, device=device),
+        columns=torch.tensor(site.rope.columns, device=device),
+        frequency=frequency.to(device),
+        scaling=scaling,
+    )

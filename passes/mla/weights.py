@@ -1,0 +1,93 @@
+"""The weights of one MLA layer while they are being fitted, in the form the least-squares problems are linear in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnedit.passes.mla.sample import LayerSample
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One MLA layer. With y the flattened keys and values of a token (`LayerSample.source`, E values):
+
+    Attributes:
+        latent: P [r, E], latent c = P y.
+        slots: S [2 s, E], rotary slots before rotation, rows [real | imaginary].
+        columns: cos/sin column of each slot [s], int64.
+        query_latent: B [H, d, r], logit += q . B c (W_UK of DeepSeek-V2, arXiv 2405.04434, eq. 10).
+        query_slots: R [H, 2 s, d], logit += rotate(R q) . rotate(S y).
+        output: F [H, D, r], attention output = sum_h F_h sum_n p c: the product W_O,h W_UV,h, of rank <= v_head_dim.
+    """
+
+    latent: Tensor
+    slots: Tensor
+    columns: Tensor
+    query_latent: Tensor
+    query_slots: Tensor
+    output: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Latent size r."""
+        return self.latent.shape[0]
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [..., 2 s] slots laid out [real | imaginary] by cos, sin [..., s]."""
+    re, im = states.chunk(2, -1)
+    return torch.cat([re * cos - im * sin, im * cos + re * sin], -1)
+
+
+def slot_tables(sample: LayerSample, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the slots [T, s]."""
+    if sample.cos is None or sample.sin is None:
+        empty = sample.key.new_zeros(sample.key.shape[2], 0)
+        return empty, empty
+    return sample.cos[:, columns], sample.sin[:, columns]
+
+
+def query_features(
+    sample: LayerSample, part: slice, query_latent: Tensor, query_slots: Tensor, columns: Tensor
+) -> Tensor:
+    """Query side of the logits [N', H, Q, r + 2 s], scaled."""
+    query = sample.query[part]
+    cos, sin = slot_tables(sample, columns)
+    positions = sample.positions[part]
+    turned = rotate(query @ query_slots.transpose(-1, -2), cos[positions][:, None], sin[positions][:, None])
+    return torch.cat([query @ query_latent, turned], -1) * sample.scale
+
+
+def key_features(sample: LayerSample, source: Tensor, latent: Tensor, slots: Tensor, columns: Tensor) -> Tensor:
+    """Cached values of tokens: [N', T, r + 2 s] from source [N', T, E]."""
+    turned = rotate(source @ slots.T, *slot_tables(sample, columns))
+    return torch.cat([source @ latent.T, turned], -1)
+
+
+def score(queries: Tensor, keys: Tensor) -> Tensor:
+    """Logits [N', H, Q, T] of query features [N', H, Q, w] and cached values [N', T, w], heads folded into rows."""
+    n, h, q, w = queries.shape
+    return (queries.reshape(n, h * q, w) @ keys.transpose(-1, -2)).reshape(n, h, q, -1)
+
+
+def mix(weights: Tensor, states: Tensor) -> Tensor:
+    """Attention-weighted mean of shared states: [N', H, Q, T] x [N', T, w] -> [N', H, Q, w]."""
+    n, h, q, t = weights.shape
+    return (weights.reshape(n, h * q, t) @ states).reshape(n, h, q, -1)
+
+
+def output_error(sample: LayerSample, factors: Factors) -> float:
+    """Energy of the attention output's error on the sampled queries, as a fraction of the output's energy."""
+    error = energy = 0.0
+    source = sample.source
+    for part in sample.chunks():
+        keys = key_features(sample, source[part], factors.latent, factors.slots, factors.columns)
+        queries = query_features(sample, part, factors.query_latent, factors.query_slots, factors.columns)
+        weights = sample.probabilities(score(queries, keys), part)
+        output = torch.einsum("nhqr,hDr->nqD", mix(weights, keys[..., : factors.rank]), factors.output)
+        error += float((output - sample.target[part]).square().sum())
+        energy += float(sample.target[part].square().sum())
+    return error / max(energy, torch.finfo(torch.float32).tiny)

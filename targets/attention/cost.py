@@ -1,0 +1,120 @@
+"""What attention costs, as sympy expressions over batch, length and bytes per cached value.
+
+One multiply-add is 2 FLOPs. Norms, rope and softmax are left out: they are small beside the products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from attnedit.targets.attention.config import MLAConfig
+
+BATCH = sympy.Symbol("batch", integer=True, positive=True)
+LENGTH = sympy.Symbol("length", integer=True, positive=True)
+DTYPE_BYTES = sympy.Symbol("dtype_bytes", integer=True, positive=True)
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Cost of one attention site.
+
+    Attributes:
+        values_per_token: cached values per token that is still cached.
+        cached_values: cached values in all, over ``batch`` and ``length``.
+        kv_bytes: the same times ``dtype_bytes``.
+        decode_flops: FLOPs of one new token per sequence, with ``length`` tokens to attend to.
+        parameters: weights, from hidden states to hidden states.
+    """
+
+    values_per_token: int
+    cached_values: Any
+    kv_bytes: Any
+    decode_flops: Any
+    parameters: int
+
+    def at(self, length: int, batch: int = 1, dtype_bytes: int = 2) -> dict[str, int]:
+        """Return every figure as a number.
+
+        >>> cost = attention_cost(576, 9, 3, 64, 64)
+        >>> cost.at(1024)["kv_bytes"]
+        786432
+        """
+        values = {LENGTH: length, BATCH: batch, DTYPE_BYTES: dtype_bytes}
+        figures = ("values_per_token", "cached_values", "kv_bytes", "decode_flops", "parameters")
+        return {name: int(sympy.sympify(getattr(self, name)).subs(values)) for name in figures}
+
+
+def attention_values(num_key_value_heads: int, head_dim: int, v_head_dim: int) -> int:
+    """Cached values per token of grouped-query attention.
+
+    >>> attention_values(3, 64, 64)
+    384
+    """
+    return num_key_value_heads * (head_dim + v_head_dim)
+
+
+def mla_values(config: MLAConfig) -> int:
+    """Cached values per token of latent attention: the latent and both parts of each slot."""
+    return config.kv_lora_rank + config.qk_rope_head_dim
+
+
+def attention_cost(
+    hidden_size: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    window: int | None = None,
+) -> AttentionCost:
+    """Cost of (grouped-query) attention, full or in a sliding window.
+
+    Args:
+        hidden_size: width of the residual stream.
+        num_attention_heads: H.
+        num_key_value_heads: G.
+        head_dim: d, size of queries and keys.
+        v_head_dim: dv.
+        window: tokens each query sees; a cache then holds ``min(window, length)`` slots.
+
+    >>> attention_cost(576, 9, 3, 64, 64, window=128).cached_values
+    384*batch*Min(128, length)
+    """
+    keys = num_key_value_heads * head_dim + num_key_value_heads * v_head_dim
+    parameters = hidden_size * (num_attention_heads * (head_dim + v_head_dim) + keys)
+    per_key = num_attention_heads * (head_dim + v_head_dim)
+    return _cost(attention_values(num_key_value_heads, head_dim, v_head_dim), window, parameters, per_key)
+
+
+def mla_cost(config: MLAConfig, hidden_size: int, source_key_value_size: int | None = None) -> AttentionCost:
+    """Cost of latent attention, decoding absorbed (`attnedit.targets.attention.mla`).
+
+    Args:
+        config: the shape.
+        hidden_size: width of the residual stream.
+        source_key_value_size: outputs of the source's key and value projections, which stay where the
+            configuration is not folded; ``config.input_size`` unless told.
+
+    >>> config = MLAConfig(0, 9, 64, 64, 160, tuple(range(16)), 64, 384, 0.125)
+    >>> str(mla_cost(config, 576).kv_bytes)
+    '192*batch*dtype_bytes*length'
+    """
+    heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+    parameters = hidden_size * heads * (config.head_dim + config.v_head_dim)
+    if not config.folded:
+        parameters += hidden_size * (source_key_value_size or config.input_size)
+    parameters += (config.input_size + config.kv_bias) * (rank + rope)
+    parameters += heads * (rank * (config.qk_nope_head_dim + config.v_head_dim) + rope * config.head_dim)
+    sinks = heads if config.sinks else 0
+    scored = rank if config.qk_nope_head_dim else 0
+    return _cost(mla_values(config), config.window, parameters, heads * (scored + rope + rank), sinks)
+
+
+def _cost(values: int, window: int | None, products: int, per_key: int, others: int = 0) -> AttentionCost:
+    """Put together: every weight of a product is used once per token, and ``per_key`` products once per key."""
+    slots = LENGTH if window is None else sympy.Min(window, LENGTH)
+    cached = values * BATCH * slots
+    flops = 2 * BATCH * (products + per_key * slots)
+    return AttentionCost(values, cached, cached * DTYPE_BYTES, sympy.expand(flops), products + others)

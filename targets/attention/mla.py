@@ -1,0 +1,315 @@
+"""Multi-head latent attention as a module that stands in place of rope and attention of a source layer.
+
+Method: DeepSeek-V2 (arXiv 2405.04434, section 2.1: latent, decoupled rope, absorption), with the source's own
+pre-rope queries as input (Attention Editing, arXiv 2604.05688).
+
+Shapes: B batch, T new tokens, S tokens attended to, H heads, d query size, dv value size, r latent, s slots.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnedit.compiler.errors import UsageError
+from attnedit.targets.attention.config import MLAConfig
+
+__all__ = ["MLA", "MLAConfig", "choose_path"]
+
+Path = Literal["absorbed", "expanded"]
+
+SHORT_QUERY = 64
+"""Longer queries never take the absorbed path: its fp32 logits [B, H, T, S] would no longer be small."""
+
+
+class Cache(Protocol):
+    """What is used of a transformers cache."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append, and return everything cached for the layer."""
+        ...
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Return the number of tokens seen."""
+        ...
+
+
+def choose_path(query_length: int, key_length: int, config: MLAConfig) -> Path:
+    """Say how attention over the latent is computed.
+
+    Both paths compute the same function. Per head and latent, "absorbed" costs ``2 r T`` multiply-adds beyond the
+    rotary part, "expanded" ``(r + T) (d + dv)``, since it first projects every cached latent up. One new token
+    always absorbs; a few do where that is less work and the cache is longer than what is new; a prefill expands,
+    because then a fused attention kernel applies.
+    """
+    if query_length == 1:
+        return "absorbed"
+    if query_length > SHORT_QUERY or 2 * query_length > key_length:
+        return "expanded"
+    rank, size = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+    return "absorbed" if 2 * rank * query_length < (rank + query_length) * size else "expanded"
+
+
+class MLA(nn.Module):
+    """Latent attention from pre-rope queries and the projection's input to per-head outputs.
+
+    Per token the cache holds a latent c (r values) and s rotary slots (2 s values, stored after rotation), both
+    shared by all heads. With q the incoming query of head h::
+
+        logit = scale * (q . W_UK c + R(W_QR q) . R(slots))        output = W_UV sum softmax(logit) c
+
+    Weights:
+        kv_a_proj_with_mqa: Linear(E -> r + 2 s), rows [latent | real parts of the slots | imaginary parts].
+        kv_b_proj: Linear(r -> H (qk_nope_head_dim + dv)), rows per head [W_UK; W_UV].
+        q_rope_proj: [H, 2 s, d], rows ordered as the slots; None without slots.
+        sinks: [H] logits of a key that carries no value; None unless ``config.sinks``.
+
+    Args:
+        config: the shape.
+        device: where the weights are made.
+        dtype: their dtype.
+
+    Attributes:
+        path: "auto" leaves the choice to `choose_path`; an exporter whose lengths are symbolic fixes it.
+    """
+
+    q_rope_proj: nn.Parameter | None
+    sinks: nn.Parameter | None
+
+    def __init__(
+        self, config: MLAConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.path: Literal["auto", "absorbed", "expanded"] = "auto"
+        heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+        up = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.input_size, rank + rope, bias=config.kv_bias, device=device, dtype=dtype
+        )
+        self.kv_b_proj = nn.Linear(rank, up, bias=False, device=device, dtype=dtype)
+        # No zero-size parameters: several checkpoint tools trip over them.
+        self.q_rope_proj = (
+            nn.Parameter(torch.empty(heads, rope, config.head_dim, device=device, dtype=dtype)) if rope else None
+        )
+        self.sinks = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if config.sinks else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the two plain parameters random values, as their linear siblings already have."""
+        if self.q_rope_proj is not None:
+            nn.init.normal_(self.q_rope_proj, std=self.config.head_dim**-0.5)
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
+
+    def extra_repr(self) -> str:
+        """Name the sizes that define the cache."""
+        config = self.config
+        return f"heads={config.num_attention_heads}, latent={config.kv_lora_rank}, slots={config.num_slots}"
+
+    def forward(
+        self,
+        query: Tensor,
+        kv_input: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [B, H, T, d], before rope and scale.
+            kv_input: [B, T, E].
+            cos: [B, T, c], [1, T, c] or [T, c]; None when there are no slots.
+            sin: like ``cos``.
+            attention_mask: None (causal; a single query sees every key), bool [B, 1 or H, T, >= S] with True where
+                to attend, the same in floats to add to the logits, or a padding mask [B, S] of the new and cached
+                tokens.
+            past_key_values: a transformers cache; gets the latent as keys, the slots as values.
+
+        Returns:
+            [B, T, H, dv] in the dtype of ``query``. A query that may attend to nothing gets finite numbers.
+
+        Raises:
+            UsageError: there are slots but no cos and sin, or the mask has none of these forms.
+        """
+        length = query.shape[2]
+        config = self.config
+        projected = self.kv_a_proj_with_mqa(kv_input)
+        latent, slots = projected.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        query_rope: Tensor | None = None
+        if self.q_rope_proj is not None:
+            if cos is None or sin is None:
+                raise UsageError(f"layer {config.layer_idx}: rotary slots need cos and sin, got None")
+            cos, sin = self._table(cos, slots), self._table(sin, slots)
+            slots = _rotate(slots, cos, sin)
+            query_rope = torch.einsum("bhtd,hsd->bhts", query, self.q_rope_proj)
+            query_rope = _rotate(query_rope, cos.unsqueeze(-3), sin.unsqueeze(-3))
+        latent, slots = latent.unsqueeze(1), slots.unsqueeze(1)
+        past: int | Tensor = 0
+        if past_key_values is not None:
+            if length > 1 and (attention_mask is None or attention_mask.dim() == 2):
+                past = past_key_values.get_seq_length(config.layer_idx)
+            latent, slots = past_key_values.update(latent, slots, config.layer_idx)
+        mask = self._mask(attention_mask, length, latent.shape[2], past, query.device)
+        path = choose_path(length, latent.shape[2], config) if self.path == "auto" else self.path
+        attend = self._absorbed if path == "absorbed" else self._expanded
+        return attend(query, query_rope, latent[:, 0], slots[:, 0], mask)
+
+    def _expanded(
+        self, query: Tensor, query_rope: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Project the latent up to keys and values, then attend as usual; latent [B, S, r], slots [B, S, 2s]."""
+        config = self.config
+        heads, length = query.shape[1:3]
+        nope = config.qk_nope_head_dim
+        up = self.kv_b_proj(latent).unflatten(-1, (heads, nope + config.v_head_dim)).transpose(1, 2)
+        key, value = up.split([nope, config.v_head_dim], dim=-1)
+        if query_rope is not None:
+            rotated = slots.unsqueeze(1).expand(-1, heads, -1, -1)
+            query = torch.cat((query, query_rope), dim=-1) if nope else query_rope
+            key = torch.cat((key, rotated), dim=-1) if nope else rotated
+        causal = mask is None and length > 1
+        if config.softcap is not None or self.sinks is not None:
+            if causal:
+                mask = _causal(length, key.shape[2], 0, config.window, query.device)
+            logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
+            return torch.matmul(self._probabilities(logits, mask).to(value.dtype), value).transpose(1, 2)
+        # Fused kernels want one head size for all three; padding with zeros is 3 to 4 times faster than without
+        # them (CPU, 1,024 tokens, 96 and 64).
+        size = max(key.shape[-1], value.shape[-1])
+        query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=config.scale)
+        return out[..., : config.v_head_dim].transpose(1, 2)
+
+    def _absorbed(
+        self, query: Tensor, query_rope: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Take the queries down to the latent instead: all heads read it once; latent [B, S, r], slots [B, S, 2s]."""
+        config = self.config
+        batch, heads, length, _ = query.shape
+        nope, keys = config.qk_nope_head_dim, latent.shape[1]
+        weight = self._up_weight(latent).reshape(heads, nope + config.v_head_dim, config.kv_lora_rank)
+        logits: Tensor | None = None
+        if nope:
+            # The scale goes in first: fp16 overflows later that way.
+            down = torch.einsum("bhtd,hdr->bhtr", query * config.scale, weight[:, :nope])
+            logits = _upcast(torch.bmm(down.flatten(1, 2), latent.transpose(1, 2)))
+        if query_rope is not None:
+            rotary = _upcast(torch.bmm((query_rope * config.scale).flatten(1, 2), slots.transpose(1, 2)))
+            logits = rotary if logits is None else logits + rotary
+        if logits is None:
+            raise AssertionError("MLAConfig allows no attention without keys")
+        if mask is None and length > 1:
+            mask = _causal(length, keys, 0, config.window, query.device)
+        weights = self._probabilities(logits.view(batch, heads, length, keys), mask).to(latent.dtype)
+        context = torch.bmm(weights.flatten(1, 2), latent).view(batch, heads, length, config.kv_lora_rank)
+        return torch.einsum("bhtr,hvr->bthv", context, weight[:, nope:])
+
+    def _probabilities(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Cap, mask and normalise logits [B, H, T, S] in at least fp32; the sink's share is left out."""
+        logits = _upcast(logits)
+        softcap = self.config.softcap
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            lowest = torch.finfo(logits.dtype).min
+            if mask.dtype == torch.bool:
+                logits = logits.masked_fill(~mask, lowest)
+            else:
+                # A row of -inf only would be 0 / 0.
+                logits = (logits + mask.to(logits.dtype)).clamp(min=lowest)
+        if self.sinks is None:
+            return logits.softmax(dim=-1)
+        sinks = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
+        return torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+
+    def _up_weight(self, like: Tensor) -> Tensor:
+        """Weight of ``kv_b_proj`` [H (nope + dv), r], read off its output where something wraps it.
+
+        That something is an adapter, a quantiser, or a hook that brings the weight in for each call only.
+        """
+        module = self.kv_b_proj
+        if type(module) is nn.Linear and not module._forward_pre_hooks and not hasattr(module, "_hf_hook"):
+            return module.weight
+        unit: Tensor = module(torch.eye(self.config.kv_lora_rank, device=like.device, dtype=like.dtype))
+        return unit.transpose(0, 1)
+
+    def _table(self, table: Tensor, like: Tensor) -> Tensor:
+        """Columns of cos or sin, one per slot, [.., T, s] in the dtype of what they turn."""
+        columns = self.config.rope_columns
+        step = columns[1] - columns[0] if len(columns) > 1 else 1
+        stop = columns[0] + step * len(columns)
+        if step > 0 and columns == tuple(range(columns[0], stop, step)):
+            picked = table[..., columns[0] : columns[-1] + 1 : step]
+        else:
+            picked = table.index_select(-1, _index(columns, table.device))
+        return picked.to(like.dtype)
+
+    def _mask(
+        self, mask: Tensor | None, length: int, keys: int, past: int | Tensor, device: torch.device
+    ) -> Tensor | None:
+        """Bring every form of mask to None (plain causal over equal lengths, or all keys) or [B, 1 or H, T, S]."""
+        window = self.config.window
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            return mask[..., :keys]
+        # Static caches return more keys than there are, and start at 0; a sliding cache has dropped old ones.
+        offset = min(int(past), keys - length)
+        if mask is None:
+            if length == 1 or (keys == length and (window is None or keys <= window)):
+                return None
+            return _causal(length, keys, offset, window, device)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise UsageError(
+                f"layer {self.config.layer_idx}: attention mask {form} is neither None nor [B, S] nor [B, 1, T, S]; "
+                "use attn_implementation 'sdpa' or 'eager'"
+            )
+        padding = F.pad(mask[:, -keys:].to(torch.bool), (0, max(0, keys - mask.shape[1])))[:, None, None, :]
+        return padding if length == 1 else padding & _causal(length, keys, offset, window, device)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [.., 2 s], real parts first, by cos and sin [.., s]."""
+    real, imaginary = x.chunk(2, dim=-1)
+    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+
+
+def _causal(length: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:
+    """Mask [1, 1, T, S], True where query t, at position ``offset + t``, sees key s."""
+    position = torch.arange(length, device=device)[:, None] + offset
+    key = torch.arange(keys, device=device)[None, :]
+    mask = key <= position
+    if window is not None:
+        mask = mask & (key > position - window)
+    return mask[None, None]
+
+
+_INDICES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def _index(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    """Index tensor of the columns, made once per device.
+
+    Not a buffer: a non-persistent one is lost by loading through the meta device, a persistent one would stand in
+    every checkpoint.
+    """
+    key = (columns, device)
+    if key in _INDICES and not torch.compiler.is_compiling():
+        return _INDICES[key]
+    index = torch.tensor(columns, dtype=torch.long, device=device)
+    # Fake tensors of a tracer must not outlive it.
+    if type(index) is Tensor and not torch.compiler.is_compiling():
+        _INDICES[key] = index
+    return index

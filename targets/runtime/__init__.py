@@ -1,0 +1,1 @@
+"""Where a rewritten model runs."""

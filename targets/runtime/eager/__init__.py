@@ -1,0 +1,17 @@
+"""Eager runtime: rewritten attention inside a live transformers model, saved and loaded as model type "attnedit"."""
+
+from attnedit.targets.runtime.eager.checkpoint import load_model, save
+from attnedit.targets.runtime.eager.classes import AttneditConfig, attnedit_classes, source_config, to_attnedit
+from attnedit.targets.runtime.eager.splice import mla_graph, share_copy, splice
+
+__all__ = [
+    "AttneditConfig",
+    "attnedit_classes",
+    "load_model",
+    "mla_graph",
+    "save",
+    "share_copy",
+    "source_config",
+    "splice",
+    "to_attnedit",
+]

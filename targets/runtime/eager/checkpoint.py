@@ -1,0 +1,158 @@
+"""Write a rewritten model to a directory in one step, and read it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
+from attnedit.targets.runtime.eager.classes import MODEL_TYPE
+
+CONFIG_FILE = "config.json"
+REPORT_FILE = "attnedit-report.json"
+RUN_FILE = "attnedit-run.json"
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    report: Any = None,
+) -> Path:
+    """Write model, configuration, tokenizer and report; the directory appears complete or not at all.
+
+    Args:
+        model: a model that `to_attnedit` made.
+        directory: where to; made with its parents.
+        tokenizer: saved beside the model, chat template included.
+        overwrite: replace what attnedit wrote there before. A directory with anything else is never replaced.
+        report: JSON text, or a value that json can write; becomes attnedit-report.json.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UsageError: the model is no attnedit model, or the directory is not free.
+        AttneditError: writing failed; what was there before still is.
+    """
+    if getattr(model.config, "model_type", None) != MODEL_TYPE:
+        raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; use its own save_pretrained")
+    target = Path(directory).expanduser().resolve()
+    _check_free(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A sibling, so that the move at the end is a rename within one file system.
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
+    try:
+        _set_usual_mode(staging)
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if report is not None:
+            text = report if isinstance(report, str) else json.dumps(report, indent=2)
+            (staging / REPORT_FILE).write_text(text.rstrip() + "\n", encoding="utf-8")
+        _put_in_place(staging, target)
+    except (OSError, SafetensorError) as error:
+        raise AttneditError(f"could not write {target}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def load_model(
+    directory: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device_map: Any = None
+) -> PreTrainedModel:
+    """Read what `save` (or ``save_pretrained``) wrote.
+
+    Args:
+        directory: a local directory.
+        dtype: of the weights; "auto" keeps the saved one.
+        device_map: as transformers takes it.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        UsageError: nothing there, not an attnedit model, or damaged.
+        VerificationError: weights are missing or left over.
+    """
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise UsageError(f"{path} is no directory; give one that attnedit saved a model in")
+    found = _model_type(path)
+    if found != MODEL_TYPE:
+        what = f"a model of type {found!r}" if found else "no readable config.json"
+        raise UsageError(f"{path} holds {what}, not a model that attnedit saved")
+    auto: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model, info = auto.from_pretrained(
+            path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"cannot read the model in {path}: {first}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in info.get(kind) or ()):
+            raise VerificationError(
+                f"{path} has {len(keys)} {kind.replace('_', ' ')} (first: {keys[0]}); its weights are not its "
+                "configuration's"
+            )
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file; give a directory")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{target} is not empty; give another directory, or overwrite")
+    if _model_type(target) != MODEL_TYPE and not (target / RUN_FILE).exists():
+        raise UsageError(f"{target} holds files that attnedit did not write, so it is not overwritten; empty it first")
+
+
+def _model_type(directory: Path) -> str | None:
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _set_usual_mode(directory: Path) -> None:
+    """Undo the private mode of temporary directories: give what mkdir would have given."""
+    mask = os.umask(0)
+    os.umask(mask)
+    directory.chmod(0o777 & ~mask)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = aside / target.name
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        old.rename(target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,280 @@
+"""Configuration and model classes of ``model_type`` "attnedit": subclasses of the source's own, made on demand.
+
+A loaded model is the source's class plus latent attention, so that everything written for the source keeps working:
+``isinstance``, generation, loss, gradient checkpointing, tied weights, sharded and mapped loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from attnedit.compiler.capture import capture
+from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.sites import AttentionSite
+from attnedit.targets.attention.mla import MLAConfig
+from attnedit.targets.runtime.eager.splice import mla_graph, splice
+
+MODEL_TYPE = "attnedit"
+FORMAT_VERSION = 1
+PREFIX = "Attnedit"
+
+ConfigClass = type[PreTrainedConfig]
+ModelClass = type[PreTrainedModel]
+
+_CLASSES: dict[tuple[ConfigClass, ModelClass], tuple[ConfigClass, ModelClass]] = {}
+_SITES: OrderedDict[tuple[ModelClass, str], Mapping[str, AttentionSite]] = OrderedDict()
+_SITES_KEPT = 4
+
+
+class AttneditConfig(PreTrainedConfig):
+    """What "attnedit" in a ``config.json`` resolves to; reading one gives a subclass of the source's configuration."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make the configuration that a saved dictionary describes.
+
+        Raises:
+            UsageError: it names no source, an unknown one, or another format.
+        """
+        record = config_dict.get("attnedit")
+        source_type = config_dict.get("source_model_type")
+        if not isinstance(record, dict) or not isinstance(source_type, str) or "sites" not in record:
+            raise UsageError("config.json lacks source_model_type or attnedit: attnedit did not write it")
+        if record.get("format_version") != FORMAT_VERSION:
+            raise UsageError(
+                f"config.json has attnedit format {record.get('format_version')}, this version reads {FORMAT_VERSION}; "
+                "use the version of attnedit that wrote it"
+            )
+        if source_type not in CONFIG_MAPPING:
+            raise UsageError(
+                f"this transformers ({transformers.__version__}) does not know the source's model type {source_type!r}"
+            )
+        config_class, _ = _classes_of(CONFIG_MAPPING[source_type], record.get("architecture"))
+        # A shallow copy: transformers writes its own keyword arguments into the dictionary.
+        return config_class.from_dict(dict(config_dict), **kwargs)
+
+
+class _Rewritten:
+    """First base of every model class here: builds the source model, then puts latent attention in."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        _rebuild(cast(PreTrainedModel, self))
+
+
+def attnedit_classes(
+    source_config: PreTrainedConfig, model_class: ModelClass | None = None
+) -> tuple[ConfigClass, ModelClass]:
+    """Return the configuration and model class for rewritten models of one source.
+
+    Args:
+        source_config: the source's configuration (or a rewritten model's).
+        model_class: the source's model class; the one that AutoModelForCausalLM takes unless told.
+
+    Returns:
+        Subclasses of both, the same ones at every call, registered with transformers' auto classes.
+
+    Raises:
+        UsageError: transformers has no causal language model for the configuration.
+    """
+    config_class = source_config_class(type(source_config))
+    if model_class is None:
+        record = getattr(source_config, "attnedit", None) or {}
+        return _classes_of(config_class, record.get("architecture"))
+    while issubclass(model_class, _Rewritten):
+        model_class = cast(ModelClass, model_class.__bases__[1])
+    return _make(config_class, model_class)
+
+
+def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, MLAConfig]) -> PreTrainedModel:
+    """Turn a live, spliced model into one that saves and loads as "attnedit", in place.
+
+    Class and configuration class change, so the model must be a copy (`share_copy`) where the source is to stay.
+
+    Args:
+        model: a transformers model with latent attention in the named modules.
+        site_configs: by module name; added to what earlier calls named.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: a named module is not there, or its latent attention has another configuration.
+    """
+    for name, site_config in site_configs.items():
+        module = getattr(model.get_submodule(name), "mla", None) if _has(model, name) else None
+        if getattr(module, "config", None) != site_config:
+            raise UsageError(f"{name} of {type(model).__name__} holds no latent attention of the given configuration")
+    config: Any = model.config
+    config_class, model_class = attnedit_classes(config, type(model))
+    source_type = source_config_class(type(config)).model_type
+    earlier = getattr(config, "attnedit", None) or {"sites": {}}
+    sites = {**earlier["sites"], **{name: site_config.to_dict() for name, site_config in site_configs.items()}}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        # The weights are plain by now; the mark would make saving and moving treat them as quantised.
+        quantizer.remove_quantization_config(model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.__dict__.pop("model_type", None)
+    config.__class__ = config_class
+    config.source_model_type = source_type
+    config.attnedit = {
+        "format_version": FORMAT_VERSION,
+        "architecture": model_class.__bases__[1].__name__,
+        "sites": sites,
+    }
+    model.__class__ = model_class
+    return model
+
+
+def source_config_class(config_class: ConfigClass) -> ConfigClass:
+    """Return the transformers class behind a configuration class made here; any other is returned as it is."""
+    while config_class.model_type == MODEL_TYPE and config_class is not AttneditConfig:
+        config_class = cast(ConfigClass, config_class.__bases__[0])
+    return config_class
+
+
+def source_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a copy of a rewritten model's configuration as the source had it."""
+    result = copy.deepcopy(config)
+    result.__class__ = source_config_class(type(config))
+    result.__dict__.pop("model_type", None)
+    for name in ("attnedit", "source_model_type"):
+        result.__dict__.pop(name, None)
+    return result
+
+
+def _has(model: torch.nn.Module, name: str) -> bool:
+    return any(name == existing for existing, _ in model.named_modules())
+
+
+def _classes_of(config_class: ConfigClass, architecture: str | None) -> tuple[ConfigClass, ModelClass]:
+    """Classes for a source known by name only."""
+    candidates = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
+    found = list(candidates) if isinstance(candidates, (list, tuple)) else [candidates]
+    named = [model_class for model_class in found if model_class is not None and model_class.__name__ == architecture]
+    known = named[0] if named else getattr(transformers, architecture or "", None) or found[0]
+    if not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
+        raise UsageError(f"this transformers has no causal language model for {config_class.__name__}")
+    return _make(config_class, known)
+
+
+def _make(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigClass, ModelClass]:
+    key = (config_class, model_class)
+    if key in _CLASSES:
+        return _CLASSES[key]
+    made = {"__module__": __name__, "__qualname__": PREFIX + config_class.__name__, "model_type": MODEL_TYPE}
+    # One configuration class may serve several model classes; pickle needs it to be one object.
+    new_config = next((pair[0] for (source, _), pair in _CLASSES.items() if source is config_class), None)
+    if new_config is None:
+        made["__doc__"] = f"`{config_class.__name__}` of a model that attnedit rewrote."
+        new_config = cast(ConfigClass, type(PREFIX + config_class.__name__, (config_class,), made))
+    new_model = cast(
+        ModelClass,
+        type(
+            PREFIX + model_class.__name__,
+            (_Rewritten, model_class),
+            {
+                "__module__": __name__,
+                "__qualname__": PREFIX + model_class.__name__,
+                "__doc__": f"`{model_class.__name__}` with latent attention in the layers its configuration names.",
+                "config_class": new_config,
+            },
+        ),
+    )
+    _CLASSES[key] = (new_config, new_model)
+    AutoModelForCausalLM.register(new_config, new_model, exist_ok=True)
+    _register_conversions(config_class, model_class, new_model)
+    return new_config, new_model
+
+
+def _register_conversions(config_class: ConfigClass, model_class: ModelClass, new_model: ModelClass) -> None:
+    """Give the new class the source's conversions between stored and live weights (stacked experts, renamings)."""
+    find: Any = get_checkpoint_conversion_mapping
+    conversions = find(model_class.__name__)
+    if conversions is None:
+        conversions = find(config_class.model_type)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(new_model.__name__, conversions, overwrite=True)
+
+
+def _rebuild(model: PreTrainedModel) -> None:
+    """Put latent attention, with weights yet to be loaded, into a model just built as the source."""
+    record = getattr(model.config, "attnedit", None)
+    if not record:
+        raise UsageError(f"{type(model).__name__} needs a configuration with the attribute 'attnedit'")
+    sites = _sites(cast(ModelClass, type(model).__bases__[1]), model.config)
+    graphs = {}
+    for name, values in record["sites"].items():
+        if name not in sites:
+            raise UsageError(f"config.json names the attention module {name!r}, which {type(model).__name__} lacks")
+        graphs[name] = mla_graph(model, sites[name], MLAConfig.from_dict(values))
+    splice(model, graphs)
+
+
+def _sites(model_class: ModelClass, config: PreTrainedConfig) -> Mapping[str, AttentionSite]:
+    """Attention sites of the source, captured on a skeleton without weights (seconds), remembered for a few models."""
+    source: Any = source_config(config)
+    # No part of a site; without them models that differ in nothing else share their sites.
+    source.name_or_path, source.dtype, source.architectures = "", None, None
+    # Other implementations may want a device or a dtype: grouped_mm on meta takes bfloat16 only.
+    source._attn_implementation, source._experts_implementation = "eager", "batched_mm"
+    key = (model_class, source.to_json_string(use_diff=False))
+    if key not in _SITES:
+        try:
+            found = _capture_skeleton(model_class, source, empty=True)
+        except (CaptureError, RuntimeError):
+            # Some linear-attention layers read numbers off tensors, which meta tensors do not have.
+            found = _capture_skeleton(model_class, source, empty=False)
+        _SITES[key] = found
+        while len(_SITES) > _SITES_KEPT:
+            _SITES.popitem(last=False)
+    return _SITES[key]
+
+
+def _capture_skeleton(model_class: ModelClass, source: PreTrainedConfig, *, empty: bool) -> Mapping[str, AttentionSite]:
+    """Capture a model built for that only, its weights on meta (``empty``) or random."""
+    dtype = torch.get_default_dtype()
+    try:
+        # Loading builds models on the meta device and in the checkpoint's dtype; facts of rotary embeddings are
+        # measured on real numbers, in fp32.
+        torch.set_default_dtype(torch.float32)
+        with torch.device("cpu"):
+            with init_empty_weights(include_buffers=False) if empty else contextlib.nullcontext():
+                skeleton: Any = model_class(source)
+            return {site.name: site for site in capture(skeleton.eval())}
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``Attnedit<Source>`` classes importable by name, which is what unpickling a model asks for."""
+    source = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if isinstance(source, type) and issubclass(source, PreTrainedConfig):
+        for (config_class, _), (made, _) in _CLASSES.items():
+            if config_class is source:
+                return made
+        return _classes_of(source, None)[0]
+    if isinstance(source, type) and issubclass(source, PreTrainedModel):
+        return _make(cast(ConfigClass, source.config_class), source)[1]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+AutoConfig.register(MODEL_TYPE, AttneditConfig, exist_ok=True)

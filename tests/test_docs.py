@@ -1,0 +1,68 @@
+"""The code in README and user guide runs, on a tiny model in place of the hub's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_packaging import ROOT
+
+from attnedit.cli import main
+
+PAGES = ["README.md", "docs/user-guide.md"]
+HUB_NAME = "Qwen/Qwen3-0.6B"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_in_order(
+    page: str,
+    saved_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(text_file, tmp_path / "notes.txt")
+    names: dict[str, Any] = {}
+    for language, text in blocks(page):
+        code = text.replace(HUB_NAME, str(saved_llama))
+        if language == "python":
+            exec(compile(code, page, "exec"), names)
+            continue
+        if "compile" in code:  # the page shows the same job in Python before
+            shutil.rmtree(tmp_path / "qwen3-mla", ignore_errors=True)
+        for line in code.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[0] == "attnedit":
+                assert main(words[1:]) == 0, capsys.readouterr().err
+            else:
+                check_setup(words)
+
+
+def check_setup(words: list[str]) -> None:
+    """Commands that set up a machine are not run; make's must exist."""
+    assert words[0] in ("make", "pip")
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 120
+    assert any("make demo" in line for line in lines[:8])
