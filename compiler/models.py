@@ -141,6 +141,7 @@ def load_source(
             f"it is incomplete, or was saved without its language-model head"
         )
     loaded.eval()
+    loaded.config.name_or_path = location.name  # reports show it; a GGUF brings a name of its own
     _forget_quantization(loaded)
     check_weights(loaded, location.name)
     tokenizer = _read_tokenizer(location, revision, config)
@@ -170,7 +171,7 @@ def load_config_only(model: str, *, revision: str | None = None, dequantize: boo
     try:
         with init_empty_weights(include_buffers=False):
             built = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
-            built.tie_weights()  # making parameters meta has parted what was tied
+        built.tie_weights()  # making parameters meta has parted what was tied
     except READING_ERRORS as error:
         raise _cannot_read("the configuration of", location, error) from error
     built.eval()
