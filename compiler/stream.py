@@ -53,7 +53,9 @@ def decoder_layers(model: nn.Module, sites: list[AttentionSite]) -> tuple[nn.Mod
         prefix = ".".join(parts[:end])
         container = model.get_submodule(prefix)
         if isinstance(container, nn.ModuleList):
-            by_layer = {int(s.name[len(prefix) + 1 :].split(".")[0]): s for s in sites if s.name.startswith(prefix + ".")}
+            by_layer = {
+                int(s.name[len(prefix) + 1 :].split(".")[0]): s for s in sites if s.name.startswith(prefix + ".")
+            }
             if len(by_layer) == len(sites):
                 return container, by_layer
     raise CaptureError(f"{sites[0].name}: its layers are not in one torch.nn.ModuleList, so they cannot be streamed")
@@ -195,7 +197,9 @@ def _share(calls: dict[int, Any], first: dict[int, Any]) -> dict[int, Any]:
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in known:
-            same = (t for t in pool.values() if t.shape == leaf.shape and t.dtype == leaf.dtype and torch.equal(t, leaf))
+            same = (
+                t for t in pool.values() if t.shape == leaf.shape and t.dtype == leaf.dtype and torch.equal(t, leaf)
+            )
             known[id(leaf)] = next(same, leaf)
         return known[id(leaf)]
 

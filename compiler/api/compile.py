@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.capture import capture
-from attnedit.compiler.data import context_length, token_windows
+from attnedit.compiler.data import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
 from attnedit.compiler.progress import Progress
@@ -20,7 +20,7 @@ from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.compiler.verify import check_tokens, same_decode, same_logits
 from attnedit.passes.mla.assemble import build, exact_factors
-from attnedit.passes.mla.budget import Shape, plan, source_values
+from attnedit.passes.mla.budget import Shape, plan
 from attnedit.passes.mla.fit import Fit, FitOptions, fit_layer
 from attnedit.passes.mla.site_sample import output_weight, take_sample
 from attnedit.result import CompileResult

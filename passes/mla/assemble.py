@@ -99,9 +99,7 @@ def build(model: nn.Module, site: AttentionSite, shape: Shape, factors: Factors)
     return graph
 
 
-def _split_output(
-    site: AttentionSite, shape: Shape, factors: Factors, weight: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _split_output(site: AttentionSite, shape: Shape, factors: Factors, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """W_UV [H, e, r] in float64, and o_proj's new weight by head [H, D, e] where it changes.
 
     F_h has rank at most e, so projecting on the leading eigenvectors of F_h^T F_h loses nothing.

@@ -61,7 +61,7 @@ def logit_target(sample: LayerSample) -> LogitTarget:
 
 
 def _centred(error: Tensor, weight: Tensor) -> Tensor:
-    """weight x (error - its weighted mean over keys): the gradient of the weighted variance, in place."""
+    """Weight x (error - its weighted mean over keys): the gradient of the weighted variance, in place."""
     mean = (weight * error).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
     return error.sub_(mean).mul_(weight)
 
@@ -160,9 +160,7 @@ def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iter
     residual = [-g for g in gradient((factors.query_latent, factors.query_slots), with_target=True)]
     step = conjugate_gradients(lambda x: gradient(to_maps(x), with_target=False), residual, iterations)
     latent, slots = to_maps(step)
-    return replace(
-        factors, query_latent=factors.query_latent + latent, query_slots=factors.query_slots + slots
-    )
+    return replace(factors, query_latent=factors.query_latent + latent, query_slots=factors.query_slots + slots)
 
 
 def refit_latent(sample: LayerSample, factors: Factors, target: LogitTarget, iterations: int) -> Factors:

@@ -43,7 +43,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def slot_tables(sample: LayerSample, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the slots [T, s]."""
+    """Cos and sin of the slots [T, s]."""
     if sample.cos is None or sample.sin is None:
         empty = sample.key.new_zeros(sample.key.shape[2], 0)
         return empty, empty
