@@ -21,7 +21,8 @@ def check_tokens(windows: Tensor | None, model: PreTrainedModel) -> Tensor:
     if windows is not None:
         return windows[:1, :LENGTH].to(device)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return (torch.arange(LENGTH, device=device) * 7919 % vocabulary)[None]
+    ids: Tensor = (torch.arange(LENGTH, device=device) * 7919 % vocabulary)[None]
+    return ids
 
 
 @torch.inference_mode()

@@ -122,7 +122,8 @@ def _truncate(output: Tensor, covariance: Tensor, rank: int) -> Tensor:
     scaled = output @ root
     top = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[..., -rank:]
     projected = (scaled @ top) @ top.mT
-    return torch.linalg.solve_triangular(root.mT, projected.mT, upper=True).mT
+    result: Tensor = torch.linalg.solve_triangular(root.mT, projected.mT, upper=True).mT
+    return result
 
 
 def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iterations: int) -> Factors:

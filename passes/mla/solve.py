@@ -19,7 +19,8 @@ def inverse_root(moment: Tensor, ridge: float) -> Tensor:
     eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
     level = m.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30) if m.shape[-1] else m.new_ones(m.shape[:-2])
     factor = torch.linalg.cholesky(m + ridge * level[..., None, None] * eye)
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).float()
+    result: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).float()
+    return result
 
 
 def conjugate_gradients(

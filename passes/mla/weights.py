@@ -12,7 +12,7 @@ from attnedit.passes.mla.sample import LayerSample
 
 @dataclass(frozen=True)
 class Factors:
-    """One MLA layer. With y the flattened keys and values of a token (`LayerSample.source`, E values):
+    """One MLA layer; y is the flattened keys and values of a token (`LayerSample.source`, E values).
 
     Attributes:
         latent: P [r, E], latent c = P y.
