@@ -105,7 +105,7 @@ def compile(
         ids = check_tokens(windows, model)
         expected = model if not in_place else None
         splice(result, graphs)
-        result = to_attnedit(result, {site.name: graphs[site.name].mla.config for site in chosen})  # type: ignore[union-attr]
+        result = to_attnedit(result, {site.name: graphs[site.name].mla.config for site in chosen})  # type: ignore[misc, union-attr]
         after = kv_usage(result)
         checks: list[Verification] = []
         if verify:
