@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.attnedit-setup
 
 TORCH := torch==2.13.0
-# Where pip finds torch; on Linux https://download.pytorch.org/whl/cpu has a build without CUDA, which is far smaller.
+# Where pip finds torch; PyTorch's index of CPU builds is far smaller to download on Linux (pytorch.org, Get Started).
 TORCH_INDEX ?=
 PINNED := transformers==5.23.0 gguf==0.19.0
 # Linters change their minds between versions.

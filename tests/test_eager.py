@@ -29,7 +29,8 @@ from attnedit.compiler.capture import capture
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention import MLA, MLAConfig, mla_values
-from attnedit.targets.runtime.eager import mla_graph, share_copy, splice, to_attnedit
+from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 
 torch.set_num_threads(1)
 SIZES = {

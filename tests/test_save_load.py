@@ -28,11 +28,11 @@ from transformers import (
 from attnedit.compiler.capture import capture
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.targets.attention import MLAConfig
+from attnedit.targets.attention.mla_graph import mla_graph
 from attnedit.targets.runtime.eager import (
     AttneditConfig,
     attnedit_classes,
     load_model,
-    mla_graph,
     save,
     share_copy,
     source_config,

@@ -13,7 +13,7 @@ from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.site_sample import output_weight, part_of
 from attnedit.passes.mla.weights import Factors
 from attnedit.targets.attention.mla import MLA, MLAConfig
-from attnedit.targets.runtime.eager import mla_graph
+from attnedit.targets.attention.mla_graph import mla_graph
 
 
 def exact_factors(site: AttentionSite, shape: Shape, weight: Tensor) -> Factors:

@@ -2,13 +2,12 @@
 
 from attnedit.targets.runtime.eager.checkpoint import load_model, save
 from attnedit.targets.runtime.eager.classes import AttneditConfig, attnedit_classes, source_config, to_attnedit
-from attnedit.targets.runtime.eager.splice import mla_graph, share_copy, splice
+from attnedit.targets.runtime.eager.splice import share_copy, splice
 
 __all__ = [
     "AttneditConfig",
     "attnedit_classes",
     "load_model",
-    "mla_graph",
     "save",
     "share_copy",
     "source_config",

@@ -26,7 +26,8 @@ from attnedit.compiler.capture import capture
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.mla import MLAConfig
-from attnedit.targets.runtime.eager.splice import mla_graph, splice
+from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.runtime.eager.splice import splice
 
 MODEL_TYPE = "attnedit"
 FORMAT_VERSION = 1
