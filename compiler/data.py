@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.documents import read_documents
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.progress import Progress, silent
+from attnedit.compiler.progress import Progress, silent, stage
 from attnedit.compiler.sampling import sample_windows
 from attnedit.compiler.source_checks import embedding_weight
 
@@ -33,10 +33,15 @@ DEFAULT_SAMPLED_TOKENS = 8_192  # of the model's own samples, which cost time to
 _CHARACTERS_PER_TOKEN = 8
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions that the model's configuration names, if it names any."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 0) or None
+
+
 def context_length(model: PreTrainedModel) -> int:
     """Positions the model was made for, 8,192 where its configuration names none."""
-    config = model.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    return position_limit(model) or DEFAULT_CONTEXT
 
 
 def token_windows(
@@ -183,7 +188,8 @@ def _windows_of(
                 rows.append(prefix + row)
         progress("tokenise", count, count)
     if len(rows) < count:
-        ids = _encode(tokenizer, text.text)
+        with stage("tokenise", progress):
+            ids = _encode(tokenizer, text.text)
         available = len(ids) // body
         if not available:
             raise UsageError(

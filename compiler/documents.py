@@ -44,7 +44,10 @@ def _read_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         return
     try:
         if suffix not in (".jsonl", ".ndjson"):
-            yield path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
+            if "\0" in text:
+                raise UsageError(f"{path} is not text (NUL at character {text.index(chr(0))}); give another file")
+            yield text
             return
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
-from attnedit.compiler.data import context_length
+from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.source_checks import embedding_weight
@@ -59,17 +59,22 @@ def perplexity(
         progress: told after every forward pass.
 
     Raises:
-        UsageError: the text is too short, or an argument makes no sense.
+        UsageError: the text is too short, the windows too long for the model, or an argument makes no sense.
         AttneditError: the model's loss is not finite.
     """
     if seq_len < 2 or windows < 1 or batch < 1:
         raise UsageError(f"seq_len {seq_len}, windows {windows}, batch {batch}: at least 2, 1 and 1 are needed")
+    limit = position_limit(model)
+    if limit is not None and seq_len > limit:
+        raise UsageError(
+            f"windows of {seq_len} tokens are too long: the model has {limit} positions; ask for at most that"
+        )
     available = tokens.numel() // seq_len
     if available < windows:
         raise UsageError(
             f"the evaluation text has {tokens.numel()} tokens, and {windows} windows of {seq_len} need "
-            f"{windows * seq_len}; give a longer text, or ask for at most {available} windows"
-            + ("" if available else " of fewer tokens")
+            f"{windows * seq_len}; give a longer text, or ask for "
+            + (f"at most {available} windows" if available else "shorter windows")
         )
     embedding = embedding_weight(model)
     rows = tokens.flatten()[: windows * seq_len].view(windows, seq_len)
@@ -102,7 +107,7 @@ class KVUsage:
 
     Attributes:
         per_layer: cached values per token of each layer, averaged over ``length`` positions: a layer that keeps
-            only a window of W costs W / length of its width.
+            only a window of W tokens and n sinks costs (W + n) / length of its width.
         bytes_per_token: of all layers together, in the dtype the cache really has.
         length: the context length that the average is over.
     """
@@ -133,17 +138,21 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     tokens = 2
     device = embedding_weight(model).device
     ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
-    used = model(ids, past_key_values=cache, use_cache=True).past_key_values
+    try:
+        used = getattr(model(ids, past_key_values=cache, use_cache=True), "past_key_values", None)
+    except ValueError as error:  # some families accept a cache class of their own only
+        raise UsageError(f"{type(model).__name__} does not work with a transformers DynamicCache: {error}") from error
     config = model.config.get_text_config(decoder=True)
     per_layer = [0.0] * int(config.num_hidden_layers)
     total_bytes = 0.0
     for index, layer in enumerate(getattr(used, "layers", ())):
         share = 1.0
-        if getattr(layer, "is_sliding", False):
-            share = min(1.0, float(layer.sliding_window) / length)
+        bound = layer.sliding_window if getattr(layer, "is_sliding", False) else getattr(layer, "max_tokens", None)
+        if bound is not None:
+            share = min(1.0, float(bound) / length)
         for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if part is not None and part.numel():
-                width = part.numel() / part.shape[-2]
+            if part is not None and part.dim() > 1:
+                width = part.shape[:-2].numel() * part.shape[-1]
                 per_layer[index] += width * share
                 total_bytes += width * share * part.element_size()
     if not any(per_layer):

@@ -27,8 +27,10 @@ from transformers import (
 from transformers.utils.quantization_config import GgufConfig
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.gguf_reading import shared_gguf_reader
 from attnedit.compiler.source_checks import (
     check_config,
+    check_holds_weights,
     check_tokenizer,
     check_weights,
     needs_own_code,
@@ -91,6 +93,7 @@ class _Location:
         return arguments
 
 
+@shared_gguf_reader()
 def load_source(
     model: str,
     *,
@@ -115,6 +118,8 @@ def load_source(
     location = _locate(model, revision)
     config = _read_config(location, revision)
     check_config(config, location.name, dequantize=dequantize)
+    if location.directory is not None and location.gguf is None:
+        check_holds_weights(Path(location.path), location.name)
     # The configuration is handed on everywhere: parsing the header of a GGUF takes seconds each time.
     arguments = location.arguments(revision) | {"config": config}
     if location.gguf is not None:
@@ -212,6 +217,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type == "meta":
+            raise RuntimeError("nothing can be computed on it")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {str(device)!r} is not usable here; give cpu, cuda, or leave it auto") from error
@@ -219,6 +226,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def _locate(model: str, revision: str | None) -> _Location:
+    if not model.strip():
+        raise UsageError(f"no model is named; give a hub name, a model directory, a .gguf file or {SMOLLM2}")
     if model == SMOLLM2:
         file = _embedded_gguf()
         location = _Location(str(file.parent), SMOLLM2, file.parent, file.name)

@@ -223,7 +223,7 @@ def _refuse_unsupported(model: torch.nn.Module, recorder: _Recorder) -> None:
         (
             name,
             f"({type(modules[name]).__name__}): its attention runs at {where} and does not go through transformers' "
-            "attention interface",
+            "attention interface, so it cannot be traced",
         )
         for name, where in recorder.bypassing.items()
     ]
@@ -237,10 +237,19 @@ def _refuse_unsupported(model: torch.nn.Module, recorder: _Recorder) -> None:
         if reason is not None:
             problems.append((frame.name, f"({type(frame.module).__name__}): {reason}"))
         seen.add(id(frame.module))
+    if problems and hasattr(model.config, "attnedit"):
+        names = ", ".join(name for name, _ in problems)
+        raise CaptureError(
+            f"{type(model).__name__}: attnedit has rewritten its attention already ({names}); give the model that it "
+            f"was made from"
+        )
     if problems:
         raise CaptureError(f"{type(model).__name__}: {by_reason(problems)}")
     if not recorder.calls:
-        raise CaptureError(f"{type(model).__name__}: no attention site; no module runs softmax attention")
+        raise CaptureError(
+            f"{type(model).__name__}: no attention site; no module runs softmax attention, so there is nothing to "
+            f"convert: give a model with attention"
+        )
 
 
 def by_reason(problems: list[tuple[str, str]]) -> str:

@@ -6,6 +6,7 @@ The command line draws bars from it; library code calls it and knows no terminal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -16,6 +17,22 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """Show nothing: the default."""
+
+
+@contextmanager
+def stage(name: str, progress: Progress | None) -> Iterator[None]:
+    """Report work of one step, so that whoever waits sees what for.
+
+    >>> seen = []
+    >>> with stage("load model", lambda *step: seen.append(step)):
+    ...     pass
+    >>> seen
+    [('load model', 0, 1), ('load model', 1, 1)]
+    """
+    report = progress or silent
+    report(name, 0, 1)
+    yield
+    report(name, 1, 1)
 
 
 def track(items: Sequence[T], stage: str, progress: Progress | None) -> Iterator[T]:

@@ -55,9 +55,10 @@ def sample_windows(
         tokens = torch.full((min(_BATCH, count - start), 1), _first_token(model, tokenizer), device=device)
         cache = DynamicCache(config=model.config)
         row = [tokens]
-        for _ in range(length - 1):
+        for position in range(length - 1):
             report("sample calibration text", done, total)
-            logits = model(tokens, past_key_values=cache, use_cache=True, **keep).logits[:, -1].float()
+            call = {**keep, **position_ids(model, tokens, position)}
+            logits = model(tokens, past_key_values=cache, use_cache=True, **call).logits[:, -1].float()
             if not bool(torch.isfinite(logits.sum())):
                 raise UsageError("the model's logits are not finite, so it cannot be sampled; give calibration text")
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -67,6 +68,17 @@ def sample_windows(
         rows.append(torch.cat(row, dim=1).cpu())
     report("sample calibration text", total, total)
     return torch.cat(rows).clone()
+
+
+def position_ids(model: PreTrainedModel, ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
+    """The argument of that name for tokens [B, T] after `start` others, where the model takes it.
+
+    Most models count what is in the cache; some always start at 0 unless told.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+    return {"position_ids": positions.expand(ids.shape)}
 
 
 def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from attnedit.compiler.errors import UsageError
 
@@ -13,7 +19,7 @@ def check_config(config: PreTrainedConfig, name: str, *, dequantize: bool = Fals
     """Refuse what cannot be a decoder-only text model, from the configuration alone.
 
     Raises:
-        UsageError: encoder-decoder, multimodal, no causal language model, or quantised without ``dequantize``.
+        UsageError: encoder-decoder, encoder, multimodal, no causal language model, or quantised without ``dequantize``.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
@@ -65,7 +71,31 @@ def _check_architecture(config: PreTrainedConfig, name: str) -> None:
     declared = getattr(config, "architectures", None) or []
     if declared and not allowed & set(declared):
         raise UsageError(
-            f"{name} holds {', '.join(declared)}, not a causal language model ({', '.join(sorted(names))})"
+            f"{name} holds {', '.join(declared)}, not a causal language model ({', '.join(sorted(names))}); "
+            f"attnedit converts those only"
+        )
+    # BERT and its like have a causal head too, which needs this switch; without it their attention looks both ways.
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise UsageError(
+            f"{name} is an encoder ({config.model_type} without is_decoder); attnedit converts decoder-only language "
+            f"models"
+        )
+
+
+def check_holds_weights(path: Path, name: str) -> None:
+    """Refuse a configuration alone.
+
+    Raises:
+        UsageError: a file, or a directory without weights.
+    """
+    if path.is_file():
+        raise UsageError(
+            f"{name} is a configuration, which only inspect can work with; give the directory of the whole model"
+        )
+    if not any(next(path.glob(f"*.{suffix}"), None) for suffix in ("safetensors", "bin", "index.json")):
+        raise UsageError(
+            f"cannot read the weights of {name}: it holds no model.safetensors; give the directory of the whole model "
+            f"(inspect alone works without weights)"
         )
 
 

@@ -70,6 +70,7 @@ def stream(
     *,
     progress: Progress | None = None,
     stage: str = "calibrate",
+    exact: bool = True,
 ) -> None:
     """Call `visit(site, inputs)` for every site in layer order; `inputs` iterates over the batches.
 
@@ -80,12 +81,16 @@ def stream(
         visit: must consume `inputs`; while it iterates, each batch's layer runs once.
         progress: told of every layer.
         stage: name under which progress is told.
+        exact: compute hidden states in the model's dtype. If not, matrix products of the layers are in bfloat16 on a
+            processor that is faster so; attention modules still get the same arguments as their layer's.
 
     Raises:
         CaptureError: the model's layers exchange more than hidden states, or are not in one list.
     """
     layers, by_layer = decoder_layers(model, sites)
     report = progress or silent
+    fast = not exact and next(model.parameters()).device.type == "cpu" and _fast_bfloat16()
+    context = torch.autocast("cpu", torch.bfloat16, enabled=fast)
     batches = _enter(model, layers, windows)
     last = max(by_layer)
     report(stage, 0, last + 1)
@@ -94,17 +99,20 @@ def stream(
         site = by_layer.get(index)
         if site is None:
             for batch in batches:
-                _advance(layer, index, batch)
+                with context:
+                    _advance(layer, index, batch)
         else:
             attention = model.get_submodule(site.name)
-            inputs = _inputs(layer, index, attention, batches)
+            inputs = _inputs(layer, index, attention, batches, context)
             visit(site, inputs)
             for _ in inputs:  # a visitor that stopped early must not stop the hidden states
                 pass
         report(stage, index + 1, last + 1)
 
 
-def _inputs(layer: nn.Module, index: int, attention: nn.Module, batches: list[_Batch]) -> Iterator[AttentionInputs]:
+def _inputs(
+    layer: nn.Module, index: int, attention: nn.Module, batches: list[_Batch], context: torch.autocast
+) -> Iterator[AttentionInputs]:
     seen: list[AttentionInputs] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,10 +121,16 @@ def _inputs(layer: nn.Module, index: int, attention: nn.Module, batches: list[_B
     for batch in batches:
         handle = attention.register_forward_pre_hook(record, with_kwargs=True)
         try:
-            _advance(layer, index, batch)
+            with context:
+                _advance(layer, index, batch)
         finally:
             handle.remove()
         yield seen.pop()
+
+
+def _fast_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
 
 
 def _advance(layer: nn.Module, index: int, batch: _Batch) -> None:
@@ -129,14 +143,14 @@ def _enter(model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor) -> li
     """Run everything before the first layer, with layers that only record how they are called."""
     device = next(model.parameters()).device
     size = max(1, BATCH_TOKENS // windows.shape[1])
-    returns_tuple = _returns_tuple(model, layers, windows[:1, :2].to(device))
+    returned = _returned(model, layers, windows[:1, :2].to(device))
     batches: list[_Batch] = []
     for rows in windows.split(size):
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         entered: list[Tensor] = []
         originals = [(layer, layer.__dict__.get("forward")) for layer in layers]
         for index, layer in enumerate(layers):
-            layer.forward = _recorder(index, calls, entered, returns_tuple)
+            layer.forward = _recorder(index, calls, entered, returned)
         try:
             _decoder(model)(input_ids=rows.to(device), use_cache=False)
         finally:
@@ -159,7 +173,7 @@ def _recorder(
     index: int,
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]],
     entered: list[Tensor],
-    returns_tuple: bool,
+    returned: int,
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args:
@@ -168,14 +182,17 @@ def _recorder(
             hidden = kwargs.pop("hidden_states")
         calls[index] = (args, kwargs)
         entered.append(hidden)
-        return (hidden,) if returns_tuple else hidden
+        return (hidden, *[None] * (returned - 1)) if returned else hidden
 
     return forward
 
 
-def _returns_tuple(model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor) -> bool:
-    found: list[bool] = []
-    handle = layers[0].register_forward_hook(lambda _, __, output: found.append(isinstance(output, tuple)))
+def _returned(model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor) -> int:
+    """The length of the tuple that layers return; 0 where they return a tensor."""
+    found: list[int] = []
+    handle = layers[0].register_forward_hook(
+        lambda _, __, output: found.append(len(output) if isinstance(output, tuple) else 0)
+    )
     try:
         _decoder(model)(input_ids=ids, use_cache=False)
     finally:

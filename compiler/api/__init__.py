@@ -7,19 +7,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 if __name__ != "attnedit":
     raise ImportError(f"this package is installed as attnedit; write 'import attnedit', not {__name__!r}")
 
 # Registers model_type "attnedit" with transformers' auto classes, so that a saved result loads like any model.
 import attnedit.targets.runtime.eager  # noqa: F401
+
+# Now rather than at first use: whoever imports the module attnedit.compile later would get it in the function's place.
+from attnedit.compile import compile
 from attnedit.compiler.errors import AttneditError, CaptureError, UsageError, VerificationError
 from attnedit.compiler.report import Report
-
-if TYPE_CHECKING:
-    from attnedit.compile import compile
-    from attnedit.result import CompileResult, load
+from attnedit.result import CompileResult, load
 
 __all__ = [
     "AttneditError",
@@ -31,16 +29,3 @@ __all__ = [
     "compile",
     "load",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "compile":
-        from attnedit.compile import compile as value
-    elif name in ("CompileResult", "load"):
-        import attnedit.result
-
-        value = getattr(attnedit.result, name)
-    else:
-        raise AttributeError(f"module 'attnedit' has no attribute {name!r}")
-    globals()[name] = value  # importing the module attnedit.compile has put the module itself under this name
-    return value

@@ -13,12 +13,12 @@ from attnedit.compiler.capture import capture
 from attnedit.compiler.data import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
-from attnedit.compiler.progress import Progress
+from attnedit.compiler.progress import Progress, stage, track
 from attnedit.compiler.report import LayerReport, Report, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.stream import AttentionInputs, stream
-from attnedit.compiler.verify import check_tokens, same_decode, same_logits
+from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
 from attnedit.passes.mla.assemble import build, exact_factors
 from attnedit.passes.mla.budget import Shape, plan
 from attnedit.passes.mla.fit import Fit, FitOptions, fit_layer
@@ -56,8 +56,8 @@ def compile(
             None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
         calibration_tokens: how many to use: 65,536 of given data and 8,192 of own samples unless told.
-        alternations: rounds of least squares per layer after the analytic start; fewer is faster, 2 is nearly
-            converged.
+        alternations: rounds of least squares per layer after the analytic start. 0 and 1 are quick jobs on few
+            sampled queries; 2 is nearly converged.
         seed: of sampled text and sampled queries.
         device: where to work; where the model is unless told.
         in_place: rewrite `model` itself instead of a copy that shares its tensors.
@@ -73,21 +73,24 @@ def compile(
     """
     if target not in TARGETS:
         raise UsageError(f"no target {target!r}; there is {', '.join(TARGETS)}")
-    if alternations < 0:
-        raise UsageError(f"alternations must not be negative, got {alternations}")
+    options = FitOptions.of(alternations)
     budget = DEFAULT_BUDGET if kv_budget is None else kv_budget
     if not 0 < budget <= 1:
         raise UsageError(f"kv_budget must be above 0 and at most 1, got {budget:g}")
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    if rewritten := getattr(model.config, "attnedit", None):
+        raise UsageError(
+            f"{name} is rewritten already ({_first(list(rewritten['sites']))}); compile the model that it came from"
+        )
     check_config(model.config, name)
     check_weights(model, name)
     if device is not None:
-        model = share_copy(model).to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+        model = (model if in_place else share_copy(model)).to(device)  # type: ignore[arg-type]  # transformers wraps it
     seconds: dict[str, float] = {}
-    training = model.training
+    modes = {part: module.training for part, module in model.named_modules()}
     model.eval()
     try:
-        with timed(seconds, "capture"):
+        with timed(seconds, "capture"), stage("capture", progress):
             sites = capture(model)
             chosen, notes = choose_sites(sites)
             before = kv_usage(model)
@@ -100,21 +103,22 @@ def compile(
                 )
         result = model if in_place else share_copy(model)
         with timed(seconds, "fit"):
-            options = FitOptions(alternations=alternations)
             graphs, fits = _rewrite(model, result, chosen, shapes, windows, options, seed, progress)
         ids = check_tokens(windows, model)
-        expected = model if not in_place else None
+        exact = all(shape.exact for shape in shapes.values())
+        expected = logits_of(model, ids) if verify and exact else None
         splice(result, graphs)
         result = to_attnedit(result, {site.name: graphs[site.name].mla.config for site in chosen})  # type: ignore[misc, union-attr]
         after = kv_usage(result)
         checks: list[Verification] = []
         if verify:
-            with timed(seconds, "verify"):
-                if expected is not None and all(shape.exact for shape in shapes.values()):
+            with timed(seconds, "verify"), stage("verify", progress):
+                if expected is not None:
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids))
     finally:
-        model.train(training)
+        _set_modes(model, modes)
+    _set_modes(result, modes)
     report = Report(
         source=name,
         target=target,
@@ -144,13 +148,25 @@ def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[
     notes: list[str] = []
     able = [site for site in sites if not site.already_mla]
     if not able:
-        raise CaptureError(f"all {len(sites)} attention sites are multi-head latent attention already")
+        names = _first([site.name for site in sites])
+        raise CaptureError(f"all {len(sites)} attention sites ({names}) are multi-head latent attention already")
     if len(able) < len(sites):
         notes.append(f"{len(sites) - len(able)} sites are latent already and stay as they are")
     full = [site for site in able if site.window is None]
     if full and len(full) < len(able):
         notes.append(f"{len(able) - len(full)} layers already slide over a window and stay as they are")
     return full or able, notes
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _set_modes(model: PreTrainedModel, modes: dict[str, bool]) -> None:
+    """Training or evaluation as it was for every module; new modules take after what they are in."""
+    for name, module in model.named_modules():  # parents come first
+        if name in modes:
+            module.train(modes[name])
 
 
 def _rewrite(
@@ -167,7 +183,7 @@ def _rewrite(
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, Fit] = {}
     if windows is None:
-        for site in chosen:
+        for site in track(chosen, "build layers", progress):
             weight, _ = output_weight(source, site)
             shape = shapes[site.name]
             graphs[site.name] = build(result, site, shape, exact_factors(site, shape, weight))
@@ -184,7 +200,7 @@ def _rewrite(
             factors = fits[site.name].factors
         graphs[site.name] = build(result, site, shape, factors)
 
-    stream(source, chosen, windows, visit, progress=progress, stage="fit layers")
+    stream(source, chosen, windows, visit, progress=progress, stage="fit layers", exact=options.exact_stream)
     return graphs, fits
 
 

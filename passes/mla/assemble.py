@@ -115,9 +115,9 @@ def _split_output(site: AttentionSite, shape: Shape, factors: Factors, weight: T
 
 
 def _with_weight(site: AttentionSite, module: nn.Module, by_head: Tensor) -> nn.Module:
-    """A copy of the output projection with another weight; its bias stays."""
+    """A copy of the output projection with another weight; its bias is the same object."""
     full = by_head.transpose(0, 1).flatten(1) / site.o_proj.scale
-    fresh = copy.deepcopy(module)
+    fresh = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
     name = site.o_proj.weight.rsplit(".", 1)[-1]
     old = fresh.get_parameter(name)
     new = (full.T if site.o_proj.transposed else full).to(old.dtype).contiguous()

@@ -9,6 +9,8 @@ from attnedit.compiler.sites import AttentionSite
 
 VALUES_PER_SLOT = 12
 """One rotary slot (two values) for every twelve cached values: the best split over budgets (docs/benchmarks.md)."""
+VALUES_TO_UNFOLD = 4
+"""Cached values per rotary frequency from which frequencies are not folded in pairs."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ def shape_for(site: AttentionSite, values: int) -> Shape:
     planes = len(site.rope.pairs) if site.rope else 0
     if not planes:
         return Shape(rank=values, slots=0)
-    slots = max(1, min(round(values / VALUES_PER_SLOT), full.slots, (values - 1) // 2))
-    fold = 1
-    while fold * 2 <= planes // (2 * slots):
-        fold *= 2
+    fold = 1 if values >= VALUES_TO_UNFOLD * planes else 2
+    # at least one slot for every two (folded) frequencies, whatever the share
+    slots = max(round(values / VALUES_PER_SLOT), planes // (2 * fold))
+    slots = max(1, min(slots, values // 4, full.slots))
     return Shape(rank=values - 2 * slots, slots=slots, fold=fold)
 
 

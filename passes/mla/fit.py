@@ -6,28 +6,45 @@ from dataclasses import dataclass
 
 import torch
 
+from attnedit.compiler.errors import UsageError
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.initialise import analytic, mix_components
 from attnedit.passes.mla.least_squares import logit_target, refit_latent, refit_output, refit_query
 from attnedit.passes.mla.sample import LayerSample
-from attnedit.passes.mla.weights import Factors, output_error
+from attnedit.passes.mla.weights import Factors
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How much work the closed-form fit may do.
+    """How much work the closed-form fit may do (docs/benchmarks.md has what each setting buys).
 
     Attributes:
-        alternations: rounds of query-side, latent-side and output-side least squares after the analytic start.
-        iterations: conjugate-gradient steps of each of the first two.
+        alternations: rounds of query-side and latent-side least squares, each followed by the output side's.
+        iterations: conjugate-gradient steps of each of the first two; few regularise where queries are few.
         output_queries: sampled queries, over all calibration sequences, of the output regression.
         logit_queries: sampled queries of the logits' least squares.
+        exact_stream: whether hidden states are computed in the model's own dtype; else in bfloat16 where the
+            processor multiplies that faster.
     """
 
     alternations: int = 2
     iterations: int = 8
     output_queries: int = 16384
-    logit_queries: int = 8192
+    logit_queries: int = 16384
+    exact_stream: bool = True
+
+    @classmethod
+    def of(cls, alternations: int) -> FitOptions:
+        """Settings for a number of alternations: up to one is the quick job, which works on fewer queries.
+
+        Raises:
+            UsageError: the number is negative.
+        """
+        if alternations < 0:
+            raise UsageError(f"alternations must not be negative, got {alternations}")
+        if alternations > 1:
+            return cls(alternations)
+        return cls(alternations, iterations=3, output_queries=8192, logit_queries=2048, exact_stream=False)
 
 
 @dataclass(frozen=True)
@@ -44,11 +61,12 @@ def fit_layer(sample: LayerSample, shape: Shape, options: FitOptions) -> Fit:
     """Closed-form MLA weights of one layer; see docs/method.md for the steps."""
     components = mix_components(sample, shape.fold) if shape.slots else None
     factors, energy = analytic(sample, components, shape.slots, shape.rank)
-    factors = refit_output(sample, factors)
-    if options.alternations:
-        few = sample.thinned(max(1, options.logit_queries // len(sample.query)))
-        target = logit_target(few)
-        for _ in range(options.alternations):
-            factors = refit_output(sample, refit_query(few, factors, target, options.iterations))
-            factors = refit_output(sample, refit_latent(few, factors, target, options.iterations))
-    return Fit(factors, energy, output_error(sample, factors))
+    if not options.alternations:
+        factors, error = refit_output(sample, factors)
+        return Fit(factors, energy, error)
+    few = sample.thinned(max(1, options.logit_queries // len(sample.query)))
+    target = logit_target(few)
+    for _ in range(options.alternations):
+        factors, _ = refit_output(sample, refit_query(few, factors, target, options.iterations))
+        factors, error = refit_output(sample, refit_latent(few, factors, target, options.iterations))
+    return Fit(factors, energy, error)

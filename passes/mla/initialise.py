@@ -19,6 +19,8 @@ EXPECTED_DISTANCES = (0.1, 512.0, 200)
 QUERY_FLOOR = 1e-3
 """Floor of the query energy of a component, relative to the largest of its fold."""
 PSEUDO_INVERSE_FLOOR = 1e-10
+NOISE_FLOOR = 1e-8
+"""Least mean square of a latent value, of the largest: what is below is the rounding of float32, not to be blown up."""
 
 
 @dataclass(frozen=True)
@@ -60,29 +62,31 @@ def mix_components(sample: LayerSample, fold: int) -> Components:
     energy = energy.double().mean((0, 2)).view(groups, -1, planes).sum(1)
     rho = expected_rotation(rotation)
     order = rotation.frequency.argsort(descending=True)
-    found: list[tuple[float, Tensor, Tensor, int]] = []
-    for start in range(0, planes, fold):
-        members = order[start : start + fold]
-        states = z[:, :, members].flatten(1)
-        second = (torch.einsum("ti,tj->ij", states * weight[:, None], states.conj())).to(torch.complex128)
-        root = energy[:, members].flatten().sqrt()
-        root = root.clamp(min=float(root.max()) * QUERY_FLOOR + 1e-30)
-        values, vectors = torch.linalg.eigh(root[:, None] * second * root)
-        analysis, synthesis = vectors.mH * root, (vectors / root[:, None]).mT
-        lead = int(members[0])
-        loss = 1 - float((rho[lead] / rotation.scaling**2).abs()) ** 2
-        for j in range(len(values)):
-            a = torch.zeros(groups, planes, dtype=torch.complex128, device=z.device)
-            s = torch.zeros_like(a)
-            a[:, members] = analysis[j].view(groups, -1)
-            s[:, members] = synthesis[j].view(groups, -1)
-            found.append((float(values[j]) * loss, a, s, int(rotation.columns[lead])))
-    found.sort(key=lambda item: -item[0])
-    return Components(
-        torch.stack([item[1] for item in found]),
-        torch.stack([item[2] for item in found]),
-        torch.tensor([item[3] for item in found], device=z.device),
-    )
+    worth: list[Tensor] = []
+    analyses: list[Tensor] = []
+    syntheses: list[Tensor] = []
+    columns: list[Tensor] = []
+    # all folds of one size at once: the last may be smaller
+    whole = planes - planes % fold
+    for members in (order[:whole].view(-1, fold), order[whole:].view(1, -1)):
+        count, size = len(members), groups * members.shape[1]
+        if not members.numel():
+            continue
+        states = z[:, :, members].permute(2, 0, 1, 3).reshape(count, len(z), size)
+        second = ((states * weight[:, None]).mT @ states.conj()).to(torch.complex128)
+        root = energy[:, members].transpose(0, 1).reshape(count, size).sqrt()
+        root = root.clamp(min=root.amax(1, keepdim=True) * QUERY_FLOOR + 1e-30)
+        values, vectors = torch.linalg.eigh(root[:, :, None] * second * root[:, None])
+        lead = members[:, 0]
+        loss = 1 - (rho[lead] / rotation.scaling**2).abs().square()
+        worth.append((values * loss[:, None]).flatten())
+        index = members[:, None, None].expand(-1, size, groups, -1)
+        for found, rows in ((analyses, vectors.mH * root[:, None]), (syntheses, (vectors / root[:, :, None]).mT)):
+            full = torch.zeros(count, size, groups, planes, dtype=torch.complex128, device=z.device)
+            found.append(full.scatter_(3, index, rows.resolve_conj().reshape(count, size, groups, -1)).flatten(0, 1))
+        columns.append(rotation.columns[lead].repeat_interleave(size))
+    best = torch.cat(worth).argsort(descending=True, stable=True)
+    return Components(torch.cat(analyses)[best], torch.cat(syntheses)[best], torch.cat(columns)[best])
 
 
 def real_rows(states: Tensor, rotation: Rotation, head_dim: int) -> Tensor:
@@ -166,7 +170,8 @@ def analytic(sample: LayerSample, components: Components | None, slots: int, ran
     up_key = key_inverse @ basis[:k]
     up_value = (value_inverse @ basis[k:] / (balance if balance > 0 else 1.0)).view(groups, e, rank)
     # unit mean square per latent value: fp16 and the least squares want comparable scales
-    size = (latent @ second @ latent.mT).diagonal().clamp(min=1e-30).sqrt()
+    size = (latent @ second @ latent.mT).diagonal()
+    size = size.clamp(min=float(size.max()) * NOISE_FLOOR + 1e-30).sqrt()
     factors = Factors(
         latent=(latent / size[:, None]).float(),
         slots=torch.cat([slot_rows, slot_rows.new_zeros(len(slot_rows), groups * e)], 1).float(),

@@ -8,34 +8,63 @@ sum_n p_mn |W_O,h (v_n - o_m)|^2 of what query m could read; an error common to 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.sample import LayerSample
+from attnedit.passes.mla.sample import Chunk, LayerSample
 from attnedit.passes.mla.solve import Blocks, conjugate_gradients, inverse_root
 from attnedit.passes.mla.weights import (
     Factors,
     key_features,
+    latent_reads,
     mix,
+    output_error,
     query_features,
     rotate,
     score,
     slot_tables,
 )
 
-OUTPUT_RIDGE = 1e-3
-"""Ridge of the output regression, of the mean diagonal of its Gram matrix, towards the weights it starts from."""
+OUTPUT_RIDGE = 0.5
+"""Ridge of the output regression towards the weights it starts from, as a fraction of the mean diagonal of its Gram
+matrix: this times features per sampled query, so that few queries are trusted less."""
 OUTPUT_SHARE = 10.0
 """Weight of the output's error against the logits' in the latent-side problem."""
 WHITENING_RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
-class LogitTarget:
-    """Teacher logits and the weight of each, per chunk of sequences: pairs ([N', H, Q, T], [N', H, Q, T])."""
+class Weighted:
+    """One chunk of the logits' problem.
 
-    chunks: list[tuple[slice, Tensor, Tensor]]
+    Attributes:
+        chunk: which queries and keys.
+        logits: the teacher's [N', H, Q', T'].
+        weight: what an error of each counts [N', H, Q', T'].
+    """
+
+    chunk: Chunk
+    logits: Tensor
+    weight: Tensor
+
+    def pull(self, error: Tensor) -> Tensor:
+        """Gradient of the weighted variance over keys, weight x (error - its weighted mean); overwrites `error`."""
+        mean = torch.linalg.vecdot(self.weight, error)[..., None] / self.strength
+        return error.sub_(mean).mul_(self.weight)
+
+    @cached_property
+    def strength(self) -> Tensor:
+        """Weight of each query, summed over keys [N', H, Q', 1]."""
+        return self.weight.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+@dataclass(frozen=True)
+class LogitTarget:
+    """Teacher logits of all sampled queries with their weights, and the sum of all weights."""
+
+    chunks: list[Weighted]
     total: float
 
 
@@ -43,49 +72,44 @@ def logit_target(sample: LayerSample) -> LogitTarget:
     """Weights p x spread of every sampled query and key; masked pairs weigh nothing."""
     metric = sample.output_weight.mT @ sample.output_weight  # [H, e, e]
     share = sample.heads // sample.groups
+    value = sample.value.repeat_interleave(share, 1)
+    size = ((value @ metric) * value).sum(-1)[:, :, None, :]
     chunks, total = [], 0.0
-    for part in sample.chunks():
-        logits = sample.teacher_logits(part)
-        p = sample.probabilities(logits, part)
-        value = sample.value[part].repeat_interleave(share, 1)
-        seen = sample.mix_values(p, part)
-        size = ((value @ metric) * value).sum(-1)[:, :, None, :]
+    for chunk in sample.chunks():
+        logits = sample.teacher_logits(chunk)
+        p = sample.probabilities(logits, chunk)
+        seen = sample.mix_values(p, chunk)
         # sum_n p |W(v - o)|^2 = sum_n p |W v|^2 - (2 - sum_n p) |W o|^2; with sinks p sums to less than one
         mass = p.sum(-1, keepdim=True)
         mean = ((seen @ metric) * seen).sum(-1, keepdim=True)
-        spread = ((p * size).sum(-1, keepdim=True) - (2 - mass) * mean).clamp(min=0)
-        weight = p * spread
+        spread = ((p * size[chunk.sequences, :, :, chunk.keys]).sum(-1, keepdim=True) - (2 - mass) * mean).clamp(min=0)
+        weight = p.mul_(spread)
         total += float(weight.sum())
-        chunks.append((part, logits, weight))
+        chunks.append(Weighted(chunk, logits, weight))
     return LogitTarget(chunks, max(total, 1e-30))
 
 
-def _centred(error: Tensor, weight: Tensor) -> Tensor:
-    """Weight x (error - its weighted mean over keys): the gradient of the weighted variance, in place."""
-    mean = (weight * error).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
-    return error.sub_(mean).mul_(weight)
-
-
-def refit_output(sample: LayerSample, factors: Factors) -> Factors:
+def refit_output(sample: LayerSample, factors: Factors) -> tuple[Factors, float]:
     """Ridge regression of the teacher's output on the features z_h = p_h c, then a rank-`e` split per head.
 
     The split is an SVD weighted with the features' covariance: exact while r <= v_head_dim.
+
+    Returns:
+        The factors, and the energy of the output's error as a fraction of the output's.
     """
-    h, r, e = sample.heads, factors.rank, sample.value.shape[-1]
-    source, device = sample.source, sample.key.device
     if sample.fixed_output:
-        return _refit_values(sample, factors)
-    gram = torch.zeros(h * r, h * r, device=device)
-    cross = torch.zeros(h * r, factors.output.shape[1], device=device)
-    for part in sample.chunks():
-        keys = key_features(sample, source[part], factors.latent, factors.slots, factors.columns)
-        queries = query_features(sample, part, factors.query_latent, factors.query_slots, factors.columns)
-        weights = sample.probabilities(score(queries, keys), part)
-        z = mix(weights, keys[..., :r]).transpose(1, 2).reshape(-1, h * r)
+        factors = _refit_values(sample, factors)
+        return factors, output_error(sample, factors)
+    h, r, e = sample.heads, factors.rank, sample.value.shape[-1]
+    gram = torch.zeros(h * r, h * r, device=sample.key.device)
+    cross = torch.zeros(h * r, factors.output.shape[1], device=sample.key.device)
+    for chunk, reads in latent_reads(sample, factors):
+        z = reads.transpose(1, 2).reshape(-1, h * r)
         gram.addmm_(z.mT, z)
-        cross.addmm_(z.mT, sample.target[part].flatten(0, 1))
+        cross.addmm_(z.mT, sample.target[chunk.sequences, chunk.queries].flatten(0, 1))
     start = factors.output.permute(0, 2, 1).reshape(h * r, -1)
-    ridge = OUTPUT_RIDGE * float(gram.diagonal().mean())
+    rows = sample.query.shape[0] * sample.query.shape[2]
+    ridge = OUTPUT_RIDGE * h * r / rows * float(gram.diagonal().mean())
     system = gram.double()
     system.diagonal().add_(ridge)
     fitted = torch.cholesky_solve((cross + ridge * start).double(), torch.linalg.cholesky(system))
@@ -93,24 +117,27 @@ def refit_output(sample: LayerSample, factors: Factors) -> Factors:
     if r > e:
         blocks = system.view(h, r, h, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         output = _truncate(output, blocks, e)
-    return replace(factors, output=output.float())
+    output = output.float()
+    # |y - F z|^2 from the moments that are there anyway
+    flat = output.transpose(1, 2).reshape(h * r, -1)
+    energy = float(sample.target.double().square().sum())
+    error = energy + float(((gram @ flat).double() * flat).sum()) - 2 * float((cross.double() * flat).sum())
+    return replace(factors, output=output), max(error, 0.0) / max(energy, 1e-30)
 
 
 def _refit_values(sample: LayerSample, factors: Factors) -> Factors:
     """Per head, regress the source's head output on its own features: W_UV changes, W_O cannot."""
-    source, r = sample.source, factors.rank
-    gram = torch.zeros(sample.heads, r, r, device=source.device)
-    cross = torch.zeros(sample.heads, r, sample.value.shape[-1], device=source.device)
-    for part in sample.chunks():
-        keys = key_features(sample, source[part], factors.latent, factors.slots, factors.columns)
-        queries = query_features(sample, part, factors.query_latent, factors.query_slots, factors.columns)
-        z = mix(sample.probabilities(score(queries, keys), part), keys[..., :r])
-        own = sample.mix_values(sample.probabilities(sample.teacher_logits(part), part), part)
-        gram += torch.einsum("nhqr,nhqs->hrs", z, z)
-        cross += torch.einsum("nhqr,nhqe->hre", z, own)
+    device, r = sample.key.device, factors.rank
+    gram = torch.zeros(sample.heads, r, r, device=device)
+    cross = torch.zeros(sample.heads, r, sample.value.shape[-1], device=device)
+    for chunk, reads in latent_reads(sample, factors):
+        own = sample.mix_values(sample.probabilities(sample.teacher_logits(chunk), chunk), chunk)
+        gram += torch.einsum("nhqr,nhqs->hrs", reads, reads)
+        cross += torch.einsum("nhqr,nhqe->hre", reads, own)
     start = torch.linalg.lstsq(sample.output_weight, factors.output).solution.mT  # [H, r, e]
     system = gram.double()
-    ridge = OUTPUT_RIDGE * system.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
+    rows = sample.query.shape[0] * sample.query.shape[2]
+    ridge = OUTPUT_RIDGE * r / rows * system.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
     system.diagonal(dim1=-2, dim2=-1).add_(ridge)
     values = torch.linalg.solve(system, cross + ridge[..., None] * start)
     return replace(factors, output=sample.output_weight @ values.mT.float())
@@ -129,14 +156,13 @@ def _truncate(output: Tensor, covariance: Tensor, rank: int) -> Tensor:
 def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iterations: int) -> Factors:
     """Weighted least squares of the logits in the query maps B and R, given what is cached."""
     r = factors.rank
-    source = sample.source
-    keys = key_features(sample, source, factors.latent, factors.slots, factors.columns)
-    weight = _key_weight(sample, target)
+    keys = key_features(sample, factors.latent, factors.slots, factors.columns)
     left = inverse_root(_moment(sample.query.transpose(0, 1).flatten(1, 2)), WHITENING_RIDGE)  # [H, d, d]
     flat = keys.flatten(0, 1)
-    moment = (flat * weight.flatten()[:, None]).mT @ flat
+    moment = (flat * _key_weight(sample, target).flatten()[:, None]).mT @ flat
     right_latent = inverse_root(moment[:r, :r], WHITENING_RIDGE)
     right_slots = inverse_root(moment[r:, r:], WHITENING_RIDGE)
+    cos, sin = slot_tables(sample, factors.columns)
 
     def to_maps(x: Blocks) -> tuple[Tensor, Tensor]:
         return left.mT @ x[0] @ right_latent, right_slots.mT @ x[1] @ left
@@ -144,16 +170,17 @@ def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iter
     def gradient(maps: tuple[Tensor, Tensor], with_target: bool) -> Blocks:
         latent = torch.zeros_like(factors.query_latent)
         slots = torch.zeros_like(factors.query_slots)
-        for part, logits, pair in target.chunks:
-            error = score(query_features(sample, part, *maps, factors.columns), keys[part])
+        for part in target.chunks:
+            chunk = part.chunk
+            cached = keys[chunk.sequences, chunk.keys]
+            error = score(query_features(sample, chunk, *maps, factors.columns), cached)
             if with_target:
-                error -= logits
-            back = mix(_centred(error, pair), keys[part])
-            query = sample.query[part]
+                error -= part.logits
+            back = mix(part.pull(error), cached)
+            query = sample.query[chunk.sequences, :, chunk.queries]
             latent += torch.einsum("nhqd,nhqr->hdr", query, back[..., :r])
-            cos, sin = slot_tables(sample, factors.columns)
-            positions = sample.positions[part]
-            turned = rotate(back[..., r:], cos[positions][:, None], -sin[positions][:, None])
+            positions = sample.positions[chunk.queries]
+            turned = rotate(back[..., r:], cos[positions], -sin[positions])
             slots += torch.einsum("nhqs,nhqd->hsd", turned, query)
         scale = sample.scale / target.total
         return [left @ latent @ right_latent.mT * scale, right_slots @ slots @ left.mT * scale]
@@ -166,48 +193,49 @@ def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iter
 
 def refit_latent(sample: LayerSample, factors: Factors, target: LogitTarget, iterations: int) -> Factors:
     """Least squares in what is cached, P and S: the logits' error plus the output's at fixed attention weights."""
-    r, source = factors.rank, sample.source
-    weight = _key_weight(sample, target)
-    flat = source.flatten(0, 1)
-    right = inverse_root((flat * weight.flatten()[:, None]).mT @ flat, WHITENING_RIDGE)  # [E, E]
+    r = factors.rank
+    flat = sample.source.flatten(0, 1)
+    weight = _key_weight(sample, target).flatten()[:, None]
+    right = inverse_root((flat * weight).mT @ flat, WHITENING_RIDGE)  # [E, E]
+    keys = key_features(sample, factors.latent, factors.slots, factors.columns)
     queries: list[Tensor] = []
     seen: list[Tensor] = []
-    curvature = torch.zeros(r, r, device=flat.device)
-    curvature_slots = torch.zeros(len(factors.slots), len(factors.slots), device=flat.device)
-    for part, _, pair in target.chunks:
-        q = query_features(sample, part, factors.query_latent, factors.query_slots, factors.columns)
-        keys = key_features(sample, source[part], factors.latent, factors.slots, factors.columns)
-        seen.append(mix(sample.probabilities(score(q, keys), part), source[part]))
-        strength = pair.sum(-1, keepdim=True)
-        w = (q * strength).flatten(0, 2).mT @ q.flatten(0, 2)
-        curvature += w[:r, :r]
-        curvature_slots += w[r:, r:]
+    curvature = flat.new_zeros(keys.shape[-1], keys.shape[-1])
+    for part in target.chunks:
+        chunk = part.chunk
+        q = query_features(sample, chunk, factors.query_latent, factors.query_slots, factors.columns)
+        p = sample.probabilities(score(q, keys[chunk.sequences, chunk.keys]), chunk)
+        seen.append(mix(p, sample.source[chunk.sequences, chunk.keys]))
+        curvature += (q * part.strength).flatten(0, 2).mT @ q.flatten(0, 2)
         queries.append(q)
     metric = torch.einsum("hDr,hDs->rs", factors.output, factors.output)
     read = sum(float(s.shape[0] * s.shape[2]) for s in seen) / sample.heads
-    left = inverse_root(curvature + OUTPUT_SHARE * read * metric, 1e-3)
-    left_slots = inverse_root(curvature_slots, 1e-3)
+    left = inverse_root(curvature[:r, :r] + OUTPUT_SHARE * read * metric, 1e-3)
+    left_slots = inverse_root(curvature[r:, r:], 1e-3)
+    cos, sin = slot_tables(sample, factors.columns)
 
     def to_maps(x: Blocks) -> tuple[Tensor, Tensor]:
         return left.mT @ x[0] @ right, left_slots.mT @ x[1] @ right
 
     def gradient(maps: tuple[Tensor, Tensor], with_target: bool) -> Blocks:
-        latent, slots = torch.zeros_like(factors.latent), torch.zeros_like(factors.slots)
-        cos, sin = slot_tables(sample, factors.columns)
-        for (part, logits, pair), q, y in zip(target.chunks, queries, seen, strict=True):
-            error = score(q, key_features(sample, source[part], *maps, factors.columns))
+        latent = torch.zeros_like(factors.latent)
+        cached = key_features(sample, *maps, factors.columns)
+        pulled = torch.zeros_like(cached)
+        for part, q, y in zip(target.chunks, queries, seen, strict=True):
+            chunk = part.chunk
+            error = score(q, cached[chunk.sequences, chunk.keys])
             if with_target:
-                error -= logits
+                error -= part.logits
             n, h, length, t = error.shape
-            back = _centred(error, pair).reshape(n, h * length, t).mT @ q.reshape(n, h * length, -1)
-            latent += back[..., :r].flatten(0, 1).mT @ source[part].flatten(0, 1)
-            slots += rotate(back[..., r:], cos, -sin).flatten(0, 1).mT @ source[part].flatten(0, 1)
-            cached = y @ maps[0].mT
-            missing = torch.einsum("nhqr,hDr->nqD", cached, factors.output)
+            back = part.pull(error).view(n, h * length, t).mT @ q.reshape(n, h * length, -1)
+            pulled[chunk.sequences, chunk.keys] += back
+            missing = torch.einsum("nhqr,hDr->nqD", y @ maps[0].mT, factors.output)
             if with_target:
-                missing -= sample.target[part]
-            pulled = torch.einsum("nqD,hDr->nhqr", missing, factors.output)
-            latent += OUTPUT_SHARE * (pulled.flatten(0, 2).mT @ y.flatten(0, 2))
+                missing -= sample.target[chunk.sequences, chunk.queries]
+            output = torch.einsum("nqD,hDr->nhqr", missing, factors.output)
+            latent += OUTPUT_SHARE * (output.flatten(0, 2).mT @ y.flatten(0, 2))
+        latent += pulled[..., :r].flatten(0, 1).mT @ flat
+        slots = rotate(pulled[..., r:], cos, -sin).flatten(0, 1).mT @ flat
         return [left @ latent @ right.mT / target.total, left_slots @ slots @ right.mT / target.total]
 
     residual = [-g for g in gradient((factors.latent, factors.slots), with_target=True)]
@@ -218,7 +246,10 @@ def refit_latent(sample: LayerSample, factors: Factors, target: LogitTarget, ite
 
 def _key_weight(sample: LayerSample, target: LogitTarget) -> Tensor:
     """Share of the logit weight that falls on each token [N, T], summing to 1."""
-    return torch.cat([pair.sum((1, 2)) for _, _, pair in target.chunks]) / target.total
+    weight = sample.key.new_zeros(sample.key.shape[0], sample.key.shape[2])
+    for part in target.chunks:
+        weight[part.chunk.sequences, part.chunk.keys] += part.weight.sum((1, 2))
+    return weight / target.total
 
 
 def _moment(rows: Tensor) -> Tensor:

@@ -7,14 +7,20 @@ d query/key head_dim, e value head_dim, D hidden size, n rotary frequencies.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 22
 """Logits held at once by the chunked loops (elements): bounds memory, keeps matrix products large."""
+QUERY_BLOCKS = 8
+"""Blocks of neighbouring queries: each meets only keys that it can see, which saves close to half of all logits."""
+
+FIRST_POSITIONS = 4
+"""Positions at the start of a sequence whose queries are always among those sampled."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,22 @@ class Rotation:
     scaling: float
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """One block of logits: some queries of some sequences, against every key that one of them can see."""
+
+    sequences: slice
+    queries: slice
+    keys: slice
+
+
 @dataclass
 class LayerSample:
     """Calibration tensors of one attention site, on one device, float32 unless said otherwise.
 
     Attributes:
         query: sampled queries before rope, after bias and norm [N, H, Q, d].
-        positions: their positions in the sequence [N, Q], int64.
+        positions: their positions, the same in every sequence, ascending [Q], int64.
         key: keys before rope, after bias and norm [N, G, T, d].
         value: values [N, G, T, e].
         cos, sin: rotary tables [T, c], or None for a layer without rope.
@@ -67,17 +82,6 @@ class LayerSample:
     window: int | None = None
     fixed_output: bool = False
 
-    rotated_query: Tensor = field(init=False)
-    rotated_key: Tensor = field(init=False)
-    target: Tensor = field(init=False)
-    token_weight: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Rotate queries and keys, then take the teacher's output and the attention each token receives."""
-        self.rotated_key = self._rotate(self.key, None)
-        self.rotated_query = self._rotate(self.query, self.positions)
-        self.target, self.token_weight = self._teacher()
-
     @property
     def groups(self) -> int:
         """Key-value groups G."""
@@ -88,61 +92,81 @@ class LayerSample:
         """Query heads H."""
         return self.query.shape[1]
 
-    @property
+    @cached_property
     def source(self) -> Tensor:
         """What is projected into the cache: keys then values, groups flattened [N, T, G d + G e]."""
         return torch.cat([self.key.transpose(1, 2).flatten(2), self.value.transpose(1, 2).flatten(2)], -1)
 
-    def chunks(self) -> Iterator[slice]:
-        """Slices over sequences that keep one block of logits below `CHUNK_ELEMENTS`."""
+    @cached_property
+    def target(self) -> Tensor:
+        """The source's attention output after o_proj, without its bias, on the sampled queries [N, Q, D]."""
+        return self._teacher[0]
+
+    @cached_property
+    def token_weight(self) -> Tensor:
+        """Attention that each token receives, per sampled query that can see it; mean 1 [N, T]."""
+        return self._teacher[1]
+
+    def chunks(self) -> list[Chunk]:
+        """Blocks that together hold every visible pair once, of at most `CHUNK_ELEMENTS` logits."""
         n, h, q = self.query.shape[:3]
-        step = max(1, CHUNK_ELEMENTS // (h * q * self.key.shape[2]))
-        for start in range(0, n, step):
-            yield slice(start, min(start + step, n))
+        edges = torch.linspace(0, q, min(QUERY_BLOCKS, q) + 1).round().int().tolist()
+        result = []
+        for first, end in itertools.pairwise(edges):
+            low, high = int(self.positions[first]), int(self.positions[end - 1]) + 1
+            keys = slice(0 if self.window is None else max(0, low - self.window + 1), high)
+            step = max(1, CHUNK_ELEMENTS // (h * (end - first) * (keys.stop - keys.start)))
+            result += [Chunk(slice(i, min(i + step, n)), slice(first, end), keys) for i in range(0, n, step)]
+        return result
 
-    def hidden(self, part: slice) -> Tensor:
-        """Mask of keys that a sampled query may not see (future, or behind the window) [N', 1, Q, T], bool."""
-        return ~self._visible(part)[:, None]
-
-    def _visible(self, part: slice) -> Tensor:
-        steps = torch.arange(self.key.shape[2], device=self.key.device)
-        behind = self.positions[part, :, None] - steps
+    def visible(self, chunk: Chunk) -> Tensor:
+        """Which keys of the chunk each of its queries may see (not future, not behind the window) [Q', T'], bool."""
+        steps = torch.arange(chunk.keys.start, chunk.keys.stop, device=self.key.device)
+        behind = self.positions[chunk.queries, None] - steps
         return behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
 
     def thinned(self, queries: int) -> LayerSample:
-        """The same site seen by at most `queries` of the sampled queries per sequence, evenly spread."""
-        count = self.query.shape[2]
+        """The same site seen by at most `queries` of the sampled queries: the first few, the rest evenly spread."""
+        count, first = len(self.positions), min(FIRST_POSITIONS, queries)
         if queries >= count:
             return self
-        keep = torch.linspace(0, count - 1, queries, device=self.query.device).round().long()
-        return dataclasses.replace(self, query=self.query[:, :, keep], positions=self.positions[:, keep])
+        rest = torch.arange(queries - first, device=self.query.device)
+        rest = first + ((rest + 0.5) * (count - first) / max(len(rest), 1)).long()
+        keep = torch.cat([torch.arange(first, device=rest.device), rest])
+        return dataclasses.replace(self, query=self.query[:, :, keep], positions=self.positions[keep])
 
-    def teacher_logits(self, part: slice) -> Tensor:
-        """The source's scaled logits before softcap and mask [N', H, Q, T]."""
-        query, key = self.rotated_query[part], self.rotated_key[part]
+    def teacher_logits(self, chunk: Chunk) -> Tensor:
+        """The source's scaled logits before softcap and mask [N', H, Q', T']."""
+        query, key = self._rotated
+        query, key = query[chunk.sequences, :, chunk.queries], key[chunk.sequences, :, chunk.keys]
         n, h, q, d = query.shape
-        grouped = query.reshape(n, self.groups, -1, d)
-        return (grouped @ key.transpose(-1, -2)).reshape(n, h, q, -1) * self.scale
+        grouped = query.reshape(n, self.groups, -1, d) * self.scale
+        return (grouped @ key.transpose(-1, -2)).view(n, h, q, -1)
 
-    def probabilities(self, logits: Tensor, part: slice) -> Tensor:
-        """Attention weights of logits [N', H, Q, T]: softcap, causal mask, sinks, softmax."""
+    def probabilities(self, logits: Tensor, chunk: Chunk) -> Tensor:
+        """Attention weights of logits [N', H, Q', T']: softcap, causal mask, sinks, softmax."""
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits.masked_fill(self.hidden(part), -torch.inf)
+        logits = logits.masked_fill(~self.visible(chunk), -torch.inf)
         if self.sinks is None:
             return logits.softmax(-1)
         sink = self.sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
 
-    def mix_values(self, probabilities: Tensor, part: slice) -> Tensor:
-        """Attention output of the source's values under given weights [N', H, Q, e]."""
+    def mix_values(self, probabilities: Tensor, chunk: Chunk) -> Tensor:
+        """Attention output of the source's values under given weights [N', H, Q', e]."""
         n, h, q, t = probabilities.shape
         grouped = probabilities.reshape(n, self.groups, -1, t)
-        return (grouped @ self.value[part]).reshape(n, h, q, -1)
+        return (grouped @ self.value[chunk.sequences, :, chunk.keys]).view(n, h, q, -1)
 
     def project(self, heads: Tensor) -> Tensor:
-        """Apply o_proj without its bias: [N', H, Q, e] -> [N', Q, D]."""
+        """Apply o_proj without its bias: [N', H, Q', e] -> [N', Q', D]."""
         return torch.einsum("nhqe,hDe->nqD", heads, self.output_weight)
+
+    @cached_property
+    def _rotated(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys after rope."""
+        return self._rotate(self.query, self.positions), self._rotate(self.key, None)
 
     def _rotate(self, states: Tensor, positions: Tensor | None) -> Tensor:
         """Source rope on [N, heads, length, d]; positions None means 0..T-1."""
@@ -151,24 +175,23 @@ class LayerSample:
         columns = self.rotation.columns
         cos, sin = self.cos[:, columns], self.sin[:, columns]
         if positions is not None:
-            cos, sin = cos[positions][:, None], sin[positions][:, None]
+            cos, sin = cos[positions], sin[positions]
         re, im = states[..., self.rotation.real], states[..., self.rotation.imaginary]
         out = states.clone()
         out[..., self.rotation.real] = re * cos - im * sin
         out[..., self.rotation.imaginary] = im * cos + re * sin
         return out
 
+    @cached_property
     def _teacher(self) -> tuple[Tensor, Tensor]:
-        """The source's attention output on the sampled queries, and the mean attention each token receives.
-
-        The mass a token receives is divided by the number of sampled queries that can see it, and its mean is 1.
-        """
         mass = torch.zeros(self.key.shape[0], self.key.shape[2], device=self.key.device)
-        target = []
-        for part in self.chunks():
-            weights = self.probabilities(self.teacher_logits(part), part)
-            mass[part] = weights.sum((1, 2))
-            target.append(self.project(self.mix_values(weights, part)))
-        seen = self._visible(slice(None)).sum(1).clamp(min=1)
-        received = mass / seen
-        return torch.cat(target), received / received.mean()
+        seen = torch.zeros(self.key.shape[2], device=self.key.device)
+        target = mass.new_empty(len(mass), len(self.positions), self.output_weight.shape[1])
+        for chunk in self.chunks():
+            weights = self.probabilities(self.teacher_logits(chunk), chunk)
+            mass[chunk.sequences, chunk.keys] += weights.sum((1, 2))
+            if chunk.sequences.start == 0:
+                seen[chunk.keys] += self.visible(chunk).sum(0)
+            target[chunk.sequences, chunk.queries] = self.project(self.mix_values(weights, chunk))
+        received = mass / seen.clamp(min=1)
+        return target, received / received.mean()

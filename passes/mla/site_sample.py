@@ -12,7 +12,7 @@ from attnedit.compiler.capture import graph_module
 from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs
-from attnedit.passes.mla.sample import LayerSample, Rotation
+from attnedit.passes.mla.sample import FIRST_POSITIONS, LayerSample, Rotation
 
 
 def part_of(model: nn.Module, site: AttentionSite, names: tuple[str, ...]) -> fx.GraphModule:
@@ -35,28 +35,24 @@ def take_sample(
         model: the live source model.
         site: its attention site.
         inputs: batches of the attention module's arguments.
-        queries: sampled queries per sequence, all positions where there are fewer.
+        queries: sampled queries per sequence, all positions where there are fewer; the same in all sequences.
         seed: of the sampled positions.
     """
     names = (site.query, site.key, site.value)
     rope = site.rope
     graph = part_of(model, site, names + ((rope.cos, rope.sin) if rope else ()))
-    generator = torch.Generator().manual_seed(seed + site.layer_idx)
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     tables: tuple[Tensor, Tensor] | None = None
+    positions = torch.zeros(0)
     for batch in inputs:
         query, key, value, *angles = graph(*batch.args, **batch.kwargs)
-        length = query.shape[2]
-        count = min(queries, length)
-        positions = torch.stack(
-            [torch.randperm(length, generator=generator)[:count].sort().values for _ in range(len(query))]
-        ).to(query.device)
-        picked = query.gather(2, positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        parts.append((picked.float(), positions, key.float(), value.float()))
+        if not parts:
+            positions = _positions(query.shape[2], queries, seed + site.layer_idx).to(query.device)
+        parts.append((query[:, :, positions].float(), key.float(), value.float()))
         if angles and tables is None:
             cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
             tables = cos, sin
-    query, positions, key, value = (torch.cat(column) for column in zip(*parts, strict=True))
+    query, key, value = (torch.cat(column) for column in zip(*parts, strict=True))
     weight, _ = output_weight(model, site)
     sinks = model.get_submodule(site.name).get_parameter(site.sinks).float() if site.sinks else None
     return LayerSample(
@@ -74,6 +70,20 @@ def take_sample(
         sinks=sinks,
         fixed_output=site.output_gate,
     )
+
+
+def _positions(length: int, count: int, seed: int) -> Tensor:
+    """The first few positions and one random position of equal strata of the rest, ascending [count].
+
+    Every position where there are fewer. The first tokens become attention sinks, whose states all others depend on.
+    """
+    if count >= length:
+        return torch.arange(length)
+    first = min(FIRST_POSITIONS, count)
+    offset = torch.rand(count - first, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    width = (length - first) / max(count - first, 1)
+    rest = first + ((torch.arange(count - first) + offset) * width).long()
+    return torch.cat([torch.arange(first), rest.clamp(max=length - 1)])
 
 
 def output_weight(model: nn.Module, site: AttentionSite) -> tuple[Tensor, nn.Module]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.sample import LayerSample
+from attnedit.passes.mla.sample import Chunk, LayerSample
 
 
 @dataclass(frozen=True)
@@ -51,43 +52,50 @@ def slot_tables(sample: LayerSample, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def query_features(
-    sample: LayerSample, part: slice, query_latent: Tensor, query_slots: Tensor, columns: Tensor
+    sample: LayerSample, chunk: Chunk, query_latent: Tensor, query_slots: Tensor, columns: Tensor
 ) -> Tensor:
-    """Query side of the logits [N', H, Q, r + 2 s], scaled."""
-    query = sample.query[part]
+    """Query side of the logits [N', H, Q', r + 2 s], scaled."""
+    query = sample.query[chunk.sequences, :, chunk.queries] * sample.scale
     cos, sin = slot_tables(sample, columns)
-    positions = sample.positions[part]
-    turned = rotate(query @ query_slots.transpose(-1, -2), cos[positions][:, None], sin[positions][:, None])
-    return torch.cat([query @ query_latent, turned], -1) * sample.scale
+    positions = sample.positions[chunk.queries]
+    turned = rotate(query @ query_slots.transpose(-1, -2), cos[positions], sin[positions])
+    return torch.cat([query @ query_latent, turned], -1)
 
 
-def key_features(sample: LayerSample, source: Tensor, latent: Tensor, slots: Tensor, columns: Tensor) -> Tensor:
-    """Cached values of tokens: [N', T, r + 2 s] from source [N', T, E]."""
-    turned = rotate(source @ slots.T, *slot_tables(sample, columns))
-    return torch.cat([source @ latent.T, turned], -1)
+def key_features(sample: LayerSample, latent: Tensor, slots: Tensor, columns: Tensor) -> Tensor:
+    """Cached values of all tokens [N, T, r + 2 s]."""
+    turned = rotate(sample.source @ slots.T, *slot_tables(sample, columns))
+    return torch.cat([sample.source @ latent.T, turned], -1)
 
 
 def score(queries: Tensor, keys: Tensor) -> Tensor:
-    """Logits [N', H, Q, T] of query features [N', H, Q, w] and cached values [N', T, w], heads folded into rows."""
+    """Logits [N', H, Q', T'] of query features [N', H, Q', w] and cached values [N', T', w], heads folded into rows."""
     n, h, q, w = queries.shape
-    return (queries.reshape(n, h * q, w) @ keys.transpose(-1, -2)).reshape(n, h, q, -1)
+    return (queries.reshape(n, h * q, w) @ keys.transpose(-1, -2)).view(n, h, q, -1)
 
 
 def mix(weights: Tensor, states: Tensor) -> Tensor:
-    """Attention-weighted mean of shared states: [N', H, Q, T] x [N', T, w] -> [N', H, Q, w]."""
+    """Attention-weighted mean of shared states: [N', H, Q', T'] x [N', T', w] -> [N', H, Q', w]."""
     n, h, q, t = weights.shape
-    return (weights.reshape(n, h * q, t) @ states).reshape(n, h, q, -1)
+    return (weights.reshape(n, h * q, t) @ states).view(n, h, q, -1)
+
+
+def latent_reads(sample: LayerSample, factors: Factors) -> Iterator[tuple[Chunk, Tensor]]:
+    """What each head reads from the latent under the layer's own attention, sum_n p c [N', H, Q', r], by chunk."""
+    keys = key_features(sample, factors.latent, factors.slots, factors.columns)
+    for chunk in sample.chunks():
+        queries = query_features(sample, chunk, factors.query_latent, factors.query_slots, factors.columns)
+        cached = keys[chunk.sequences, chunk.keys]
+        weights = sample.probabilities(score(queries, cached), chunk)
+        yield chunk, mix(weights, cached[..., : factors.rank])
 
 
 def output_error(sample: LayerSample, factors: Factors) -> float:
     """Energy of the attention output's error on the sampled queries, as a fraction of the output's energy."""
     error = energy = 0.0
-    source = sample.source
-    for part in sample.chunks():
-        keys = key_features(sample, source[part], factors.latent, factors.slots, factors.columns)
-        queries = query_features(sample, part, factors.query_latent, factors.query_slots, factors.columns)
-        weights = sample.probabilities(score(queries, keys), part)
-        output = torch.einsum("nhqr,hDr->nqD", mix(weights, keys[..., : factors.rank]), factors.output)
-        error += float((output - sample.target[part]).square().sum())
-        energy += float(sample.target[part].square().sum())
+    for chunk, reads in latent_reads(sample, factors):
+        target = sample.target[chunk.sequences, chunk.queries]
+        output = torch.einsum("nhqr,hDr->nqD", reads, factors.output)
+        error += float((output - target).square().sum())
+        energy += float(target.square().sum())
     return error / max(energy, torch.finfo(torch.float32).tiny)

@@ -10,7 +10,7 @@ from typing import Any
 
 import sympy
 
-from attnedit.targets.attention.config import MLAConfig
+from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 
 BATCH = sympy.Symbol("batch", integer=True, positive=True)
 LENGTH = sympy.Symbol("length", integer=True, positive=True)
@@ -59,6 +59,11 @@ def attention_values(num_key_value_heads: int, head_dim: int, v_head_dim: int) -
 def mla_values(config: MLAConfig) -> int:
     """Cached values per token of latent attention: the latent and both parts of each slot."""
     return config.kv_lora_rank + config.qk_rope_head_dim
+
+
+def gateswa_values(config: GateSWAConfig) -> int:
+    """Cached values per token that the window or the sinks keep: those of the source."""
+    return attention_values(config.num_key_value_heads, config.head_dim, config.v_head_dim)
 
 
 def attention_cost(
@@ -110,6 +115,24 @@ def mla_cost(config: MLAConfig, hidden_size: int, source_key_value_size: int | N
     sinks = heads if config.sinks else 0
     scored = rank if config.qk_nope_head_dim else 0
     return _cost(mla_values(config), config.window, parameters, heads * (scored + rope + rank), sinks)
+
+
+def gateswa_cost(config: GateSWAConfig) -> AttentionCost:
+    """Cost of gated sliding-window attention; it caches ``min(sliding_window + sink_tokens, length)`` tokens.
+
+    >>> config = GateSWAConfig(0, 9, 3, 64, 64, 576, 128, 0.125, gate="head", sink_tokens=4)
+    >>> gateswa_cost(config).cached_values
+    384*batch*Min(132, length)
+    """
+    heads, size = config.num_attention_heads, config.v_head_dim
+    source = attention_cost(
+        config.hidden_size, heads, config.num_key_value_heads, config.head_dim, size, config.cached_tokens
+    )
+    gates = {"head": heads, "element": heads * size, "none": 0}[config.gate]
+    products = source.parameters + gates * config.hidden_size
+    others = gates * config.gate_bias + heads * (config.sink_logit + config.sinks)
+    others += config.num_key_value_heads * size * config.sink_value
+    return _cost(gateswa_values(config), config.cached_tokens, products, heads * (config.head_dim + size), others)
 
 
 def _cost(values: int, window: int | None, products: int, per_key: int, others: int = 0) -> AttentionCost:

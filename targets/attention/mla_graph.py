@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from attnedit.compiler.capture import graph_module
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.mla import MLA, MLAConfig
+from attnedit.targets.attention.site_graph import AnchorCall, check_facts, replace_attention, weights_like
 
-PASS_NAME = "attnedit.mla"
 MLA_MODULE = "mla"
-
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-_ANCHOR_ARGUMENTS = ("q", "k", "v", "mask", "scale", "softcap", "sinks", "window", "layer")
 
 
 def mla_graph(
@@ -42,64 +37,25 @@ def mla_graph(
         CaptureError: the attention module is not given the cache, or lacks a rotary embedding that is asked for.
     """
     _check_fit(site, config)
-    root = graph_module(model, site)
-    projection = root.get_submodule(site.o_proj.module)
-    like = next(projection.parameters())
-    root.add_module(MLA_MODULE, MLA(config, device=like.device, dtype=like.dtype))
-    if output_projection is not None:
-        _check_same_parameters(site, projection, output_projection)
-        root.set_submodule(site.o_proj.module, output_projection)
-    graph = copy.deepcopy(root.graph)
-    _rewrite(graph, site, config)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    graph.lint()
-    # A new GraphModule takes along only what its graph uses.
-    result = fx.GraphModule(root, graph, class_name=f"MLA{type(model.get_submodule(site.name)).__name__}")
-    result.train(root.training)
-    return result
 
-
-def _rewrite(graph: fx.Graph, site: AttentionSite, config: MLAConfig) -> None:
-    """Replace everything between query, key, value and the anchor's output by one call."""
-    nodes = {node.name: node for node in graph.nodes}
-    anchor = nodes[site.anchor]
-    arguments = {**dict(zip(_ANCHOR_ARGUMENTS, anchor.args, strict=False)), **anchor.kwargs}
-    cos = sin = None
-    if config.rope_columns:
-        if site.rope is None:
-            raise CaptureError(f"{site.name}: it has no rotary embedding, so it can have no rotary slots")
-        cos, sin = nodes[site.rope.cos], nodes[site.rope.sin]
-    with graph.inserting_before(anchor):
+    def arguments(call: AnchorCall) -> tuple[Any, ...]:
+        cos = sin = None
+        if config.rope_columns:
+            if site.rope is None:
+                raise CaptureError(f"{site.name}: it has no rotary embedding, so it can have no rotary slots")
+            cos, sin = call.node(site.rope.cos), call.node(site.rope.sin)
         if config.folded:
-            kv_input = nodes[site.hidden]
-            fresh = []
+            kv_input = call.node(site.hidden)
         else:
             key, value = (
-                graph.call_method("flatten", (graph.call_method("transpose", (node, 1, 2)), 2))
-                for node in (nodes[site.key], nodes[site.value])
+                call.graph.call_method("flatten", (call.graph.call_method("transpose", (call.node(name), 1, 2)), 2))
+                for name in (site.key, site.value)
             )
-            kv_input = graph.call_function(torch.cat, ((key, value),), {"dim": -1})
-            fresh = [*key.all_input_nodes, *value.all_input_nodes, key, value, kv_input]
-        call = graph.call_module(
-            MLA_MODULE,
-            (nodes[site.query], kv_input, cos, sin, arguments.get("mask"), _cache_argument(graph, site)),
-        )
-    for node in (*fresh, call):
-        node.meta["from_node"] = [NodeSource(anchor, PASS_NAME, NodeSourceAction.REPLACE)]
-        if "stack_trace" in anchor.meta:
-            node.meta["stack_trace"] = anchor.meta["stack_trace"]
-    anchor.replace_all_uses_with(call)
-    graph.erase_node(anchor)
+            kv_input = call.graph.call_function(torch.cat, ((key, value),), {"dim": -1})
+        return call.node(site.query), kv_input, cos, sin, call.arguments.get("mask"), call.cache
 
-
-def _cache_argument(graph: fx.Graph, site: AttentionSite) -> fx.Node:
-    node: fx.Node
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.target in _CACHE_ARGUMENTS:
-            return node
-    raise CaptureError(
-        f"{site.name}: its forward takes no cache (looked for {', '.join(_CACHE_ARGUMENTS)}), so none can be latent"
-    )
+    module = MLA(config, **weights_like(model, site))
+    return replace_attention(model, site, MLA_MODULE, module, arguments, output_projection)
 
 
 def _check_fit(site: AttentionSite, config: MLAConfig) -> None:
@@ -111,17 +67,6 @@ def _check_fit(site: AttentionSite, config: MLAConfig) -> None:
     }
     if not config.folded:
         expected["input_size"] = site.num_key_value_heads * (site.head_dim + site.v_head_dim)
-    for name, value in expected.items():
-        if getattr(config, name) != value:
-            raise UsageError(f"{site.name}: the configuration has {name}={getattr(config, name)}, the site {value}")
+    check_facts(site, config, expected)
     if config.folded and not site.linear_kv:
         raise UsageError(f"{site.name}: keys or values are not linear in the hidden states, so they cannot be folded")
-
-
-def _check_same_parameters(site: AttentionSite, old: nn.Module, new: nn.Module) -> None:
-    """A loader rebuilds the source's module, so what replaces it must have the same keys."""
-    shapes = [{name: tuple(p.shape) for name, p in module.named_parameters()} for module in (old, new)]
-    if shapes[0] != shapes[1]:
-        raise UsageError(
-            f"{site.name}.{site.o_proj.module}: the replacement has parameters {shapes[1]}, the source {shapes[0]}"
-        )

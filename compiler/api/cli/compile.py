@@ -9,6 +9,7 @@ import typer
 
 import attnedit
 from attnedit.cli.terminal import (
+    AlternationsOption,
     BudgetOption,
     CalibrationOption,
     CalibrationTokensOption,
@@ -23,22 +24,30 @@ from attnedit.cli.terminal import (
     check_budget,
     check_output,
     check_readable,
+    check_tokenizer_there,
     print_json,
     show,
 )
+from attnedit.compile import TARGETS
+from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_source
+from attnedit.compiler.progress import stage
+from attnedit.passes.mla.fit import FitOptions
+from attnedit.targets.runtime.eager.checkpoint import check_free
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]
+TargetOption = Annotated[str, typer.Option(help="What attention becomes.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
 
 
 def compile_model(
     model: ModelArgument,
     output: OutputOption,
-    target: Annotated[str, typer.Option(help="What attention becomes.")] = "mla",
+    target: TargetOption = "mla",
     kv_budget: BudgetOption = None,
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
+    alternations: AlternationsOption = FitOptions.alternations,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -48,12 +57,17 @@ def compile_model(
     json: JsonOption = False,
 ) -> None:
     """Rewrite the attention of a model, verify the result, and save it as a transformers model."""
+    check_target(target)
     check_budget(kv_budget)
     check_output(output, overwrite=overwrite)
+    check_free(output.expanduser(), overwrite)
     if calibration is not None:
         check_readable(calibration, "calibration text")
     with ProgressBars() as progress:
-        source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+        with stage("load model", progress):
+            source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+        if calibration is not None:
+            check_tokenizer_there(source, "calibration text")
         result = attnedit.compile(
             source.model,
             target=target,
@@ -61,13 +75,25 @@ def compile_model(
             calibration=calibration,
             tokenizer=source.tokenizer,
             calibration_tokens=calibration_tokens,
+            alternations=alternations,
             seed=seed,
             in_place=True,  # the source is not used again, so the memory for a second attention is spared
             progress=progress,
         )
-        result.save(output, overwrite=overwrite)
+        with stage("save", progress):
+            result.save(output, overwrite=overwrite)
     if json:
         print_json({"output": str(output), **result.report.to_dict()})
     else:
         show(result.report)
         show(f"saved in {output}")
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that there is not, before anything is loaded.
+
+    Raises:
+        UsageError: no such target.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"no target {target!r}; there is {', '.join(TARGETS)}")

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 import attnedit
 from attnedit.cli.evaluate import measure
 from attnedit.cli.generate import complete
-from attnedit.cli.terminal import JsonOption, ProgressBars, print_json, show
+from attnedit.cli.terminal import JsonOption, ProgressBars, check_tokenizer_there, print_json, show
 from attnedit.compiler.data import demo_text, token_windows
-from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import SMOLLM2, Source, load_source
+from attnedit.compiler.progress import stage
 
 KV_BUDGET = 0.5
 CALIBRATION_TOKENS = 16_384
@@ -27,7 +27,9 @@ NEW_TOKENS = 30
 def demo(json: JsonOption = False) -> None:
     """Halve the KV cache of SmolLM2-135M-Instruct, compare it with the source, and let both write."""
     with ProgressBars() as progress:
-        outcome, result = run(load_source(SMOLLM2), progress=progress)
+        with stage("load model", progress):
+            source = load_source(SMOLLM2)
+        outcome, result = run(source, progress=progress)
     if json:
         print_json({**outcome, "report": result.report.to_dict()})
         return
@@ -60,13 +62,13 @@ def run(
     Raises:
         UsageError: the source has no tokenizer.
     """
-    tokenizer = source.tokenizer
-    if tokenizer is None:
-        raise UsageError(f"{source.name} holds no tokenizer, and the demo needs text")
+    tokenizer = check_tokenizer_there(source, "the demo")
     calibration, evaluation = demo_text()
     ids = tokenizer(evaluation, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)
-    data = token_windows([calibration], tokenizer, source.model, tokens=calibration_tokens, window=seq_len)
+    data = token_windows(
+        [calibration], tokenizer, source.model, tokens=calibration_tokens, window=seq_len, progress=progress
+    )
 
     def figures(model: PreTrainedModel) -> dict[str, Any]:
         measured = measure(model, tokens, seq_len=seq_len, windows=windows, progress=progress)

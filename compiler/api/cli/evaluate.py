@@ -18,13 +18,14 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     check_readable,
+    check_tokenizer_there,
     print_json,
     show,
 )
 from attnedit.compiler.data import text_tokens
 from attnedit.compiler.evaluate import kv_usage, perplexity
 from attnedit.compiler.models import load_source
-from attnedit.compiler.progress import Progress
+from attnedit.compiler.progress import Progress, stage
 
 TextOption = Annotated[str, typer.Option(help="Text, jsonl or parquet file to evaluate on.")]
 SeqLenOption = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
@@ -46,8 +47,11 @@ def evaluate(
     """Measure perplexity on consecutive windows of a text, and what the cache really holds per token."""
     check_readable(text, "evaluation text")
     with ProgressBars() as progress:
-        source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
-        tokens = text_tokens(text, source.tokenizer)
+        with stage("load model", progress):
+            source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+        tokenizer = check_tokenizer_there(source, "evaluation text")
+        with stage("tokenise", progress):
+            tokens = text_tokens(text, tokenizer)
         figures = measure(source.model, tokens, seq_len=seq_len, windows=windows, batch=batch, progress=progress)
     if json:
         print_json({"model": model, **figures})

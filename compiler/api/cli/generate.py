@@ -14,13 +14,17 @@ from attnedit.cli.terminal import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    ProgressBars,
     RevisionOption,
     SeedOption,
+    check_tokenizer_there,
     print_json,
     show,
 )
+from attnedit.compiler.data import position_limit
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_source
+from attnedit.compiler.progress import stage
 
 
 def generate(
@@ -36,11 +40,11 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
-    source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
-    if source.tokenizer is None:
-        raise UsageError(f"{model} holds no tokenizer; save the tokenizer of the model in the same directory")
+    with ProgressBars() as progress, stage("load model", progress):
+        source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+    tokenizer = check_tokenizer_there(source, "a prompt")
     torch.manual_seed(seed)
-    text, count = complete(source.model, source.tokenizer, prompt, max_new_tokens, temperature)
+    text, count = complete(source.model, tokenizer, prompt, max_new_tokens, temperature)
     if json:
         print_json({"model": model, "prompt": prompt, "text": text, "new_tokens": count})
     else:
@@ -57,11 +61,17 @@ def complete(
     """The continuation of a prompt and its number of tokens.
 
     Raises:
-        UsageError: the prompt has no token.
+        UsageError: the prompt has no token, or prompt and continuation are too long for the model.
     """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
+    length, limit = inputs["input_ids"].shape[1], position_limit(model)
+    if not prompt or length == 0:
         raise UsageError("the prompt is empty; give at least one word")
+    if limit is not None and length + max_new_tokens > limit:
+        raise UsageError(
+            f"{length} tokens of prompt and {max_new_tokens} new ones are too many: the model has {limit} positions; "
+            + (f"ask for at most {limit - length} new tokens" if length < limit else "shorten the prompt")
+        )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     generate_tokens: Any = model.generate  # typed as a tensor or module, like every attribute of a module
     output = generate_tokens(
@@ -71,5 +81,5 @@ def complete(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, length:]
     return str(tokenizer.decode(new, skip_special_tokens=True)), int(new.numel())

@@ -10,17 +10,19 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from attnedit.cli.terminal import JsonOption, ModelArgument, RevisionOption, print_json, show
+from attnedit.cli.terminal import JsonOption, ModelArgument, ProgressBars, RevisionOption, print_json, show
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import context_length
 from attnedit.compiler.models import load_config_only
+from attnedit.compiler.progress import stage
 from attnedit.compiler.sites import AttentionSite
 
 
 def inspect(model: ModelArgument, revision: RevisionOption = None, json: JsonOption = False) -> None:
     """Show the attention sites of a model, what was read off their graphs, and what their cache costs."""
-    meta = load_config_only(model, revision=revision)
-    facts = describe(meta, capture(meta))
+    with ProgressBars() as progress, stage("capture", progress):
+        meta = load_config_only(model, revision=revision)
+        facts = describe(meta, capture(meta))
     if json:
         print_json({"model": model, **facts})
         return

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Sequence
-from pathlib import Path
+from io import BytesIO
 from time import perf_counter
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from transformers import PreTrainedModel
 
 import attnedit
-from attnedit.cli.compile import OutputOption, OverwriteOption
+from attnedit.cli.compile import OutputOption, OverwriteOption, TargetOption, check_target
 from attnedit.cli.evaluate import SeqLenOption, TextOption, WindowsOption, measure
 from attnedit.cli.terminal import (
+    AlternationsOption,
     CalibrationOption,
     CalibrationTokensOption,
     DequantizeOption,
@@ -28,12 +30,19 @@ from attnedit.cli.terminal import (
     check_budget,
     check_output,
     check_readable,
+    check_tokenizer_there,
     print_json,
     show,
 )
+from attnedit.compile import choose_sites
+from attnedit.compiler.capture import capture
 from attnedit.compiler.data import text_tokens, token_windows
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import load_source
+from attnedit.compiler.progress import stage
+from attnedit.passes.mla.budget import plan
+from attnedit.passes.mla.fit import FitOptions
 
 
 def sweep(
@@ -41,9 +50,10 @@ def sweep(
     text: TextOption,
     output: OutputOption,
     kv_budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "0.5,0.25,0.125",
-    target: Annotated[str, typer.Option(help="What attention becomes.")] = "mla",
+    target: TargetOption = "mla",
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
+    alternations: AlternationsOption = FitOptions.alternations,
     seq_len: SeqLenOption = 1024,
     windows: WindowsOption = 40,
     seed: SeedOption = 0,
@@ -56,17 +66,23 @@ def sweep(
 ) -> None:
     """Compile at several budgets, evaluate each, and write sweep.json and sweep.png."""
     budgets = parse_budgets(kv_budgets)
+    check_target(target)
     check_output(output, overwrite=overwrite)
     check_readable(text, "evaluation text")
     if calibration is not None:
         check_readable(calibration, "calibration text")
     rows: list[dict[str, Any]] = []
     with ProgressBars() as progress:
-        source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
-        tokens = text_tokens(text, source.tokenizer)
+        with stage("load model", progress):
+            source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+        tokenizer = check_tokenizer_there(source, "evaluation text")
+        with stage("tokenise", progress):
+            tokens = text_tokens(text, tokenizer)
+        with stage("capture", progress):
+            check_smallest(source.model, min(budgets))
         # Once for all budgets: samples take long to make, and equal data is what makes the rows comparable.
         data = token_windows(
-            calibration, source.tokenizer, source.model, tokens=calibration_tokens, seed=seed, progress=progress
+            calibration, tokenizer, source.model, tokens=calibration_tokens, seed=seed, progress=progress
         )
         figures = measure(source.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
         rows.append({"kv_budget": None, "kv_budget_achieved": 1.0, "seconds": 0.0, **figures})
@@ -77,8 +93,9 @@ def sweep(
                 target=target,
                 kv_budget=budget,
                 calibration=data,
-                tokenizer=source.tokenizer,
+                tokenizer=tokenizer,
                 calibration_tokens=data.numel(),
+                alternations=alternations,
                 seed=seed,
                 progress=progress,
             )
@@ -87,9 +104,10 @@ def sweep(
             achieved = result.report.kv_budget_achieved
             rows.append({"kv_budget": budget, "kv_budget_achieved": achieved, "seconds": seconds, **figures})
     summary = {"model": model, "target": target, "text": text, "calibration_tokens": data.numel(), "rows": rows}
+    picture = plot(rows, title=f"{model} to {target}")
     output.mkdir(parents=True, exist_ok=True)
     (output / "sweep.json").write_text(json_format.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    plot(rows, output / "sweep.png", title=f"{model} to {target}")
+    (output / "sweep.png").write_bytes(picture)
     if json:
         print_json(summary)
     else:
@@ -115,8 +133,18 @@ def parse_budgets(text: str) -> list[float]:
     return budgets
 
 
-def plot(rows: Sequence[dict[str, Any]], file: Path, *, title: str) -> None:
-    """Draw perplexity over cached values per token and layer; the first row is the source."""
+def check_smallest(model: PreTrainedModel, kv_budget: float) -> None:
+    """Refuse a model or a budget that cannot be done before the others have taken their time.
+
+    Raises:
+        UsageError: no attention that can be rewritten, or a budget that cannot be met.
+    """
+    sites = capture(model)
+    plan(sites, dict(enumerate(kv_usage(model).per_layer)), choose_sites(sites)[0], kv_budget)
+
+
+def plot(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
+    """PNG of perplexity over cached values per token and layer; the first row is the source."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only this command draws
     from matplotlib.figure import Figure
 
@@ -130,7 +158,9 @@ def plot(rows: Sequence[dict[str, Any]], file: Path, *, title: str) -> None:
     axes.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
     axes.minorticks_off()
     axes.legend()
-    FigureCanvasAgg(figure).print_png(str(file))
+    png = BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()
 
 
 def _table(model: str, rows: Sequence[dict[str, Any]]) -> Table:

@@ -17,9 +17,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.models import Source
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub name, model directory, .gguf file, or smollm2.", show_default=False)
@@ -35,6 +37,10 @@ CalibrationOption = Annotated[
     typer.Option(help="Text, jsonl or parquet file, or a dataset's name; without it the model's own samples."),
 ]
 CalibrationTokensOption = Annotated[int | None, typer.Option(min=2, help="How many calibration tokens to use.")]
+AlternationsOption = Annotated[
+    int,
+    typer.Option(min=0, help="Rounds of least squares per layer after the analytic start; more is slower and better."),
+]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Cached values per token as a fraction of the source's, above 0 to 1.")
 ]
@@ -120,6 +126,8 @@ def check_output(directory: Path, *, overwrite: bool) -> None:
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise UsageError(f"{directory} is not empty; give another output directory, or --overwrite")
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{directory} cannot be made ({existing} is a file); give another output directory")
     if not os.access(existing, os.W_OK):
         raise UsageError(f"{directory} cannot be written ({existing} is read-only); give another output directory")
 
@@ -128,11 +136,26 @@ def check_readable(path: str, what: str) -> None:
     """Refuse a file that is plainly missing, before anything is loaded; dataset names pass.
 
     Raises:
-        UsageError: it looks like a path and there is nothing.
+        UsageError: it is empty, or looks like a path and there is nothing.
     """
+    if not path.strip():
+        raise UsageError(f"no {what} is named; give a text, jsonl or parquet file, or a dataset's name")
     candidate = Path(path).expanduser()
     if not candidate.exists() and (candidate.suffix or path.startswith((".", "/", "~"))):
         raise UsageError(f"{what} {path} does not exist; give a text, jsonl or parquet file, or a dataset's name")
+
+
+def check_tokenizer_there(source: Source, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source whose text has to be tokenised.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if source.tokenizer is None:
+        raise UsageError(
+            f"{source.name} holds no tokenizer, and {what} needs one; save the model's tokenizer in the same directory"
+        )
+    return source.tokenizer
 
 
 class ProgressBars:

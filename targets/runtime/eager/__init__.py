@@ -1,5 +1,6 @@
 """Eager runtime: rewritten attention inside a live transformers model, saved and loaded as model type "attnedit"."""
 
+from attnedit.targets.runtime.eager.cache import bind_cache, bounded_cache
 from attnedit.targets.runtime.eager.checkpoint import load_model, save
 from attnedit.targets.runtime.eager.classes import AttneditConfig, attnedit_classes, source_config, to_attnedit
 from attnedit.targets.runtime.eager.splice import share_copy, splice
@@ -7,6 +8,8 @@ from attnedit.targets.runtime.eager.splice import share_copy, splice
 __all__ = [
     "AttneditConfig",
     "attnedit_classes",
+    "bind_cache",
+    "bounded_cache",
     "load_model",
     "save",
     "share_copy",

@@ -47,7 +47,8 @@ def save(
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; use its own save_pretrained")
     target = Path(directory).expanduser().resolve()
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
+    made = [folder for folder in target.parents if not folder.exists()]  # innermost first
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A sibling, so that the move at the end is a rename within one file system.
@@ -67,6 +68,9 @@ def save(
         raise AttneditError(f"could not write {target}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if not target.exists():
+            for folder in made:
+                folder.rmdir()
     return target
 
 
@@ -113,7 +117,12 @@ def load_model(
     return result
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse a directory that `save` would refuse.
+
+    Raises:
+        UsageError: a file, or a directory with something in it that may not be replaced.
+    """
     if not target.exists():
         return
     if not target.is_dir():
@@ -151,7 +160,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
     target.rename(old)
     try:
         staging.rename(target)
-    except OSError:
+    except BaseException:  # an interrupt too must not lose what was there
         old.rename(target)
         aside.rmdir()
         raise

@@ -1,7 +1,7 @@
 """Configuration and model classes of ``model_type`` "attnedit": subclasses of the source's own, made on demand.
 
-A loaded model is the source's class plus latent attention, so that everything written for the source keeps working:
-``isinstance``, generation, loss, gradient checkpointing, tied weights, sharded and mapped loading.
+A loaded model is the source's class with other attention in some layers, so that everything written for the source
+keeps working: ``isinstance``, generation, loss, gradient checkpointing, tied weights, sharded and mapped loading.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from attnedit.compiler.capture import capture
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
-from attnedit.targets.attention.mla import MLAConfig
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
+from attnedit.targets.runtime.eager.cache import bind_cache
 from attnedit.targets.runtime.eager.splice import splice
 
 MODEL_TYPE = "attnedit"
@@ -72,11 +72,22 @@ class AttneditConfig(PreTrainedConfig):
 
 
 class _Rewritten:
-    """First base of every model class here: builds the source model, then puts latent attention in."""
+    """First base of every model class here: builds the source model, then puts the new attention in."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _rebuild(cast(PreTrainedModel, self))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Bound the layers before the first forward: assisted generation switches their recording on before it."""
+        parent: Any = super()
+        result = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = bind_cache(cast(PreTrainedModel, self), model_kwargs.get("past_key_values"))
+        if cache is not None and generation_config.is_assistant:
+            cache.activate_past_recording()
+        return result
 
 
 def attnedit_classes(
@@ -103,30 +114,31 @@ def attnedit_classes(
     return _make(config_class, model_class)
 
 
-def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, MLAConfig]) -> PreTrainedModel:
+def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, AnyConfig]) -> PreTrainedModel:
     """Turn a live, spliced model into one that saves and loads as "attnedit", in place.
 
     Class and configuration class change, so the model must be a copy (`share_copy`) where the source is to stay.
 
     Args:
-        model: a transformers model with latent attention in the named modules.
+        model: a transformers model with new attention in the named modules.
         site_configs: by module name; added to what earlier calls named.
 
     Returns:
         The same model.
 
     Raises:
-        UsageError: a named module is not there, or its latent attention has another configuration.
+        UsageError: a named module is not there, or its attention has another configuration.
     """
     for name, site_config in site_configs.items():
-        module = getattr(model.get_submodule(name), "mla", None) if _has(model, name) else None
+        kind = kind_of(site_config)
+        module = getattr(model.get_submodule(name), kind.name, None) if _has(model, name) else None
         if getattr(module, "config", None) != site_config:
-            raise UsageError(f"{name} of {type(model).__name__} holds no latent attention of the given configuration")
+            raise UsageError(f"{name} of {type(model).__name__} holds no {kind.title} of the given configuration")
     config: Any = model.config
     config_class, model_class = attnedit_classes(config, type(model))
     source_type = source_config_class(type(config)).model_type
     earlier = getattr(config, "attnedit", None) or {"sites": {}}
-    sites = {**earlier["sites"], **{name: site_config.to_dict() for name, site_config in site_configs.items()}}
+    sites = {**earlier["sites"], **{name: config_to_dict(site_config) for name, site_config in site_configs.items()}}
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         # The weights are plain by now; the mark would make saving and moving treat them as quantised.
@@ -195,7 +207,7 @@ def _make(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigCla
             {
                 "__module__": __name__,
                 "__qualname__": PREFIX + model_class.__name__,
-                "__doc__": f"`{model_class.__name__}` with latent attention in the layers its configuration names.",
+                "__doc__": f"`{model_class.__name__}` with other attention in the layers its configuration names.",
                 "config_class": new_config,
             },
         ),
@@ -217,7 +229,7 @@ def _register_conversions(config_class: ConfigClass, model_class: ModelClass, ne
 
 
 def _rebuild(model: PreTrainedModel) -> None:
-    """Put latent attention, with weights yet to be loaded, into a model just built as the source."""
+    """Put the new attention, with weights yet to be loaded, into a model just built as the source."""
     record = getattr(model.config, "attnedit", None)
     if not record:
         raise UsageError(f"{type(model).__name__} needs a configuration with the attribute 'attnedit'")
@@ -226,7 +238,8 @@ def _rebuild(model: PreTrainedModel) -> None:
     for name, values in record["sites"].items():
         if name not in sites:
             raise UsageError(f"config.json names the attention module {name!r}, which {type(model).__name__} lacks")
-        graphs[name] = mla_graph(model, sites[name], MLAConfig.from_dict(values))
+        site_config = config_from_dict(values)
+        graphs[name] = kind_of(site_config).graph(model, sites[name], site_config)
     splice(model, graphs)
 
 

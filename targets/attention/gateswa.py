@@ -1,0 +1,309 @@
+"""Gated sliding-window attention as a module that stands in place of the attention of a source layer, after rope.
+
+Method: Attention Editing (arXiv 2604.05688), GateSWA; kept sink tokens as in StreamingLLM (arXiv 2309.17453), sink
+logits as in gpt-oss, the output gate as in Gated Attention (arXiv 2505.06708).
+
+Shapes: B batch, T new tokens, S keys, H heads, G key/value heads, d query and key size, dv value size, n sink slots,
+D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnedit.compiler.errors import UsageError
+from attnedit.targets.attention.config import GateSWAConfig
+from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks, bounded_layer
+
+__all__ = ["GateSWA", "GateSWAConfig"]
+
+MIN_BLOCK, MAX_BLOCK = 64, 512
+"""Queries of a prefill attend in blocks of one window, within these bounds: the work is linear in the length."""
+
+
+class GateSWA(nn.Module):
+    """Sliding-window attention with kept sink tokens, a sink logit and an output gate, each of them optional.
+
+    Query t of head h (key/value head g) sees the last ``sliding_window`` tokens, itself included, and the first
+    ``sink_tokens`` real tokens of its sequence, less what the mask hides. With their logits l, and b and v_s of the
+    virtual key::
+
+        output = (sum e^l v + e^b v_s) / (sum e^l + e^b) * sigmoid(g_proj hidden)
+
+    Weights:
+        g_proj: Linear(D -> H or H dv); None where ``config.gate`` is "none". It starts at 0, where the gate is 1/2:
+            with the weight of the output projection doubled (its bias not) that is the ungated layer.
+        sink_logit: [H], b; None unless ``config.sink_logit``.
+        sink_value: [G, dv], v_s; None (0) unless ``config.sink_value``.
+
+    Args:
+        config: the shape.
+        device: where the weights are made.
+        dtype: their dtype.
+
+    Attributes:
+        blocks: attend in blocks of queries. A tracer always gets one block, since its lengths may be symbolic.
+    """
+
+    g_proj: nn.Linear | None
+    sink_logit: nn.Parameter | None
+    sink_value: nn.Parameter | None
+
+    def __init__(
+        self, config: GateSWAConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = True
+        heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.v_head_dim
+        out = heads * (size if config.gate == "element" else 1)
+        self.g_proj = (
+            nn.Linear(config.hidden_size, out, bias=config.gate_bias, device=device, dtype=dtype)
+            if config.gate != "none"
+            else None
+        )
+        self.sink_logit = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if config.sink_logit else None
+        self.sink_value = (
+            nn.Parameter(torch.empty(groups, size, device=device, dtype=dtype)) if config.sink_value else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every weight to 0."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def extra_repr(self) -> str:
+        """Name what defines the cache and the form."""
+        config = self.config
+        return f"sliding_window={config.sliding_window}, sink_tokens={config.sink_tokens}, gate={config.gate!r}"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [B, H, T, d], rotated.
+            key: [B, G, T, d], rotated.
+            value: [B, G, T, dv].
+            hidden: [B, T, D], read by the gate only.
+            attention_mask: None (causal), bool [B, 1 or H, T, >= S] with True where to attend, the same in floats to
+                add to the logits, or a padding mask [B, >= S] of the new and cached tokens. It need not know of the
+                window. Where ``config.source_window`` is None it covers every token so far.
+            past_key_values: a transformers cache. An empty dynamic layer in it gives way to a bounded one
+                (`attnedit.targets.attention.gateswa_cache`); any other keeps what it keeps, and is masked.
+            sinks: [H], the source's own sink logits, where ``config.sinks``.
+
+        Returns:
+            [B, T, H, dv] in the dtype of ``query``. A query that may attend to nothing gets finite numbers.
+
+        Raises:
+            UsageError: gate or sinks lack their input, the mask has none of these forms, or the cache has dropped
+                tokens that are needed.
+        """
+        config = self.config
+        if config.sinks != (sinks is not None):
+            given = "were" if config.sinks is False else "were not"
+            raise UsageError(f"layer {config.layer_idx}: config.sinks is {config.sinks}, but sinks {given} given")
+        mask = self._mask(attention_mask, query.shape[2])
+        layer = None if past_key_values is None else bounded_layer(past_key_values, config)
+        if layer is None:
+            view = self._all_keys(key, value, mask, query.shape[2], past_key_values)
+        else:
+            view = self._bounded_keys(key, value, mask, past_key_values, layer)
+        out: Tensor = self._attend(query, view, sinks)
+        if self.g_proj is None:
+            return out
+        if hidden is None:
+            raise UsageError(f"layer {config.layer_idx}: the gate reads hidden states, got None")
+        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
+        return out * gate.to(out.dtype)
+
+    def _bounded_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any, layer: GateSWALayer) -> _View:
+        """Put the new tokens into the bounded layer of the cache; key [B, G, T, d], mask [B, 1 or H, T, M]."""
+        config, length, past = self.config, key.shape[2], layer.get_seq_length()
+        real = None if mask is None else _real(mask[..., -length:])
+        keys, values = cache.update(key, value, config.layer_idx, real=real)
+        slots = layer.slot_positions()
+        columns = keys.shape[2] - slots.shape[1]
+        near = None if mask is None else self._fit(mask, columns)
+        # A mask as narrow as the source's own window says nothing of the slots.
+        far = mask if mask is not None and mask.shape[-1] == past + length else None
+        return _View(keys, values, slots, past, past + length - columns, near, far)
+
+    def _all_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, length: int, cache: Any) -> _View:
+        """Take all keys of a cache that drops none (or of no cache); the sinks are found anew among them."""
+        config, past = self.config, 0
+        if cache is not None:
+            seen = int(cache.get_seq_length(config.layer_idx))
+            key, value = cache.update(key, value, config.layer_idx)
+            # Static caches return more keys than there are, and start at 0; sliding ones have dropped old ones.
+            past = min(seen, key.shape[2] - length)
+            hidden_sinks = seen > past or (seen > 0 and config.source_window is not None)
+            if config.sink_tokens and hidden_sinks:
+                raise UsageError(
+                    f"layer {config.layer_idx}: {type(cache).__name__} does not keep the sink tokens; "
+                    "use a DynamicCache that was empty at first"
+                )
+        if mask is not None:
+            mask = self._fit(mask, key.shape[2], longer_cache=cache is not None)
+        real = None if mask is None else _real(mask)
+        sinks = Sinks.empty(key, value, config.sink_tokens).extended(key, value, real, 0)
+        keys, values = torch.cat((sinks.keys, key), dim=2), torch.cat((sinks.values, value), dim=2)
+        return _View(keys, values, sinks.positions, past, 0, mask, mask)
+
+    def _attend(self, query: Tensor, view: _View, sinks: Tensor | None) -> Tensor:
+        """Attend in blocks of queries [B, H, T, d], each to the slots and the columns that some of them sees."""
+        length, slots = query.shape[2], view.slots.shape[1]
+        columns = view.keys.shape[2] - slots
+        window = self.config.sliding_window
+        if not self.blocks or torch.compiler.is_compiling():
+            return self._attend_block(query, view.keys, view.values, self._bias(view, 0, length, 0, columns), sinks)
+        size = min(max(window, MIN_BLOCK), MAX_BLOCK)
+        out = []
+        for first in range(0, length, size):
+            last = min(first + size, length)
+            low = max(0, view.past + first - window + 1 - view.start)
+            high = min(columns, view.past + last - view.start)
+            keys, values = (_cut(x, slots, low, high) for x in (view.keys, view.values))
+            mask = self._bias(view, first, last, low, high)
+            out.append(self._attend_block(query[:, :, first:last], keys, values, mask, sinks))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def _bias(self, view: _View, first: int, last: int, low: int, high: int) -> Tensor:
+        """Mask of queries first..last over slots and columns low..high.
+
+        Returns:
+            [B or 1, 1 or H, last - first, n + high - low], bool or floats to add.
+        """
+        config, device = self.config, view.keys.device
+        position = torch.arange(first, last, device=device) + view.past
+        behind = position[:, None] - (torch.arange(low, high, device=device) + view.start)
+        near = ((behind >= 0) & (behind < config.sliding_window))[None, None]
+        if view.near is not None:
+            near = _restrict(near, view.near[:, :, first:last, low:high])
+        if not config.sink_tokens:
+            return near
+        # A sink inside the window is among the columns, so its slot shows only once it has left.
+        far = (position[:, None] - view.slots[:, None, None, :]) >= config.sliding_window
+        if view.far is not None and config.source_window is None:
+            rows = view.far[:, :, first:last].expand(far.shape[0], -1, -1, -1)
+            index = view.slots.clamp(max=rows.shape[-1] - 1)[:, None, None]
+            far = _restrict(far, rows.gather(-1, index.expand(-1, *rows.shape[1:3], -1)))
+        if far.dtype != near.dtype:
+            far = _restrict(far, near.new_zeros(()))
+        shape = torch.broadcast_shapes(far.shape[:3], near.shape[:3])
+        return torch.cat((far.expand(*shape, -1), near.expand(*shape, -1)), dim=-1)
+
+    def _attend_block(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
+        """Attend with queries [B, H, t, d] to keys [B, G, S, d] under a mask; returns [B, t, H, dv]."""
+        config = self.config
+        batch, heads, length, _ = query.shape
+        groups = config.num_key_value_heads
+        # The heads of a group stand side by side as more queries: keys and values are read once, not repeated.
+        grouped = (query * config.scale).reshape(batch, groups, -1, config.head_dim)
+        logits = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, length, -1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if config.softcap is not None:
+            logits = config.softcap * torch.tanh(logits / config.softcap)
+        lowest = torch.finfo(logits.dtype).min
+        # Clamped: a row of -inf only would be 0 / 0.
+        logits = (
+            logits.masked_fill(~mask, lowest)
+            if mask.dtype == torch.bool
+            else (logits + mask.to(logits.dtype)).clamp(min=lowest)
+        )
+        count = logits.shape[-1]
+        virtual = [logit for logit in (sinks, self.sink_logit) if logit is not None]
+        if virtual:
+            extra = torch.stack(virtual, dim=-1).to(logits.dtype)[None, :, None]
+            logits = torch.cat((logits, extra.expand(batch, -1, length, -1)), dim=-1)
+        weights = logits.softmax(dim=-1)
+        seen = weights[..., :count].to(values.dtype).reshape(batch, groups, -1, count)
+        out = torch.matmul(seen, values).view(batch, heads, length, config.v_head_dim)
+        if self.sink_value is not None:
+            value = self.sink_value.repeat_interleave(heads // groups, dim=0)[:, None]
+            out = out + weights[..., -1:].to(out.dtype) * value.to(out.dtype)
+        return out.transpose(1, 2)
+
+    def _mask(self, mask: Tensor | None, length: int) -> Tensor | None:
+        """Bring every form of mask to None or [B, 1 or H, T, M], bool or float; M columns, the last for the newest."""
+        if mask is None:
+            return None
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            return mask
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask.to(torch.bool)[:, None, None].expand(-1, -1, length, -1)
+        form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UsageError(
+            f"layer {self.config.layer_idx}: attention mask {form} is neither None nor [B, S] nor [B, 1, T, S]; "
+            "use attn_implementation 'sdpa' or 'eager'"
+        )
+
+    def _fit(self, mask: Tensor, columns: int, longer_cache: bool = False) -> Tensor:
+        """Return the last columns of a mask [B, 1 or H, T, M]; a cache with free slots at its end may be longer."""
+        missing = columns - mask.shape[-1]
+        if missing <= 0:
+            return mask[..., mask.shape[-1] - columns :]
+        if not longer_cache:
+            raise UsageError(
+                f"layer {self.config.layer_idx}: the attention mask has {mask.shape[-1]} columns for {columns} keys"
+            )
+        return F.pad(mask, (0, missing), value=False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
+@dataclass(frozen=True)
+class _View:
+    """What the queries of one call attend to.
+
+    Attributes:
+        keys: [B, G, n + C, d], slots first, then columns: neighbouring positions in order.
+        values: [B, G, n + C, dv].
+        slots: positions of the sink slots, int64 [B, n].
+        past: position of the first query.
+        start: position of the first column.
+        near: the given mask at the columns, [B, 1 or H, T, C].
+        far: the given mask by position, [B, 1 or H, T, past + T or more]; None where it does not reach back so far.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    past: int
+    start: int
+    near: Tensor | None
+    far: Tensor | None
+
+
+def _real(mask: Tensor) -> Tensor:
+    """Say which keys of a mask [B, 1 or H, T, S] some query sees, bool [B, S]: all but padding and the future."""
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return shown.any(dim=1).any(dim=1)
+
+
+def _restrict(visible: Tensor, mask: Tensor) -> Tensor:
+    """Hide more: a bool mask and another one, bool or additive; the result is of the latter's kind."""
+    if mask.dtype == torch.bool:
+        return visible & mask
+    return torch.where(visible, mask, torch.finfo(mask.dtype).min)
+
+
+def _cut(x: Tensor, slots: int, low: int, high: int) -> Tensor:
+    """Return slots and columns low..high of [B, G, n + C, .]."""
+    if low == 0 and slots + high == x.shape[2]:
+        return x
+    columns = x[:, :, slots + low : slots + high]
+    return torch.cat((x[:, :, :slots], columns), dim=2) if slots else columns

@@ -1,0 +1,67 @@
+"""The kinds of attention that a rewritten layer can have: how each is named, described, and put into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.sites import AttentionSite
+from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
+from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE, gateswa_graph
+from attnedit.targets.attention.mla_graph import MLA_MODULE, mla_graph
+
+AnyConfig = MLAConfig | GateSWAConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of attention.
+
+    Attributes:
+        name: in config.json, and of the child module in the graph of a rewritten layer.
+        title: what people call it.
+        config: its configuration class.
+        graph: builds the graph of one attention module: ``graph(model, site, config)``.
+    """
+
+    name: str
+    title: str
+    config: type[AnyConfig]
+    graph: Callable[[nn.Module, AttentionSite, Any], fx.GraphModule]
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(MLA_MODULE, "latent attention", MLAConfig, mla_graph),
+        Kind(GATESWA_MODULE, "gated sliding-window attention", GateSWAConfig, gateswa_graph),
+    )
+}
+
+
+def kind_of(config: AnyConfig) -> Kind:
+    """Return the kind that a configuration describes."""
+    return next(kind for kind in KINDS.values() if type(config) is kind.config)
+
+
+def config_to_dict(config: AnyConfig) -> dict[str, Any]:
+    """Return the fields as JSON values, and the name of the kind as "kind"."""
+    return {"kind": kind_of(config).name, **config.to_dict()}
+
+
+def config_from_dict(values: Mapping[str, Any]) -> AnyConfig:
+    """Read what `config_to_dict` wrote.
+
+    Raises:
+        UsageError: this version does not know the kind or a field, or a field is missing.
+    """
+    rest = dict(values)
+    # The first files knew latent attention only, and did not say so.
+    name = rest.pop("kind", MLA_MODULE)
+    if name not in KINDS:
+        raise UsageError(f"attention of kind {name!r} is not known to this version (it knows {', '.join(KINDS)})")
+    return KINDS[name].config.from_dict(rest)

@@ -1,0 +1,138 @@
+"""Attention replaced in the graph of one attention module: what all targets have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.traceback import NodeSource, NodeSourceAction
+
+from attnedit.compiler.capture import graph_module
+from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.sites import AttentionSite
+
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+_ANCHOR_ARGUMENTS = ("q", "k", "v", "mask", "scale", "softcap", "sinks", "window", "layer")
+
+
+@dataclass(frozen=True)
+class AnchorCall:
+    """The attention of a site as it stands in a graph.
+
+    Attributes:
+        graph: the graph that is edited; new nodes go before the anchor.
+        node: a node by its name.
+        arguments: the anchor's arguments by name (q, k, v, mask, scale, softcap, sinks, window, layer).
+        cache: the placeholder of the cache.
+    """
+
+    graph: fx.Graph
+    node: Callable[[str], fx.Node]
+    arguments: dict[str, Any]
+    cache: fx.Node
+
+
+def replace_attention(
+    model: nn.Module,
+    site: AttentionSite,
+    name: str,
+    module: nn.Module,
+    arguments: Callable[[AnchorCall], tuple[Any, ...]],
+    output_projection: nn.Module | None = None,
+) -> fx.GraphModule:
+    """Build the graph of one attention module with its attention replaced by one call of a new module.
+
+    Args:
+        model: the live model that ``site`` was captured from, or one of the same shape.
+        site: the attention site.
+        name: of the new module in the graph; provenance of the new nodes is "attnedit." and this name.
+        module: the new module (`weights_like` says in which dtype, on which device); it returns [B, T, H, dv].
+        arguments: makes the arguments of its call; may add nodes.
+        output_projection: a module to use in place of the source's, with parameters of the same names and shapes.
+
+    Returns:
+        A GraphModule with the signature of the source's attention module. Parts that nothing uses any more are gone.
+
+    Raises:
+        UsageError: ``output_projection`` does not fit the site.
+        CaptureError: the attention module is not given the cache.
+    """
+    root = graph_module(model, site)
+    projection = root.get_submodule(site.o_proj.module)
+    root.add_module(name, module)
+    if output_projection is not None:
+        _check_same_parameters(site, projection, output_projection)
+        root.set_submodule(site.o_proj.module, output_projection)
+    graph = copy.deepcopy(root.graph)
+    _rewrite(graph, site, name, arguments)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+    # A new GraphModule takes along only what its graph uses.
+    source = type(model.get_submodule(site.name)).__name__
+    result = fx.GraphModule(root, graph, class_name=f"{type(module).__name__}{source}")
+    result.train(root.training)
+    return result
+
+
+def weights_like(model: nn.Module, site: AttentionSite) -> dict[str, Any]:
+    """Device and dtype of the site's output projection, as keyword arguments of a module."""
+    like = next(model.get_submodule(f"{site.name}.{site.o_proj.module}").parameters())
+    return {"device": like.device, "dtype": like.dtype}
+
+
+def anchor_arguments(site: AttentionSite) -> dict[str, Any]:
+    """Return the arguments of the site's anchor by name: nodes of ``site.graph`` and constants."""
+    return _named(site.node(site.anchor))
+
+
+def check_facts(site: AttentionSite, config: Any, expected: dict[str, Any]) -> None:
+    """Compare a configuration with the facts of a site.
+
+    Raises:
+        UsageError: one differs.
+    """
+    for name, value in expected.items():
+        if getattr(config, name) != value:
+            raise UsageError(f"{site.name}: the configuration has {name}={getattr(config, name)}, the site {value}")
+
+
+def _named(anchor: fx.Node) -> dict[str, Any]:
+    return {**dict(zip(_ANCHOR_ARGUMENTS, anchor.args, strict=False)), **anchor.kwargs}
+
+
+def _rewrite(
+    graph: fx.Graph, site: AttentionSite, name: str, arguments: Callable[[AnchorCall], tuple[Any, ...]]
+) -> None:
+    nodes = {node.name: node for node in graph.nodes}
+    anchor = nodes[site.anchor]
+    with graph.inserting_before(anchor):
+        call = AnchorCall(graph, nodes.__getitem__, _named(anchor), _cache_argument(graph, site))
+        node = graph.call_module(name, arguments(call))
+    for fresh in set(graph.nodes) - set(nodes.values()):
+        fresh.meta["from_node"] = [NodeSource(anchor, f"attnedit.{name}", NodeSourceAction.REPLACE)]
+        if "stack_trace" in anchor.meta:
+            fresh.meta["stack_trace"] = anchor.meta["stack_trace"]
+    anchor.replace_all_uses_with(node)
+    graph.erase_node(anchor)
+
+
+def _cache_argument(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+    node: fx.Node
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target in _CACHE_ARGUMENTS:
+            return node
+    raise CaptureError(
+        f"{site.name}: its forward takes no cache (looked for {', '.join(_CACHE_ARGUMENTS)}) that could become smaller"
+    )
+
+
+def _check_same_parameters(site: AttentionSite, old: nn.Module, new: nn.Module) -> None:
+    """A loader rebuilds the source's module, so what replaces it must have the same keys."""
+    shapes = [{name: tuple(p.shape) for name, p in module.named_parameters()} for module in (old, new)]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"{site.name}.{site.o_proj.module}: the replacement has parameters {shapes[1]}, the source {shapes[0]}"
+        )

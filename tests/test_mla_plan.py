@@ -1,0 +1,124 @@
+"""From budget to shapes, and what the pass takes from a live model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnedit.compiler.capture import capture
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.stream import AttentionInputs, stream
+from attnedit.passes.mla.assemble import exact_factors, kv_as_affine
+from attnedit.passes.mla.budget import exact_shape, least_values, plan, shape_for, source_values
+from attnedit.passes.mla.site_sample import output_weight, part_of, take_sample
+from attnedit.passes.mla.weights import output_error
+
+LINEAR = ["llama", "qwen2", "granite", "phi3", "gpt2", "gpt_neox", "starcoder2"]
+
+
+@pytest.fixture(scope="module")
+def sites() -> list[AttentionSite]:
+    return capture(build("llama"))
+
+
+@settings(deadline=None)
+@given(budget=st.floats(0.02, 1.0), layers=st.integers(1, 40), kept=st.integers(0, 3))
+def test_the_budget_is_met_to_one_value(sites: list[AttentionSite], budget: float, layers: int, kept: int) -> None:
+    every = [dataclasses.replace(sites[0], name=f"layers.{i}", layer_idx=i) for i in range(layers + kept)]
+    width = source_values(sites[0])
+    before = {i: float(width) for i in range(layers + kept)}
+    total = budget * width * len(every)
+    try:
+        shapes = plan(every, before, every[kept:], budget)
+    except UsageError as error:
+        assert total < kept * width + layers * least_values(sites[0])
+        found = re.search(r"need ([0-9.]+)", str(error))
+        assert found
+        smallest = float(found[1])
+        assert smallest > budget
+        shapes = plan(every, before, every[kept:], smallest)
+        total = smallest * width * len(every)
+    used = kept * width + sum(shape.values for shape in shapes.values())
+    assert used <= total + 1e-6
+    # rounding is carried on, but a layer holds no more than the source's
+    assert total - used < 1 + 1e-6 or all(shape.exact for shape in shapes.values())
+
+
+@given(values=st.integers(3, 40))
+def test_a_shape_holds_what_it_was_given(sites: list[AttentionSite], values: int) -> None:
+    site, full = sites[0], exact_shape(sites[0])
+    shape = shape_for(site, values)
+    assert shape.values == min(values, full.values)
+    assert shape.exact == (values >= full.values)
+    assert min(shape.rank, shape.slots) >= 1
+
+
+@pytest.mark.parametrize("budget", [0.0, -0.5, 1.5])
+def test_a_budget_is_a_fraction(sites: list[AttentionSite], budget: float) -> None:
+    with pytest.raises(UsageError, match="above 0 and at most 1"):
+        plan(sites, {0: 32.0, 1: 32.0}, sites, budget)
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_affine_keys_and_values(family: str) -> None:
+    model = build(family)
+    for site in capture(model):
+        assert site.linear_kv
+        matrix, offset = kv_as_affine(model, site)
+        graph = part_of(model, site, (site.key, site.value)).double()
+        hidden = torch.randn(2, 5, matrix.shape[1], dtype=torch.float64)
+        unused = {n.target: None for n in graph.graph.nodes if n.op == "placeholder" and not n.target.startswith("*")}
+        key, value = graph(**{**unused, site.hidden: hidden})
+        expected = torch.cat([s.transpose(1, 2).flatten(2) for s in (key, value)], -1)
+        torch.testing.assert_close(hidden @ matrix.T + offset, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "gpt2", "cohere", "glm4", "smollm3", "gpt_oss"])
+def test_streaming_shows_each_layer_what_the_model_does(family: str) -> None:
+    """Attention inputs layer by layer equal those of a plain forward pass, and the exact factors lose nothing."""
+    model = build(family)
+    found = capture(model)
+    windows = torch.randint(3, 60, (5, 9), generator=torch.Generator().manual_seed(0))
+    plain: dict[str, torch.Tensor] = {}
+    handles = []
+    for site in found:
+        hook = functools.partial(keep_input, plain, site.name)
+        handles.append(model.get_submodule(site.name).register_forward_pre_hook(hook, with_kwargs=True))
+    with torch.no_grad():
+        model(windows)
+    for handle in handles:
+        handle.remove()
+    errors: list[float] = []
+
+    def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
+        batches = list(inputs)
+        hidden = torch.cat([hidden_states(batch.args, batch.kwargs) for batch in batches])
+        torch.testing.assert_close(hidden, plain[site.name], rtol=1e-5, atol=1e-6)
+        sample = take_sample(model, site, iter(batches), queries=9, seed=0)
+        factors = exact_factors(site, exact_shape(site), output_weight(model, site)[0])
+        errors.append(output_error(sample, factors))
+
+    stream(model, found, windows, visit)
+    assert len(errors) == len(found)
+    assert max(errors) < 1e-8
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def keep_input(
+    store: dict[str, torch.Tensor], name: str, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    store[name] = hidden_states(args, kwargs)
