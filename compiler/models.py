@@ -158,7 +158,7 @@ def load_source(
 def load_config_only(model: str, *, revision: str | None = None, dequantize: bool = True) -> PreTrainedModel:
     """Build the model of a configuration on meta tensors: ``config.json`` is enough, no weight is read.
 
-    Buffers (rotary frequencies among them) are real, so that facts can be probed numerically.
+    Buffers that no checkpoint holds (rotary frequencies among them) are real, so that facts can be probed numerically.
 
     Args:
         model: as in `load_source`; the path of a ``config.json`` is accepted too.
@@ -177,6 +177,9 @@ def load_config_only(model: str, *, revision: str | None = None, dequantize: boo
         with init_empty_weights(include_buffers=False):
             built = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
         built.tie_weights()  # making parameters meta has parted what was tied
+        for module in built.modules():
+            for key in module._buffers.keys() - module._non_persistent_buffers_set:
+                module._buffers[key] = module.get_buffer(key).to("meta")  # a weight in all but name
     except READING_ERRORS as error:
         raise _cannot_read("the configuration of", location, error) from error
     built.eval()

@@ -31,7 +31,7 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 DequantizeOption = Annotated[bool, typer.Option("--dequantize", help="Unpack a source that is already quantised.")]
-SeedOption = Annotated[int, typer.Option(help="Same seed, same result.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same result.")]
 CalibrationOption = Annotated[
     str | None,
     typer.Option(help="Text, jsonl or parquet file, or a dataset's name; without it the model's own samples."),
