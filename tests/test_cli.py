@@ -1,4 +1,4 @@
-"""The command line: output, exit codes, and one line on stderr for whatever goes wrong."""
+"""The command line: output and exit codes; test_bad_input.py has what each command refuses."""
 
 from __future__ import annotations
 
@@ -7,39 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from commands import Captured, answer, refusal
 from conftest import make_llama, make_tokenizer
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM, T5Config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import attnedit
 from attnedit.cli import inspect, main
 from attnedit.cli.demo import run as run_demo
+from attnedit.cli.terminal import ProgressBars
 from attnedit.compiler.models import Source
-
-Captured = pytest.CaptureFixture[str]
-
-
-def answer(capsys: Captured, *arguments: object) -> dict[str, Any]:
-    """Run a command that must succeed with ``--json`` and nothing on stderr."""
-    code = main([*map(str, arguments), "--json"])
-    captured = capsys.readouterr()
-    assert (code, captured.err) == (0, "")
-    value = json.loads(captured.out)
-    assert isinstance(value, dict)
-    return value
-
-
-def refusal(capsys: Captured, *arguments: object, code: int = 2) -> str:
-    """Run a command that must fail with one line on stderr and nothing on stdout."""
-    assert main([*map(str, arguments)]) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("attnedit: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_inspect_needs_no_weights(saved_llama: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -140,6 +119,48 @@ def test_sweep_writes_table_and_plot(saved_llama: Path, text_file: Path, tmp_pat
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_more_alternations_fit_better(saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured) -> None:
+    errors = []
+    for rounds in (0, 2):
+        options = ("--calibration", text_file, "--calibration-tokens", 1024, "--kv-budget", 0.25, "-o")
+        command = ("compile", saved_llama, "--alternations", rounds, *options, tmp_path / str(rounds))
+        errors.append(sum(layer["output_error"] for layer in answer(capsys, *command)["layers"]))
+    assert errors[1] < errors[0]
+
+
+def test_every_stage_tells_progress(
+    saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: dict[str, list[tuple[int, int]]] = {}
+    monkeypatch.setattr(
+        ProgressBars, "__call__", lambda _, stage, done, total: steps.setdefault(stage, []).append((done, total))
+    )
+
+    def stages(*command: object) -> set[str]:
+        steps.clear()
+        answer(capsys, *command)
+        for told in steps.values():
+            assert told[0][0] == 0
+            assert told[-1][0] == told[-1][1]
+        return set(steps)
+
+    fit = ("--calibration-tokens", 64, "--alternations", 0, "-o")
+    measure = ("--text", text_file, "--seq-len", 32, "--windows", 2)
+    fitting = {"load model", "sample calibration text", "capture", "fit layers", "verify"}
+    assert stages("compile", saved_llama, *fit, tmp_path / "a") == {*fitting, "save"}
+    assert steps["fit layers"] == [(0, 2), (1, 2), (2, 2)]
+    exact = {"load model", "capture", "build layers", "verify", "save"}
+    given = ("--calibration", text_file, "--kv-budget", 1)
+    assert stages("compile", saved_llama, *given, *fit, tmp_path / "b") == exact
+    assert stages("sweep", saved_llama, *measure, *fit, tmp_path / "c", "--kv-budgets", 0.5) == {
+        *fitting,
+        "tokenise",
+        "evaluate",
+    }
+    assert stages("eval", saved_llama, *measure) == {"load model", "tokenise", "evaluate"}
+    assert stages("inspect", saved_llama) == {"capture"}
+
+
 def test_the_demo_in_small() -> None:
     source = Source(make_llama(), make_tokenizer(), "tiny")
     outcome, result = run_demo(source, calibration_tokens=1024, windows=2, seq_len=64)
@@ -170,65 +191,6 @@ def test_wrong_usage_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert message in refusal(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
-
-
-def save(model: Any, directory: Path) -> Path:
-    model.save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
-
-
-def test_a_model_without_attention(tmp_path: Path, capsys: Captured) -> None:
-    config = MambaConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, state_size=4)
-    source = save(MambaForCausalLM(config), tmp_path / "mamba")
-    refusal(capsys, "inspect", source)
-    refusal(capsys, "compile", source, "-o", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_encoder_decoder(tmp_path: Path, capsys: Captured) -> None:
-    T5Config(num_layers=1).save_pretrained(tmp_path / "t5")
-    assert "encoder-decoder" in refusal(capsys, "inspect", tmp_path / "t5")
-
-
-def test_broken_weights_leave_nothing_behind(tmp_path: Path, capsys: Captured) -> None:
-    model = make_llama()
-    model.model.layers[0].self_attn.k_proj.weight.data[0, 0] = float("nan")
-    source = save(model, tmp_path / "nan")
-    assert "NaN" in refusal(capsys, "compile", source, "-o", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("text", "message"), [("", "holds no text"), ("Too short.", "is too short: 10 tokens")])
-def test_short_calibration_leaves_nothing_behind(
-    text: str, message: str, saved_llama: Path, tmp_path: Path, capsys: Captured
-) -> None:
-    (tmp_path / "notes.txt").write_text(text)
-    calibration = ("--calibration", tmp_path / "notes.txt")
-    assert message in refusal(capsys, "compile", saved_llama, *calibration, "-o", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_budget_that_cannot_be_met_names_the_smallest(
-    saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured
-) -> None:
-    command = ("compile", saved_llama, "--kv-budget", 0.0001, "--calibration", text_file, "-o", tmp_path / "out")
-    assert "ask for at least that" in refusal(capsys, *command)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_target_is_named(saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured) -> None:
-    command = ("compile", saved_llama, "--target", "magic", "--calibration", text_file, "-o", tmp_path / "out")
-    assert "magic" in refusal(capsys, *command)
-
-
-def test_the_output_may_not_be_a_file(saved_llama: Path, text_file: Path, capsys: Captured) -> None:
-    assert "is a file" in refusal(capsys, "compile", saved_llama, "-o", text_file)
-
-
-def test_an_evaluation_text_that_is_too_short(saved_llama: Path, text_file: Path, capsys: Captured) -> None:
-    command = ("eval", saved_llama, "--text", text_file, "--seq-len", 128, "--windows", 5000)
-    assert "ask for at most 78" in refusal(capsys, *command)
 
 
 def test_errors_are_one_object_with_json(capsys: Captured) -> None:

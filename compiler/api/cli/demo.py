@@ -18,6 +18,7 @@ from attnedit.compiler.progress import stage
 
 KV_BUDGET = 0.5
 CALIBRATION_TOKENS = 16_384
+ALTERNATIONS = 1  # two more than double the time
 EVALUATION_WINDOWS = 10
 SEQ_LEN = 1024
 PROMPT = "A list in Python is"
@@ -82,6 +83,7 @@ def run(
         calibration=data,
         tokenizer=tokenizer,
         calibration_tokens=data.numel(),
+        alternations=ALTERNATIONS,
         progress=progress,
     )
     return {"model": source.name, "source": before, "result": figures(result.model)}, result
