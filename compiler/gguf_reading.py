@@ -1,4 +1,4 @@
-"""One parse of a GGUF's header where transformers would do three."""
+"""Reading a GGUF once where transformers would read it three times."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from unittest import mock
 
 @contextmanager
 def shared_gguf_reader() -> Iterator[None]:
-    """Let configuration, weights and tokenizer share one `gguf.GGUFReader` while inside.
+    """Let configuration, weights and tokenizer share one `gguf.GGUFReader`, and tensors one map of names, while inside.
 
-    A header holds the whole vocabulary, and parsing it takes seconds; transformers does so for each of the three.
+    A header holds the whole vocabulary, and parsing it takes seconds; transformers does so for each of the three. The
+    map of names it makes anew for every module.
     """
     if importlib.util.find_spec("gguf") is None:
         yield
         return
     import gguf
 
-    with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
+    with (
+        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
         yield

@@ -20,6 +20,7 @@ class FitOptions:
 
     Attributes:
         alternations: rounds of query-side and latent-side least squares, each followed by the output side's.
+        latent_side: without it, a round is the query side and the output side only.
         iterations: conjugate-gradient steps of each of the first two; few regularise where queries are few.
         output_queries: sampled queries, over all calibration sequences, of the output regression.
         logit_queries: sampled queries of the logits' least squares.
@@ -28,6 +29,7 @@ class FitOptions:
     """
 
     alternations: int = 2
+    latent_side: bool = True
     iterations: int = 8
     output_queries: int = 16384
     logit_queries: int = 16384
@@ -35,7 +37,7 @@ class FitOptions:
 
     @classmethod
     def of(cls, alternations: int) -> FitOptions:
-        """Settings for a number of alternations: up to one is the quick job, which works on fewer queries.
+        """Settings for a number of alternations; up to one is the quick job, on few queries, without the latent side.
 
         Raises:
             UsageError: the number is negative.
@@ -44,7 +46,9 @@ class FitOptions:
             raise UsageError(f"alternations must not be negative, got {alternations}")
         if alternations > 1:
             return cls(alternations)
-        return cls(alternations, iterations=3, output_queries=8192, logit_queries=2048, exact_stream=False)
+        return cls(
+            alternations, latent_side=False, iterations=3, output_queries=8192, logit_queries=2048, exact_stream=False
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def fit_layer(sample: LayerSample, shape: Shape, options: FitOptions) -> Fit:
     few = sample.thinned(max(1, options.logit_queries // len(sample.query)))
     target = logit_target(few)
     for _ in range(options.alternations):
-        factors, _ = refit_output(sample, refit_query(few, factors, target, options.iterations))
-        factors, error = refit_output(sample, refit_latent(few, factors, target, options.iterations))
+        factors, error = refit_output(sample, refit_query(few, factors, target, options.iterations))
+        if options.latent_side:
+            factors, error = refit_output(sample, refit_latent(few, factors, target, options.iterations))
     return Fit(factors, energy, error)
