@@ -15,7 +15,8 @@ from attnedit.compiler.sampling import position_ids
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest deviation allowed, as a fraction of the largest logit."""
 HALF = (torch.float16, torch.bfloat16)
-"""Here rounding alone sends single tokens to other experts, in the source too: most tokens must agree, not all."""
+"""Here rounding alone sends single tokens to other experts, in the source too: three in four tokens must agree. Half
+of them are decoded, so an error of decoding alone still shows."""
 LENGTH = 48
 """Tokens that promises are checked on."""
 
@@ -70,7 +71,7 @@ def _hold(what: str, expected: Tensor, found: Tensor) -> Verification:
     kind = torch.promote_types(expected.dtype, torch.float32)
     size = float(expected.to(kind).abs().max())
     by_token = (expected.to(kind) - found.to(kind)).abs().amax(-1).flatten()
-    error = float(by_token.median() if expected.dtype in HALF else by_token.max()) / max(size, 1e-30)
+    error = float(by_token.quantile(0.75) if expected.dtype in HALF else by_token.max()) / max(size, 1e-30)
     if not error <= tolerance:
         raise VerificationError(
             f"{what}: off by {error:.1e} of the largest logit where {tolerance:.0e} is allowed; "
