@@ -24,9 +24,12 @@ class LayerReport(BaseModel):
     Attributes:
         layer: cache slot.
         name: fully qualified name of the attention module.
-        kind: what it became (``"mla"``), or ``"source"`` where it was left as it is.
+        kind: what it became (``"mla"``, ``"gateswa"``), or ``"source"`` where it was left as it is.
         kv_lora_rank: latent size; None where there is none.
         qk_rope_head_dim: rotary values in the cache; None where there is no latent.
+        sliding_window: tokens a query sees, of a layer that got a window.
+        loss_increase: KL divergence in nats per token from the source of the model with a window in this layer alone;
+            None if not measured.
         values_before: cached values per token of the source.
         values_after: the same of the result.
         energy_kept: share of the weighted second moment that the latent keeps, 0 to 1; None if not measured.
@@ -40,6 +43,8 @@ class LayerReport(BaseModel):
     kind: str
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
+    sliding_window: int | None = None
+    loss_increase: float | None = None
     values_before: float
     values_after: float
     energy_kept: float | None = None
@@ -83,6 +88,7 @@ class Report(BaseModel):
         calibration_tokens: how many were used.
         seconds: per stage, in order.
         peak_memory_bytes: of the process, at the end.
+        full_layers: layers that kept every token in the cache, where others got a window; None elsewhere.
         notes: what the user should know.
     """
 
@@ -101,6 +107,7 @@ class Report(BaseModel):
     calibration_tokens: int = 0
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int = 0
+    full_layers: list[int] | None = None
     notes: list[str] = Field(default_factory=list)
 
     def to_json(self) -> str:
@@ -134,20 +141,22 @@ class Report(BaseModel):
         table.add_column("layer", justify="right")
         table.add_column("attention")
         table.add_column("becomes")
-        for heading in ("rank", "rotary", "values before", "after", "energy kept", "output error"):
+        columns: dict[str, list[str]] = {
+            "rank": [_number(row.kv_lora_rank) for row in self.layers],
+            "rotary": [_number(row.qk_rope_head_dim) for row in self.layers],
+            "window": [_number(row.sliding_window) for row in self.layers],
+            "loss": ["-" if row.loss_increase is None else f"{row.loss_increase:.4f}" for row in self.layers],
+            "values before": [f"{row.values_before:g}" for row in self.layers],
+            "after": [f"{row.values_after:g}" for row in self.layers],
+            "energy kept": ["-" if row.energy_kept is None else f"{row.energy_kept:.2%}" for row in self.layers],
+            "output error": ["-" if row.output_error is None else f"{row.output_error:.2e}" for row in self.layers],
+        }
+        unused = {"window", "loss"} if self.full_layers is None else {"rank", "rotary", "energy kept", "loss"}
+        shown = {name: cells for name, cells in columns.items() if name not in unused or set(cells) - {"-"}}
+        for heading in shown:
             table.add_column(heading, justify="right")
-        for row in self.layers:
-            table.add_row(
-                str(row.layer),
-                row.name,
-                row.kind,
-                _number(row.kv_lora_rank),
-                _number(row.qk_rope_head_dim),
-                f"{row.values_before:g}",
-                f"{row.values_after:g}",
-                "-" if row.energy_kept is None else f"{row.energy_kept:.2%}",
-                "-" if row.output_error is None else f"{row.output_error:.2e}",
-            )
+        for index, row in enumerate(self.layers):
+            table.add_row(str(row.layer), row.name, row.kind, *(cells[index] for cells in shown.values()))
         return table
 
     def _summary(self) -> str:

@@ -6,7 +6,8 @@ met with exactly the arguments that the live model gives it (teacher forcing: al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,63 @@ def stream(
         report(stage, index + 1, last + 1)
 
 
+class Walk:
+    """One batch on its way through the decoder layers, from where the model can be run to its end any number of times.
+
+    Args:
+        model: live model in eval mode.
+        layers: its decoder layers.
+        ids: token ids [B, T], int64, no padding.
+
+    Raises:
+        CaptureError: the layers exchange more than hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor) -> None:
+        self._model, self._layers = model, layers
+        self._ids = ids.to(next(model.parameters()).device)
+        self._returned = _returned(model, layers, self._ids[:1, :2])
+        (self._batch,) = _enter(model, layers, self._ids, size=len(ids))
+        self._index = 0
+
+    def advance(self) -> None:
+        """Go through the next layer as it stands."""
+        _advance(self._layers[self._index], self._index, self._batch)
+        self._index += 1
+
+    def logits(self) -> Tensor:
+        """Logits [B, T, V] of the model as it stands from here on, as if all before had not changed."""
+        hidden, returned = self._batch.hidden, self._returned
+
+        def skip(*_: Any, **__: Any) -> Any:
+            return (hidden, *[None] * (returned - 1)) if returned else hidden
+
+        with _patched(list(self._layers[: self._index]), [skip] * self._index):
+            logits: Tensor = self._model(input_ids=self._ids, use_cache=False).logits
+        return logits
+
+
+@contextmanager
+def _patched(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Other forward functions for the modules while inside."""
+    originals = [(module, module.__dict__.get("forward")) for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, original in originals:
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+
+
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Let another function compute what a module does while inside."""
+    return _patched([module], [forward])
+
+
 def _inputs(
     layer: nn.Module, index: int, attention: nn.Module, batches: list[_Batch], context: torch.autocast
 ) -> Iterator[AttentionInputs]:
@@ -139,26 +197,18 @@ def _advance(layer: nn.Module, index: int, batch: _Batch) -> None:
     batch.hidden = output[0] if isinstance(output, tuple) else output
 
 
-def _enter(model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor) -> list[_Batch]:
+def _enter(model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, size: int | None = None) -> list[_Batch]:
     """Run everything before the first layer, with layers that only record how they are called."""
     device = next(model.parameters()).device
-    size = max(1, BATCH_TOKENS // windows.shape[1])
+    size = size or max(1, BATCH_TOKENS // windows.shape[1])
     returned = _returned(model, layers, windows[:1, :2].to(device))
     batches: list[_Batch] = []
     for rows in windows.split(size):
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         entered: list[Tensor] = []
-        originals = [(layer, layer.__dict__.get("forward")) for layer in layers]
-        for index, layer in enumerate(layers):
-            layer.forward = _recorder(index, calls, entered, returned)
-        try:
+        recorders = [_recorder(index, calls, entered, returned) for index in range(len(layers))]
+        with _patched(list(layers), recorders):
             _decoder(model)(input_ids=rows.to(device), use_cache=False)
-        finally:
-            for layer, original in originals:
-                if original is None:
-                    del layer.forward
-                else:
-                    layer.forward = original
         if len(calls) != len(layers):
             raise CaptureError(f"{type(model).__name__}: not every decoder layer runs once per forward pass")
         if any(h is not entered[0] for h in entered[1:]):

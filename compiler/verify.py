@@ -21,11 +21,11 @@ LENGTH = 48
 """Tokens that promises are checked on."""
 
 
-def check_tokens(windows: Tensor | None, model: PreTrainedModel) -> Tensor:
-    """A short prompt [1, T]: the start of the calibration data, or token ids 0, 1, 2, ..."""
+def check_tokens(windows: Tensor | None, model: PreTrainedModel, window: int = 0) -> Tensor:
+    """A short prompt [1, T], longer than `window`: the start of the calibration data, or token ids 0, 1, 2, ..."""
     device = next(model.parameters()).device
     if windows is not None:
-        return windows[:1, :LENGTH].to(device)
+        return windows[:1, : LENGTH + window].to(device)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids: Tensor = (torch.arange(LENGTH, device=device) * 7919 % vocabulary)[None]
     return ids
@@ -57,7 +57,7 @@ def same_decode(result: PreTrainedModel, ids: Tensor) -> Verification:
     """
     prefill = logits_of(result, ids)
     cache = DynamicCache(config=result.config)
-    first = ids.shape[1] // 2
+    first = max(ids.shape[1] // 2, ids.shape[1] - LENGTH // 2)
     steps = []
     for start, stop in itertools.pairwise([0, *range(first, ids.shape[1] + 1)]):
         part = ids[:, start:stop]

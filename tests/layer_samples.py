@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.sample import LayerSample, Rotation
 from attnedit.passes.mla.weights import Factors, key_features, mix, query_features, score
+from attnedit.passes.sample import LayerSample, Rotation
 
 
 def layer_sample(

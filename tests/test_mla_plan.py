@@ -20,8 +20,8 @@ from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.mla.assemble import exact_factors, kv_as_affine
 from attnedit.passes.mla.budget import exact_shape, least_values, plan, shape_for, source_values
-from attnedit.passes.mla.site_sample import output_weight, part_of, take_sample
 from attnedit.passes.mla.weights import output_error
+from attnedit.passes.site_sample import output_weight, part_of, take_sample
 
 LINEAR = ["llama", "qwen2", "granite", "phi3", "gpt2", "gpt_neox", "starcoder2"]
 

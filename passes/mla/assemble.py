@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.mla.budget import Shape
-from attnedit.passes.mla.site_sample import output_weight, part_of
 from attnedit.passes.mla.weights import Factors
+from attnedit.passes.site_sample import output_weight, part_of
 from attnedit.targets.attention.mla import MLA, MLAConfig
 from attnedit.targets.attention.mla_graph import mla_graph
 

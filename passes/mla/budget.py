@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attnedit.compiler.errors import UsageError
@@ -68,7 +69,11 @@ def least_values(site: AttentionSite) -> int:
 
 
 def plan(
-    sites: list[AttentionSite], before: dict[int, float], chosen: list[AttentionSite], kv_budget: float
+    sites: list[AttentionSite],
+    before: dict[int, float],
+    chosen: list[AttentionSite],
+    kv_budget: float,
+    changed: Mapping[int, float] | None = None,
 ) -> dict[str, Shape]:
     """Shapes of the chosen sites so that all layers together cache `kv_budget` of the source.
 
@@ -79,6 +84,7 @@ def plan(
         before: cached values per token of the source by layer, at the context length.
         chosen: the sites that are converted.
         kv_budget: fraction of the source's cached values, above 0 and at most 1.
+        changed: what layers cache that another pass has rewritten, by layer.
 
     Returns:
         Shape by site name.
@@ -90,13 +96,14 @@ def plan(
         raise UsageError(f"kv_budget must be above 0 and at most 1, got {kv_budget:g}")
     total = sum(before.values())
     names = {site.name for site in chosen}
-    kept = sum(before[site.layer_idx] for site in sites if site.name not in names)
+    others = {**before, **(changed or {})}
+    kept = sum(others[site.layer_idx] for site in sites if site.name not in names)
     weight = {site.name: before[site.layer_idx] / source_values(site) for site in chosen}
     least = kept + sum(least_values(site) * weight[site.name] for site in chosen)
     if kv_budget * total < least - 1e-6:
         smallest = -(-least * 10000 // total) / 10000
         raise UsageError(
-            f"kv_budget {kv_budget:g} cannot be met: layers that stay as they are and one slot per converted layer "
+            f"kv_budget {kv_budget:g} cannot be met: other layers and one slot per latent layer "
             f"need {smallest:g}; ask for at least that"
         )
     share = (kv_budget * total - kept) / sum(before[site.layer_idx] for site in chosen)

@@ -10,8 +10,8 @@ from attnedit.compiler.errors import UsageError
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.initialise import analytic, mix_components
 from attnedit.passes.mla.least_squares import logit_target, refit_latent, refit_output, refit_query
-from attnedit.passes.mla.sample import LayerSample
 from attnedit.passes.mla.weights import Factors
+from attnedit.passes.sample import LayerSample
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.sample import LayerSample, Rotation
 from attnedit.passes.mla.weights import Factors
+from attnedit.passes.sample import LayerSample, Rotation
 
 EXPECTED_DISTANCES = (0.1, 512.0, 200)
 """Log-spaced distances over which the rotation of components that lose it is averaged: from, to, count."""

@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.sample import Chunk, LayerSample
 from attnedit.passes.mla.solve import Blocks, conjugate_gradients, inverse_root
 from attnedit.passes.mla.weights import (
     Factors,
@@ -26,6 +25,7 @@ from attnedit.passes.mla.weights import (
     score,
     slot_tables,
 )
+from attnedit.passes.sample import Chunk, LayerSample
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the weights it starts from, as a fraction of the mean diagonal of its Gram

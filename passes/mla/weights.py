@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.sample import Chunk, LayerSample
+from attnedit.passes.sample import Chunk, LayerSample
 
 
 @dataclass(frozen=True)

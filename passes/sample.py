@@ -1,4 +1,4 @@
-"""What one attention site shows on calibration text: the tensors every fit of the MLA pass works on.
+"""What one attention site shows on calibration text: the tensors that every closed-form fit works on.
 
 Shape letters: N sequences, T positions, Q sampled queries per sequence, H query heads, G key-value groups,
 d query/key head_dim, e value head_dim, D hidden size, n rotary frequencies.
@@ -143,15 +143,22 @@ class LayerSample:
         grouped = query.reshape(n, self.groups, -1, d) * self.scale
         return (grouped @ key.transpose(-1, -2)).view(n, h, q, -1)
 
-    def probabilities(self, logits: Tensor, chunk: Chunk) -> Tensor:
-        """Attention weights of logits [N', H, Q', T']: softcap, causal mask, sinks, softmax."""
+    def masked(self, logits: Tensor, chunk: Chunk) -> Tensor:
+        """Logits [N', H, Q', T'] after softcap, -inf where a query does not see a key."""
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits.masked_fill(~self.visible(chunk), -torch.inf)
+        return logits.masked_fill(~self.visible(chunk), -torch.inf)
+
+    def normalised(self, logits: Tensor) -> Tensor:
+        """Attention weights of masked logits [N', H, Q', T']: softmax, of which the source's sinks take a part."""
         if self.sinks is None:
             return logits.softmax(-1)
         sink = self.sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+
+    def probabilities(self, logits: Tensor, chunk: Chunk) -> Tensor:
+        """Attention weights of logits [N', H, Q', T']: softcap, causal mask, sinks, softmax."""
+        return self.normalised(self.masked(logits, chunk))
 
     def mix_values(self, probabilities: Tensor, chunk: Chunk) -> Tensor:
         """Attention output of the source's values under given weights [N', H, Q', e]."""

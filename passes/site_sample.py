@@ -12,7 +12,7 @@ from attnedit.compiler.capture import graph_module
 from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs
-from attnedit.passes.mla.sample import FIRST_POSITIONS, LayerSample, Rotation
+from attnedit.passes.sample import FIRST_POSITIONS, LayerSample, Rotation
 
 
 def part_of(model: nn.Module, site: AttentionSite, names: tuple[str, ...]) -> fx.GraphModule:

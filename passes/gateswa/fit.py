@@ -1,0 +1,189 @@
+"""Closed-form start of a windowed layer: sink logit, sink value and output projection, from calibration samples.
+
+What a query attended outside the window is gone. A virtual key with logit b and value v stands for it: with o_in what
+is left and z_in its softmax denominator, the new output is (1 - s) o_in + s v with s = sigmoid(b - log z_in). Per head
+b minimises the error of the output in the metric of the output projection, v is the least-squares solution given b,
+and the two alternate. The output projection is then regressed on the new outputs (docs/method.md, GateSWA).
+
+Shape letters as in `attnedit.passes.sample`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnedit.passes.sample import LayerSample
+from attnedit.targets.attention.config import GateSWAConfig
+
+OUTPUT_RIDGE = 0.5
+"""Ridge of the output regression towards the source's weights, as a fraction of the mean diagonal of its Gram matrix:
+this times features per sampled query."""
+SINK_ROUNDS = 4
+"""Alternations of sink logit and sink value."""
+GRID = 33
+"""Sink logits tried at once per head; each of `GRID_ROUNDS` looks between the neighbours of the best one."""
+GRID_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class WindowFit:
+    """Weights of one windowed layer.
+
+    Attributes:
+        sink_logit: [H], or None.
+        sink_value: [G, e], or None.
+        output_weight: o_proj by head [H, D, e]; None where it stays.
+        output_error: energy of the output's error as a fraction of the output's, on the sampled queries.
+    """
+
+    sink_logit: Tensor | None
+    sink_value: Tensor | None
+    output_weight: Tensor | None
+    output_error: float
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Outputs of every head on the sampled queries.
+
+    Attributes:
+        whole: the source's [N, H, Q, e].
+        inside: with the window and kept sinks only [N, H, Q, e].
+        logsumexp: of the logits that `inside` sees, the source's own sinks with them [N, H, Q].
+        cut: share of the source's attention that the window takes away [N, H, Q].
+    """
+
+    whole: Tensor
+    inside: Tensor
+    logsumexp: Tensor
+    cut: Tensor
+
+
+def fit_window(sample: LayerSample, config: GateSWAConfig, refit: bool = True) -> WindowFit:
+    """Fit what a windowed layer has beside the source's weights.
+
+    Args:
+        sample: the source's queries, keys and values on calibration data.
+        config: shape of the windowed attention.
+        refit: regress the output projection, unless a gate of the source keeps it fixed.
+    """
+    heads = _head_outputs(sample, config)
+    logit = value = None
+    output = heads.inside
+    if config.sink_logit:
+        logit, value = _fit_sink(sample, heads, config.sink_value)
+        share = torch.sigmoid(logit[:, None] - heads.logsumexp)[..., None]
+        output = (1 - share) * output
+        if value is not None:
+            output = output + share * _per_head(value, sample.heads)
+    if refit and not sample.fixed_output:
+        weight, error = _refit_output(sample, heads.whole, output)
+        return WindowFit(logit, value, weight, error)
+    wrong = sample.project(output - heads.whole).double().square().sum()
+    energy = sample.project(heads.whole).double().square().sum().clamp(min=1e-30)
+    return WindowFit(logit, value, None, float(wrong / energy))
+
+
+def _head_outputs(sample: LayerSample, config: GateSWAConfig) -> _Heads:
+    n, h, q = sample.query.shape[:3]
+    whole, inside = (sample.value.new_empty(n, h, q, sample.value.shape[-1]) for _ in range(2))
+    logsumexp, cut = (sample.value.new_empty(n, h, q) for _ in range(2))
+    for chunk in sample.chunks():
+        at = (chunk.sequences, slice(None), chunk.queries)
+        logits = sample.masked(sample.teacher_logits(chunk), chunk)
+        weights = sample.normalised(logits)
+        whole[at] = sample.mix_values(weights, chunk)
+        steps = torch.arange(chunk.keys.start, chunk.keys.stop, device=logits.device)
+        behind = sample.positions[chunk.queries, None] - steps
+        hidden = (behind >= config.sliding_window) & (steps >= config.sink_tokens)
+        cut[at] = (weights * hidden).sum(-1)
+        logits = logits.masked_fill_(hidden, -torch.inf)
+        inside[at] = sample.mix_values(sample.normalised(logits), chunk)
+        seen = logits.logsumexp(-1)
+        if sample.sinks is not None:
+            seen = torch.logaddexp(seen, sample.sinks.view(1, -1, 1))
+        logsumexp[at] = seen
+    return _Heads(whole, inside, logsumexp, cut)
+
+
+def _fit_sink(sample: LayerSample, heads: _Heads, with_value: bool) -> tuple[Tensor, Tensor | None]:
+    """Sink logit [H] and, if wanted, sink value [G, e]."""
+    metric = sample.output_weight.mT @ sample.output_weight
+    value = heads.whole.new_zeros(sample.groups, heads.whole.shape[-1])
+    if not with_value:
+        return _best_logit(metric, heads, _per_head(value, sample.heads)), None
+    value = _best_value(metric, heads, heads.cut, sample.groups)
+    logit = _best_logit(metric, heads, _per_head(value, sample.heads))
+    for _ in range(SINK_ROUNDS):
+        share = torch.sigmoid(logit[:, None] - heads.logsumexp)
+        value = _best_value(metric, heads, share, sample.groups)
+        logit = _best_logit(metric, heads, _per_head(value, sample.heads))
+    return logit, value
+
+
+def _best_logit(metric: Tensor, heads: _Heads, value: Tensor) -> Tensor:
+    """The b of each head with the least sum over queries of |W (o_in + s (v - o_in) - o)|^2 [H]."""
+    toward = value - heads.inside
+    pulled = toward @ metric
+    linear = 2 * ((heads.inside - heads.whole) * pulled).sum(-1)
+    square = (toward * pulled).sum(-1)
+    low = heads.logsumexp.amin((0, 2)) - 12.0  # a share of 6e-6: none
+    high = heads.logsumexp.amax((0, 2)) + 12.0
+    steps = torch.linspace(0, 1, GRID, device=low.device)
+    index = torch.arange(len(low), device=low.device)
+    best = low
+    for _ in range(GRID_ROUNDS):
+        tried = low + steps[:, None] * (high - low)  # [GRID, H]
+        share = (torch.sigmoid(row[:, None] - heads.logsumexp) for row in tried)
+        cost = torch.stack([(s * (linear + s * square)).double().sum((0, 2)) for s in share])
+        at = cost.argmin(0)
+        best = tried[at, index]
+        low, high = tried[(at - 1).clamp(min=0), index], tried[(at + 1).clamp(max=GRID - 1), index]
+    return best
+
+
+def _best_value(metric: Tensor, heads: _Heads, share: Tensor, groups: int) -> Tensor:
+    """The v of each key/value head with the least error, given its share of the attention [G, e]."""
+    wanted = heads.whole - (1 - share)[..., None] * heads.inside
+    amount = share.square().double().sum((0, 2))  # [H]
+    moment = torch.einsum("nhq,nhqe->he", share, wanted).double()
+    left = (metric.double() * amount[:, None, None]).unflatten(0, (groups, -1)).sum(1)
+    right = torch.einsum("hef,hf->he", metric.double(), moment).unflatten(0, (groups, -1)).sum(1)
+    level = left.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
+    left.diagonal(dim1=-2, dim2=-1).add_(1e-3 * level[:, None])
+    result: Tensor = torch.linalg.solve(left, right).float()
+    return result
+
+
+def _refit_output(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[Tensor, float]:
+    """Ridge regression of the source's attention output on the new head outputs [N, H, Q, e].
+
+    Returns:
+        Weight by head [H, D, e], and the relative energy of the error.
+    """
+    h, size, e = sample.output_weight.shape
+    gram = torch.zeros(h * e, h * e, device=output.device)
+    cross = torch.zeros(h * e, size, device=output.device)
+    energy = 0.0
+    for new, old in zip(output, whole, strict=True):
+        features = new.transpose(0, 1).flatten(1)
+        target = sample.project(old[None])[0]
+        gram.addmm_(features.mT, features)
+        cross.addmm_(features.mT, target)
+        energy += float(target.double().square().sum())
+    start = sample.output_weight.permute(0, 2, 1).reshape(h * e, size)
+    rows = output.shape[0] * output.shape[2]
+    ridge = OUTPUT_RIDGE * h * e / rows * float(gram.diagonal().mean())
+    system = gram.double()
+    system.diagonal().add_(max(ridge, 1e-30))
+    fitted = torch.cholesky_solve((cross + ridge * start).double(), torch.linalg.cholesky(system)).float()
+    error = energy + float(((gram @ fitted).double() * fitted).sum()) - 2 * float((cross.double() * fitted).sum())
+    return fitted.view(h, e, size).transpose(1, 2), max(error, 0.0) / max(energy, 1e-30)
+
+
+def _per_head(value: Tensor, heads: int) -> Tensor:
+    """[G, e] -> [H, 1, e]."""
+    return value.repeat_interleave(heads // len(value), 0)[:, None]

@@ -1,0 +1,98 @@
+"""The GateSWA pass as a whole: fit every layer that could get a window, then choose those that do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.progress import Progress
+from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.stream import AttentionInputs, stream
+from attnedit.passes.gateswa.build import build
+from attnedit.passes.gateswa.fit import WindowFit, fit_window
+from attnedit.passes.gateswa.options import GateSWAOptions
+from attnedit.passes.gateswa.select import loss_increases
+from attnedit.passes.site_sample import take_sample
+
+QUERIES = 16384
+"""Sampled queries over all calibration sequences."""
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """What the pass did.
+
+    Attributes:
+        graphs: of the layers that got a window, by the site's name.
+        fits: their weights and errors.
+        full: layers that stay full, ascending.
+        loss_increases: measured divergence of windowing one layer alone, by the site's name; empty if not measured.
+    """
+
+    graphs: dict[str, fx.GraphModule]
+    fits: dict[str, WindowFit]
+    full: list[int]
+    loss_increases: dict[str, float] = field(default_factory=dict)
+
+
+def window_layers(
+    source: PreTrainedModel,
+    result: PreTrainedModel,
+    sites: list[AttentionSite],
+    options: GateSWAOptions,
+    full: int | list[int],
+    windows: Tensor,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Windowed:
+    """Rewrite attention sites into windowed attention; nothing is put into the models yet.
+
+    Args:
+        source: live source model in eval mode.
+        result: the model that the graphs are for; it shares the source's tensors.
+        sites: those that could get a window.
+        options: form of the new attention.
+        full: layers that stay full, or how many: then those whose windows cost most.
+        windows: calibration token ids [N, T].
+        seed: of the sampled queries.
+        progress: see `attnedit.compiler.progress`.
+
+    Raises:
+        UsageError: no query of the calibration data loses anything to the window.
+        CaptureError: a layer cannot be rewritten.
+    """
+    if windows.shape[1] <= options.cached_tokens:
+        raise UsageError(
+            f"window {options.window}: calibration windows of {windows.shape[1]} tokens lose nothing to it; "
+            "give a smaller window"
+        )
+    tried = sites if isinstance(full, int) else [site for site in sites if site.layer_idx not in full]
+    configs = {site.name: options.config(site) for site in tried}
+    graphs: dict[str, fx.GraphModule] = {}
+    fits: dict[str, WindowFit] = {}
+    queries = max(1, QUERIES // len(windows))
+
+    def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
+        sample = take_sample(source, site, inputs, queries, seed)
+        fits[site.name] = fit_window(sample, configs[site.name])
+        graphs[site.name] = build(result, site, configs[site.name], fits[site.name])
+
+    stream(source, tried, windows, visit, progress=progress, stage="fit windows")
+    if not isinstance(full, int):
+        return Windowed(graphs, fits, full)
+    increases: dict[str, float] = {}
+    if full:
+        increases = loss_increases(source, tried, graphs, windows, progress=progress)
+    dearest = sorted(tried, key=lambda site: -increases.get(site.name, 0.0))[:full]
+    kept = {site.name for site in dearest}
+    return Windowed(
+        {name: graph for name, graph in graphs.items() if name not in kept},
+        {name: fit for name, fit in fits.items() if name not in kept},
+        sorted(site.layer_idx for site in dearest),
+        increases,
+    )
