@@ -21,22 +21,35 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
-    check_budget,
     check_output,
     check_readable,
     check_tokenizer_there,
     print_json,
     show,
 )
-from attnedit.compile import TARGETS
-from attnedit.compiler.errors import UsageError
+from attnedit.compile import check_arguments
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
+from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.targets.runtime.eager.checkpoint import check_free
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]
-TargetOption = Annotated[str, typer.Option(help="What attention becomes.")]
+TargetOption = Annotated[str, typer.Option(help="What attention becomes: mla, gateswa or gateswa+mla.")]
+WindowOption = Annotated[
+    int | None, typer.Option(min=1, help=f"GateSWA: tokens each query sees, itself included; {DEFAULT_WINDOW}.")
+]
+FullLayersOption = Annotated[
+    str | None,
+    typer.Option(help="GateSWA: how many layers stay full (chosen by measured loss), every:N, or 3,7,11; a quarter."),
+]
+GateOption = Annotated[str | None, typer.Option(help=f"GateSWA: output gate, head, element or none; {DEFAULT_GATE}.")]
+SinksOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; {DEFAULT_SINKS}."
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
 
 
@@ -45,6 +58,10 @@ def compile_model(
     output: OutputOption,
     target: TargetOption = "mla",
     kv_budget: BudgetOption = None,
+    window: WindowOption = None,
+    full_layers: FullLayersOption = None,
+    gate: GateOption = None,
+    sinks: SinksOption = None,
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
@@ -57,8 +74,7 @@ def compile_model(
     json: JsonOption = False,
 ) -> None:
     """Rewrite the attention of a model, verify the result, and save it as a transformers model."""
-    check_target(target)
-    check_budget(kv_budget)
+    check_arguments(target, kv_budget, window, full_layers, gate, sinks)
     check_output(output, overwrite=overwrite)
     check_free(output.expanduser(), overwrite)
     if calibration is not None:
@@ -72,6 +88,10 @@ def compile_model(
             source.model,
             target=target,
             kv_budget=kv_budget,
+            window=window,
+            full_layers=full_layers,
+            gate=gate,
+            sinks=sinks,
             calibration=calibration,
             tokenizer=source.tokenizer,
             calibration_tokens=calibration_tokens,
@@ -87,13 +107,3 @@ def compile_model(
     else:
         show(result.report)
         show(f"saved in {output}")
-
-
-def check_target(target: str) -> None:
-    """Refuse a target that there is not, before anything is loaded.
-
-    Raises:
-        UsageError: no such target.
-    """
-    if target not in TARGETS:
-        raise UsageError(f"no target {target!r}; there is {', '.join(TARGETS)}")

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import attnedit
-from attnedit.cli.compile import OutputOption, OverwriteOption, TargetOption, check_target
+from attnedit.cli.compile import OutputOption, OverwriteOption, TargetOption
 from attnedit.cli.evaluate import SeqLenOption, TextOption, WindowsOption, measure
 from attnedit.cli.terminal import (
     AlternationsOption,
@@ -34,7 +34,7 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
-from attnedit.compile import choose_sites
+from attnedit.compile import check_arguments, choose_sites
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import text_tokens, token_windows
 from attnedit.compiler.errors import UsageError
@@ -66,7 +66,7 @@ def sweep(
 ) -> None:
     """Compile at several budgets, evaluate each, and write sweep.json and sweep.png."""
     budgets = parse_budgets(kv_budgets)
-    check_target(target)
+    check_arguments(target)
     check_output(output, overwrite=overwrite)
     check_readable(text, "evaluation text")
     if calibration is not None:
