@@ -26,54 +26,16 @@ OPTIONS = 8
 _FACT = "\n\nRemember this: the magic word of {place} is {word}.\n\n"
 _QUESTION = "\n\nAs was said above, the magic word of {place} is"
 _PLACES = ("Lisbon", "Cairo", "Oslo", "Lima", "Athens", "Dublin", "Vienna", "Tokyo", "Havana", "Prague")
-_WORDS = [
-    "apple",
-    "river",
-    "stone",
-    "candle",
-    "garden",
-    "silver",
-    "window",
-    "forest",
-    "bridge",
-    "yellow",
-    "summer",
-    "pencil",
-    "castle",
-    "orange",
-    "desert",
-    "mirror",
-    "coffee",
-    "winter",
-    "market",
-    "doctor",
-    "guitar",
-    "planet",
-    "rabbit",
-    "temple",
-    "violin",
-    "hammer",
-    "island",
-    "jacket",
-    "kitchen",
-    "lemon",
-    "monkey",
-    "needle",
-    "ocean",
-    "paper",
-    "queen",
-    "rocket",
-    "shadow",
-    "table",
-    "umbrella",
-    "valley",
-    "water",
-    "zebra",
-    "bottle",
-    "circle",
-    "dragon",
+# fmt: off
+_WORDS = (
+    "apple", "river", "stone", "candle", "garden", "silver", "window", "forest", "bridge",
+    "yellow", "summer", "pencil", "castle", "orange", "desert", "mirror", "coffee", "winter",
+    "market", "doctor", "guitar", "planet", "rabbit", "temple", "violin", "hammer", "island",
+    "jacket", "kitchen", "lemon", "monkey", "needle", "ocean", "paper", "queen", "rocket",
+    "shadow", "table", "umbrella", "valley", "water", "zebra", "bottle", "circle", "dragon",
     "eagle",
-]
+)
+# fmt: on
 
 
 @dataclass(frozen=True)

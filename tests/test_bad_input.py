@@ -300,7 +300,7 @@ def test_loading_options_that_make_no_sense(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "magic"], "no target 'magic'; there is mla"),
+        (["--target", "magic"], "no target 'magic'; there is mla, gateswa"),
         (["--calibration-tokens", 1], "--calibration-tokens"),
         (["--alternations", -1], "--alternations"),
         (["--alternations", "some"], "--alternations"),
