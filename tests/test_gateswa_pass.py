@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compiled import MODULE, _remembered, deviation, in_pieces, logits, source, tokens
+from compiled import CONTEXT, MODULE, _remembered, deviation, in_pieces, logits, source, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_samples import layer_sample
@@ -37,10 +37,8 @@ FORMS = {
 }
 
 
-def compile_windowed(
-    model: PreTrainedModel, target: str = "gateswa", length: int = 32, **options: Any
-) -> attnedit.CompileResult:
-    settings = {"calibration": tokens(4, length), "window": WINDOW, **options}
+def compile_windowed(model: PreTrainedModel, target: str = "gateswa", **options: Any) -> attnedit.CompileResult:
+    settings = {"calibration": tokens(4, 32), "window": WINDOW, **options}
     with mock.patch.object(MODULE, "capture", _remembered):
         return attnedit.compile(model, target, **settings)
 
@@ -106,7 +104,7 @@ def test_a_window_that_cuts_nothing_changes_nothing(form: dict[str, Any]) -> Non
     fit = fit_window(sample, config_for(sample, 12, **form))
     assert fit.output_weight is not None
     assert torch.allclose(fit.output_weight, sample.output_weight, atol=1e-3)
-    assert fit.output_error < 1e-8
+    assert fit.output_error < 1e-6  # a sink logit can be low, not absent
 
 
 def test_each_step_of_the_fit_lowers_the_error() -> None:
@@ -186,13 +184,16 @@ def test_result_decodes_generates_and_is_close(family: str, form: str) -> None:
     mask = torch.ones_like(ids)
     ids[0, :3], mask[0, :3] = 0, 0
     pieces, _ = in_pieces(result.model, ids, mask, [7, 1, 1, 4])
-    assert deviation(pieces, logits(result.model, ids, mask), mask) < 1e-4
-    out = result.model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert deviation(pieces, in_pieces(result.model, ids, mask, [13])[0], mask) < 1e-4
+    lengths = {"min_new_tokens": 5, "max_new_tokens": 5}
+    out = result.model.generate(ids, attention_mask=mask, **lengths, do_sample=False, pad_token_id=0)
     assert out.shape == (2, 18)
     for row in result.report.layers:
         if row.kind == "gateswa":
             assert row.sliding_window == WINDOW
-            assert 0 <= (row.output_error or 0) < 0.9
+            assert row.output_error is not None
+            if family != "qwen3_next":  # its own gate keeps the output projection as it is: no fit bounds the error
+                assert 0 < row.output_error < 1
     again = type(result.report).from_json(result.report.to_json())
     assert again == result.report
 
@@ -207,8 +208,8 @@ def test_a_gate_starts_without_effect(family: str) -> None:
 @torch.no_grad()
 def test_reported_error_is_that_of_the_result() -> None:
     """Teacher forced: each rewritten module on what the source's gets, the weights as stored."""
-    model, ids = source("qwen3"), tokens(4, 32)
-    result = compile_windowed(model, full_layers=0, sinks="logit,keep:1")
+    model, ids = source("qwen3"), tokens(1, CONTEXT)
+    result = compile_windowed(model, full_layers=0, sinks="logit,keep:1", calibration=ids)
     for row in result.report.layers:
         kept: list[Any] = []
         handle = model.get_submodule(row.name).register_forward_hook(
@@ -291,7 +292,7 @@ def test_budget_says_how_many_layers_stay_full() -> None:
         ("mla", {"window": 4}, "window is for the targets gateswa"),
         ("mla", {"window": None, "sinks": "logit"}, "sinks is for the targets gateswa"),
         ("gateswa", {"window": 0}, "at least 1"),
-        ("gateswa", {"window": 32}, "lose nothing"),
+        ("gateswa", {"window": CONTEXT}, "lose nothing"),
         ("gateswa", {"gate": "door"}, "no gate 'door'"),
         ("gateswa", {"sinks": "keep:0"}, "keep:0"),
         ("gateswa", {"sinks": "logit,none"}, "'none' is not known"),
