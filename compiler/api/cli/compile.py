@@ -27,11 +27,11 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
-from attnedit.compile import check_arguments
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW
 from attnedit.passes.mla.fit import FitOptions
+from attnedit.planning import check_arguments
 from attnedit.targets.runtime.eager.checkpoint import check_free
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]

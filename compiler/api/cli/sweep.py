@@ -34,7 +34,6 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
-from attnedit.compile import check_arguments, choose_sites
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import text_tokens, token_windows
 from attnedit.compiler.errors import UsageError
@@ -43,6 +42,7 @@ from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.passes.mla.budget import plan
 from attnedit.passes.mla.fit import FitOptions
+from attnedit.planning import check_arguments, choose_sites
 
 
 def sweep(

@@ -1,0 +1,173 @@
+"""Before any data is read: are the arguments sound, which sites change, and what may each of them cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.evaluate import KVUsage
+from attnedit.compiler.sites import AttentionSite
+from attnedit.passes.gateswa.options import (
+    DEFAULT_GATE,
+    DEFAULT_SINKS,
+    DEFAULT_WINDOW,
+    FullLayers,
+    GateSWAOptions,
+    Sinks,
+    full_count,
+    full_layers_of,
+)
+from attnedit.passes.mla.budget import Shape, plan
+from attnedit.targets.attention.cost import gateswa_values
+
+TARGETS = ("mla", "gateswa", "gateswa+mla")
+DEFAULT_BUDGET = 0.5
+"""Of the layers that become latent."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of the attention sites of a model.
+
+    Attributes:
+        sites: all of them.
+        chosen: those that change.
+        before: the source's cache.
+        kv_budget: as asked for.
+        latent: whether layers that get no window become latent.
+        windowing: form of the windowed layers; None where there are none.
+        full: layers without window, or how many.
+        windowed_values: cached values per token of each chosen site with its window, averaged over the context, by
+            layer.
+        notes: what the user should know.
+    """
+
+    sites: list[AttentionSite]
+    chosen: list[AttentionSite]
+    before: KVUsage
+    kv_budget: float | None
+    latent: bool
+    windowing: GateSWAOptions | None = None
+    full: int | list[int] = 0
+    windowed_values: dict[int, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def latent_sites(self, windowed: list[str] | None = None) -> list[AttentionSite]:
+        """Those that become latent.
+
+        Args:
+            windowed: names of the sites that got a window; until that is known, as many as there will be are taken.
+        """
+        if not self.latent:
+            return []
+        if windowed is not None:
+            return [site for site in self.chosen if site.name not in windowed]
+        if self.windowing is None:
+            return self.chosen
+        if isinstance(self.full, int):
+            return self.chosen[: self.full]
+        return [site for site in self.chosen if site.layer_idx in self.full]
+
+    def shapes(self, latent: list[AttentionSite]) -> dict[str, Shape]:
+        """Shapes of the latent sites, by name; every other chosen site has its window.
+
+        Raises:
+            UsageError: the budget cannot be met.
+        """
+        if not latent:
+            return {}
+        before = dict(enumerate(self.before.per_layer))
+        own = {site.layer_idx for site in latent}
+        changed = {layer: values for layer, values in self.windowed_values.items() if layer not in own}
+        budget = self.kv_budget
+        if budget is None:
+            after = {**before, **changed, **{layer: DEFAULT_BUDGET * before[layer] for layer in own}}
+            budget = sum(after.values()) / sum(before.values()) if changed else DEFAULT_BUDGET
+        return plan(self.sites, before, latent, budget, changed)
+
+
+def plan_sites(
+    sites: list[AttentionSite],
+    before: KVUsage,
+    target: str,
+    windowing: GateSWAOptions | None,
+    kv_budget: float | None,
+    full_layers: FullLayers,
+) -> Plan:
+    """Plan the rewriting of a model; the arguments are those of `attnedit.compile`, checked by `check_arguments`.
+
+    Raises:
+        UsageError: they make no sense for these sites.
+        CaptureError: there is nothing to convert.
+    """
+    chosen, notes = choose_sites(sites)
+    latent = target.endswith("mla")
+    if windowing is None:
+        return Plan(sites, chosen, before, kv_budget, latent, notes=notes)
+    share = min(1.0, windowing.cached_tokens / before.length)
+    windowed = {site.layer_idx: gateswa_values(windowing.config(site)) * share for site in chosen}
+    if full_layers is None and kv_budget is not None and not latent:
+        full: int | list[int] = full_count(kv_budget, dict(enumerate(before.per_layer)), windowed)
+    else:
+        full = full_layers_of(full_layers, chosen)
+    return Plan(sites, chosen, before, kv_budget, latent, windowing, full, windowed, notes)
+
+
+def check_arguments(
+    target: str,
+    kv_budget: float | None = None,
+    window: int | None = None,
+    full_layers: FullLayers = None,
+    gate: str | None = None,
+    sinks: str | None = None,
+) -> GateSWAOptions | None:
+    """Refuse arguments that contradict each other, whatever the model; see `attnedit.compile`.
+
+    Returns:
+        The form of the windowed layers, None for a target without.
+
+    Raises:
+        UsageError: one line that names the argument.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"no target {target!r}; there is {', '.join(TARGETS)}")
+    if kv_budget is not None and not 0 < kv_budget <= 1:
+        raise UsageError(f"kv_budget must be above 0 and at most 1, got {kv_budget:g}")
+    if not target.startswith("gateswa"):
+        given = {"window": window, "full_layers": full_layers, "gate": gate, "sinks": sinks}
+        if needless := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{needless[0]} is for the targets gateswa and gateswa+mla, not for {target}")
+        return None
+    if target == "gateswa" and kv_budget is not None and full_layers is not None:
+        raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
+    return GateSWAOptions(
+        window=DEFAULT_WINDOW if window is None else window,
+        gate=DEFAULT_GATE if gate is None else gate,  # type: ignore[arg-type]  # refused if it is none
+        sinks=Sinks.parse(DEFAULT_SINKS if sinks is None else sinks),
+    )
+
+
+def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[str]]:
+    """Which sites are converted, and what the user should know of the others.
+
+    Layers that slide stay as they are where others do not; a model in which all slide is converted, window kept.
+
+    Raises:
+        CaptureError: there is nothing to convert.
+    """
+    notes: list[str] = []
+    able = [site for site in sites if not site.already_mla]
+    if not able:
+        names = first_of([site.name for site in sites])
+        raise CaptureError(f"all {len(sites)} attention sites ({names}) are multi-head latent attention already")
+    if len(able) < len(sites):
+        notes.append(f"{len(sites) - len(able)} sites are latent already and stay as they are")
+    full = [site for site in able if site.window is None]
+    if full and len(full) < len(able):
+        notes.append(f"{len(able) - len(full)} layers already slide over a window and stay as they are")
+    return full or able, notes
+
+
+def first_of(names: list[str]) -> str:
+    """One name, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

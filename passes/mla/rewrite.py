@@ -1,0 +1,82 @@
+"""The MLA pass as a whole: fit every layer that becomes latent on the calibration stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from attnedit.compiler.progress import Progress, track
+from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.stream import AttentionInputs, stream
+from attnedit.passes.mla.assemble import build, exact_factors
+from attnedit.passes.mla.budget import Shape
+from attnedit.passes.mla.fit import Fit, FitOptions, fit_layer
+from attnedit.passes.site_sample import output_weight, take_sample
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What the pass did, by the site's name.
+
+    Attributes:
+        graphs: of the layers that became latent.
+        fits: what was measured of those that are not exact.
+    """
+
+    graphs: dict[str, fx.GraphModule]
+    fits: dict[str, Fit]
+
+
+def latent_layers(
+    source: PreTrainedModel,
+    result: PreTrainedModel,
+    sites: list[AttentionSite],
+    shapes: Mapping[str, Shape],
+    options: FitOptions,
+    windows: Tensor | None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Latent:
+    """Rewrite attention sites into latent attention; nothing is put into the models yet.
+
+    Args:
+        source: live source model in eval mode.
+        result: the model that the graphs are for; it shares the source's tensors.
+        sites: those to rewrite.
+        shapes: what each caches, by the site's name.
+        options: of the fits.
+        windows: calibration token ids [N, T]; None where every shape is exact, which needs no data.
+        seed: of the sampled queries.
+        progress: see `attnedit.compiler.progress`.
+
+    Raises:
+        CaptureError: a layer cannot be rewritten.
+    """
+    graphs: dict[str, fx.GraphModule] = {}
+    fits: dict[str, Fit] = {}
+
+    def keep_all(site: AttentionSite) -> None:
+        shape = shapes[site.name]
+        graphs[site.name] = build(result, site, shape, exact_factors(site, shape, output_weight(source, site)[0]))
+
+    if windows is None:
+        for site in track(sites, "build layers", progress):
+            keep_all(site)
+        return Latent(graphs, fits)
+    queries = max(1, options.output_queries // len(windows))
+
+    def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
+        shape = shapes[site.name]
+        if shape.exact:
+            keep_all(site)
+            return
+        fit = fit_layer(take_sample(source, site, inputs, queries, seed), shape, options)
+        fits[site.name] = fit
+        graphs[site.name] = build(result, site, shape, fit.factors)
+
+    stream(source, sites, windows, visit, progress=progress, stage="fit layers", exact=options.exact_stream)
+    return Latent(graphs, fits)
