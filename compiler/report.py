@@ -69,6 +69,30 @@ class Verification(BaseModel):
     tolerance: float | None = None
 
 
+class StageReport(BaseModel):
+    """One stage of training.
+
+    Attributes:
+        name: "fit" (with the group of layers where there are several) or "distill".
+        steps: done, those skipped too.
+        tokens: seen.
+        seconds: spent.
+        before, best, best_step: held-out loss before the first step, the lowest, and after which step that was.
+        skipped: steps whose loss or gradient was broken.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    steps: int
+    tokens: int
+    seconds: float
+    before: float
+    best: float
+    best_step: int
+    skipped: int = 0
+
+
 class Report(BaseModel):
     """Everything a compilation has to say about itself.
 
@@ -89,6 +113,8 @@ class Report(BaseModel):
         seconds: per stage, in order.
         peak_memory_bytes: of the process, at the end.
         full_layers: layers that kept every token in the cache, where others got a window; None elsewhere.
+        stages: of training.
+        perplexity: on held-out calibration windows: "source", "start" (no training yet), and after "fit" and "distill".
         notes: what the user should know.
     """
 
@@ -108,6 +134,8 @@ class Report(BaseModel):
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int = 0
     full_layers: list[int] | None = None
+    stages: list[StageReport] = Field(default_factory=list)
+    perplexity: dict[str, float] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
 
     def to_json(self) -> str:
@@ -167,6 +195,15 @@ class Report(BaseModel):
         ]
         if self.calibration:
             lines.append(f"calibrated {self.calibration_tokens:,} tokens of {self.calibration}")
+        for done in self.stages:
+            speed = done.tokens / max(done.seconds, 1e-9)
+            lines.append(
+                f"trained    {done.name}: held-out loss {done.before:.4g} -> {done.best:.4g} (step {done.best_step} of "
+                f"{done.steps}, {done.skipped} skipped), {done.tokens:,} tokens, {speed:,.0f} per second"
+            )
+        if self.perplexity:
+            found = ", ".join(f"{when} {value:.2f}" for when, value in self.perplexity.items())
+            lines.append(f"perplexity {found} on held-out windows")
         for check in self.verification:
             error = "" if check.error is None else f", error {check.error:.1e}"
             allowed = "" if check.tolerance is None else f" (allowed {check.tolerance:.1e})"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
+import os
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.errors import UsageError
@@ -13,6 +18,11 @@ from attnedit.compiler.source_checks import embedding_weight
 
 #: Sequences sampled side by side: a decoding step of a small model costs little more for 32 than for 1.
 _BATCH = 32
+#: The most on an accelerator with room for their cache.
+_LARGE_BATCH = 512
+
+MOST_TOKENS = 1 << 20
+"""Of own samples for training; later epochs see them again."""
 
 
 @torch.inference_mode()
@@ -23,6 +33,7 @@ def sample_windows(
     count: int,
     length: int,
     seed: int = 0,
+    varied: bool = False,
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """Sample windows at temperature 1 from the beginning-of-sequence token, going on after an end of sequence.
@@ -36,6 +47,8 @@ def sample_windows(
         count: N windows.
         length: L tokens each, the first token counted.
         seed: same seed, same model, same device: same samples.
+        varied: every other window has a random token after its first: what follows is more varied (LLM-QAT, arXiv
+            2305.17888).
         progress: told after every token.
 
     Returns:
@@ -45,14 +58,15 @@ def sample_windows(
         UsageError: the model's logits are not finite.
     """
     report = progress or silent
-    while count * 2 <= _BATCH and length >= 512:
+    while not varied and count * 2 <= _BATCH and length >= 512:
         count, length = count * 2, length // 2
     device = embedding_weight(model).device
     generator = torch.Generator(device).manual_seed(seed)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    total, done, rows = length * -(-count // _BATCH), 0, []
-    for start in range(0, count, _BATCH):
-        tokens = torch.full((min(_BATCH, count - start), 1), _first_token(model, tokenizer), device=device)
+    size = _batch_size(model, length)
+    total, done, rows = length * -(-count // size), 0, []
+    for start in range(0, count, size):
+        tokens = torch.full((min(size, count - start), 1), _first_token(model, tokenizer), device=device)
         cache = DynamicCache(config=model.config)
         row = [tokens]
         for position in range(length - 1):
@@ -62,12 +76,60 @@ def sample_windows(
             if not bool(torch.isfinite(logits.sum())):
                 raise UsageError("the model's logits are not finite, so it cannot be sampled; give calibration text")
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            if varied and position == 0:
+                vocabulary = embedding_weight(model).shape[0]
+                tokens[1::2] = torch.randint(vocabulary, tokens[1::2].shape, generator=generator, device=device)
             row.append(tokens)
             done += 1
         done += 1
         rows.append(torch.cat(row, dim=1).cpu())
     report("sample calibration text", total, total)
     return torch.cat(rows).clone()
+
+
+def own_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    count: int,
+    length: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """`sample_windows` for training: at most `MOST_TOKENS`, kept on disk, by model and seed, for the next time.
+
+    Returns:
+        int64 [N, L] on the CPU, N at most `count`.
+    """
+    count = max(1, min(count, MOST_TOKENS // length))
+    key = hashlib.sha256(f"{_fingerprint(model)} {count} {length} {seed}".encode()).hexdigest()[:32]
+    file = _cache_directory() / f"{key}.safetensors"
+    if file.exists():
+        return load_file(file)["windows"].to(torch.int64)
+    windows = sample_windows(
+        model, tokenizer, count=count, length=length, seed=seed, varied=True, progress=progress
+    ).contiguous()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        save_file({"windows": windows.to(torch.int32)}, part)
+        os.replace(part, file)
+    return windows
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A digest of the configuration and of some numbers of every weight."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, flat.numel() // 16)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("ATTNEDIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "attnedit" / "samples"
 
 
 def position_ids(model: PreTrainedModel, ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
@@ -79,6 +141,20 @@ def position_ids(model: PreTrainedModel, ids: torch.Tensor, start: int) -> dict[
         return {}
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)
     return {"position_ids": positions.expand(ids.shape)}
+
+
+def _batch_size(model: PreTrainedModel, length: int) -> int:
+    """Sequences side by side: as many as a quarter of an accelerator's free memory holds the caches of."""
+    weight = embedding_weight(model)
+    if weight.device.type != "cuda":
+        return _BATCH
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * head_dim * length * weight.element_size()
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    # Growing a cache makes a copy of a layer's, logits are in float32: a quarter leaves room for that.
+    return max(_BATCH, min(_LARGE_BATCH, int(free // 4 // cache)))
 
 
 def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -90,7 +90,7 @@ def stream(
     """
     layers, by_layer = decoder_layers(model, sites)
     report = progress or silent
-    fast = not exact and next(model.parameters()).device.type == "cpu" and _fast_bfloat16()
+    fast = not exact and next(model.parameters()).device.type == "cpu" and fast_bfloat16()
     context = torch.autocast("cpu", torch.bfloat16, enabled=fast)
     batches = _enter(model, layers, windows)
     last = max(by_layer)
@@ -134,6 +134,17 @@ class Walk:
         """Go through the next layer as it stands."""
         _advance(self._layers[self._index], self._index, self._batch)
         self._index += 1
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states [B, T, D] before the next layer."""
+        return self._batch.hidden
+
+    def skip_to(self, index: int, hidden: Tensor) -> None:
+        """Go on before layer `index` with the hidden states [B, T, D] known from an earlier walk."""
+        for passed in range(self._index, index):
+            self._batch.calls.pop(passed)
+        self._batch.hidden, self._index = hidden, index
 
     def logits(self) -> Tensor:
         """Logits [B, T, V] of the model as it stands from here on, as if all before had not changed."""
@@ -186,7 +197,8 @@ def _inputs(
         yield seen.pop()
 
 
-def _fast_bfloat16() -> bool:
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 faster than those of float32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
 

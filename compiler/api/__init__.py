@@ -2,7 +2,8 @@
 
 >>> import attnedit
 >>> sorted(attnedit.__all__)
-['AttneditError', 'CaptureError', 'CompileResult', 'Report', 'UsageError', 'VerificationError', 'compile', 'load']
+['AttneditError', 'CaptureError', 'CompileResult', 'Report', 'UsageError', 'VerificationError',
+ 'calibrate', 'compile', 'load']
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ if __name__ != "attnedit":
 # Registers model_type "attnedit" with transformers' auto classes, so that a saved result loads like any model.
 import attnedit.targets.runtime.eager  # noqa: F401
 
-# Now rather than at first use: whoever imports the module attnedit.compile later would get it in the function's place.
+# Now rather than at first use: whoever imports the modules of these names later would get them in the functions' place.
+from attnedit.calibrate import calibrate
 from attnedit.compile import compile
 from attnedit.compiler.errors import AttneditError, CaptureError, UsageError, VerificationError
 from attnedit.compiler.report import Report
@@ -26,6 +28,7 @@ __all__ = [
     "Report",
     "UsageError",
     "VerificationError",
+    "calibrate",
     "compile",
     "load",
 ]

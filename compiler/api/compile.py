@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_LENGTH
 from attnedit.compiler.data import context_length, position_limit, token_windows
@@ -18,12 +21,13 @@ from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import LayerReport, Report, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
+from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers, GateSWAOptions
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers
 from attnedit.planning import DEFAULT_BUDGET, Plan, check_arguments, first_of, plan_sites
-from attnedit.result import CompileResult
+from attnedit.result import CompileResult, load
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
@@ -46,9 +50,11 @@ def compile(
     device: str | torch.device | None = None,
     in_place: bool = False,
     verify: bool = True,
+    run_directory: str | PathLike[str] | None = None,
     progress: Progress | None = None,
+    **training: Any,
 ) -> CompileResult:
-    """Rewrite the attention of a trained model so that it caches less, in closed form.
+    """Rewrite the attention of a trained model so that it caches less: in closed form, then trained if asked for.
 
     Args:
         model: a transformers causal language model; not changed unless `in_place`.
@@ -74,7 +80,11 @@ def compile(
         device: where to work; where the model is unless told.
         in_place: rewrite `model` itself instead of a copy that shares its tensors.
         verify: hold the result to its contract on real numbers.
+        run_directory: where training keeps its checkpoints and log. The same call with the same directory goes on
+            where an earlier one stopped.
         progress: see `attnedit.compiler.progress`.
+        **training: `fit_steps`, `distill_steps` (both 0: no training) and the other fields of
+            `attnedit.passes.calibration.options.CalibrationOptions`.
 
     Returns:
         The rewritten model and its report.
@@ -82,7 +92,74 @@ def compile(
     Raises:
         UsageError: wrong arguments or input; CaptureError (a UsageError) for attention that cannot be rewritten.
         VerificationError: the result broke its contract.
+        DivergedError: training broke down; its best state is in the run directory.
     """
+    check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    steps = CalibrationOptions.of(**training)
+    arguments: dict[str, Any] = {
+        "target": target,
+        "kv_budget": kv_budget,
+        "window": window,
+        "full_layers": full_layers,
+        "gate": gate,
+        "sinks": sinks,
+        "calibration": calibration,
+        "tokenizer": tokenizer,
+        "calibration_tokens": calibration_tokens,
+        "alternations": alternations,
+        "seed": seed,
+        "device": device,
+        "in_place": in_place,
+        "verify": verify,
+        "progress": progress,
+    }
+    if not steps.steps:
+        return _one_shot(model, **arguments)
+    if in_place:
+        raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
+    if device is not None:
+        model = share_copy(model).to(device)  # type: ignore[arg-type]  # transformers wraps it
+    start = None if run_directory is None else Path(run_directory) / START_DIRECTORY
+    if start is not None and start.is_dir():
+        result = load(start)
+        result.tokenizer = tokenizer
+    else:
+        result = _one_shot(model, **arguments)
+        if start is not None:
+            result.save(start)
+    return calibrate(
+        result,
+        model,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        seed=seed,
+        verify=verify,
+        run_directory=run_directory,
+        progress=progress,
+        **training,
+    )
+
+
+def _one_shot(
+    model: PreTrainedModel,
+    target: str,
+    *,
+    kv_budget: float | None,
+    window: int | None,
+    full_layers: FullLayers,
+    gate: str | None,
+    sinks: str | None,
+    calibration: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration_tokens: int | None,
+    alternations: int,
+    seed: int,
+    device: str | torch.device | None,
+    in_place: bool,
+    verify: bool,
+    progress: Progress | None,
+) -> CompileResult:
+    """`compile` without training."""
     windowing = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
     options = FitOptions.of(alternations)
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
@@ -212,10 +289,3 @@ def _rows(
             )
         )
     return rows
-
-
-def calibration_name(calibration: Any) -> str:
-    """How the report names the data."""
-    if calibration is None:
-        return "own samples"
-    return str(calibration) if isinstance(calibration, str) or hasattr(calibration, "__fspath__") else "given data"

@@ -26,11 +26,13 @@ class CompileResult:
         model: a live transformers model; `generate`, PEFT, accelerate and `save_pretrained` work on it.
         report: what matched, what was rewritten and how exactly, KV bytes before and after.
         tokenizer: saved with the model; None if none was given.
+        files: saved with the model, such as the log of its training.
     """
 
     model: PreTrainedModel
     report: Report
     tokenizer: PreTrainedTokenizerBase | None = None
+    files: list[Path] = field(default_factory=list, repr=False)
     _graph: torch.fx.GraphModule | None = field(default=None, repr=False)
 
     @property
@@ -52,7 +54,8 @@ class CompileResult:
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
         """
-        return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=self.report.to_json())
+        report = self.report.to_json()
+        return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report, files=self.files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
         """Lower to another runtime, by its name among the entry points `attnedit.runtimes`.

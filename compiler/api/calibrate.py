@@ -1,0 +1,173 @@
+"""`attnedit.calibrate`: train a rewritten model against the one that it came from."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attnedit.compiler.capture import capture
+from attnedit.compiler.data import context_length, position_limit, token_windows
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.progress import Progress, stage
+from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
+from attnedit.compiler.sampling import own_windows
+from attnedit.compiler.verify import check_tokens, same_decode
+from attnedit.passes.calibration.batches import Batches, mix
+from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
+from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.calibration.parameters import share
+from attnedit.passes.calibration.run import calibrate as train
+from attnedit.passes.calibration.training import DivergedError, StageState
+from attnedit.result import CompileResult
+
+START_DIRECTORY = "start"
+"""In a run directory: the model before training."""
+BEST_DIRECTORY = "best"
+"""In a run directory whose training broke down: the best state."""
+
+
+def calibrate(
+    result: CompileResult,
+    teacher: PreTrainedModel,
+    *,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    verify: bool = True,
+    run_directory: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **training: Any,
+) -> CompileResult:
+    """Train the rewritten attention: each layer on the source's own hidden states, then the model as a whole.
+
+    Args:
+        result: a rewritten model; trained in place, and moved to where the teacher is.
+        teacher: the model that it came from; not changed. What is not trained is shared between the two.
+        calibration: training text, as for `attnedit.compile`; None for the teacher's own samples.
+        tokenizer: for text; `result.tokenizer` unless given.
+        seed: of the order of the windows and of the samples.
+        verify: check that decoding from the cache agrees with a prefill afterwards.
+        run_directory: for checkpoints, log and plot; a run that it holds is gone on with.
+        progress: see `attnedit.compiler.progress`.
+        **training: `fit_steps`, `distill_steps` and the other fields of
+            `attnedit.passes.calibration.options.CalibrationOptions`.
+
+    Returns:
+        The same model, with the training in its report.
+
+    Raises:
+        UsageError: wrong arguments or input, or the teacher is another model.
+        DivergedError: training broke down; the best state is in `result.model`, and in the run directory.
+    """
+    options = CalibrationOptions.of(**training)
+    if not options.steps:
+        raise UsageError("nothing to train: give fit_steps or distill_steps")
+    model, tokenizer = result.model, tokenizer or result.tokenizer
+    names = list(model.config.attnedit["sites"])
+    _check_teacher(model, teacher, names)
+    model.to(next(teacher.parameters()).device)  # type: ignore[arg-type]  # transformers wraps it
+    share(model, teacher)
+    directory = None if run_directory is None else Path(run_directory)
+    seconds: dict[str, float] = dict(result.report.seconds)
+    modes = [(module, module.training) for part in (teacher, model) for module in part.modules()]
+    teacher.eval()
+    model.eval()
+    try:
+        with stage("capture teacher", progress):
+            sites = [site for site in capture(teacher) if site.name in names]
+        with timed(seconds, "training data"):
+            batches = training_batches(calibration, tokenizer, teacher, options, seed, directory, progress)
+        with timed(seconds, "training"):
+            try:
+                done = train(model, teacher, sites, batches, options, directory=directory, progress=progress)
+            except DivergedError as error:
+                if directory is None:
+                    raise
+                result.save(directory / BEST_DIRECTORY, overwrite=True)
+                raise DivergedError(f"{error}; its best state is saved in {directory / BEST_DIRECTORY}") from error
+        checks = list(result.report.verification)
+        if verify:
+            with timed(seconds, "verify"), stage("verify", progress):
+                checks.append(same_decode(model, check_tokens(batches.held_out, model)))
+    finally:
+        for module, training_mode in modes:
+            module.training = training_mode
+    report = result.report.model_copy(
+        update={
+            "stages": [*result.report.stages, *(_stage_report(state) for state in done.stages)],
+            "perplexity": done.perplexity,
+            "verification": checks,
+            "seconds": seconds,
+            "calibration": calibration_name(calibration),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+    )
+    files = [] if directory is None else [directory / name for name in (LOG_FILE, PLOT_FILE)]
+    return CompileResult(model, Report.model_validate(report.model_dump()), tokenizer, files)
+
+
+def training_batches(
+    calibration: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: PreTrainedModel,
+    options: CalibrationOptions,
+    seed: int,
+    directory: Path | None,
+    progress: Progress | None,
+) -> Batches:
+    """Windows of the data and of the teacher's own samples, mixed."""
+    length = min(options.seq_len, context_length(teacher), position_limit(teacher) or options.seq_len)
+    count = options.steps * options.batch_size
+    fraction = 1.0 if calibration is None else options.self_generated
+    sources, weights = [], []
+    if fraction < 1:
+        wanted = {"tokens": max(2, round(count * (1 - fraction))) * length, "window": length, "seed": seed}
+        sources.append(token_windows(calibration, tokenizer, teacher, **wanted, progress=progress))
+        weights.append(1 - fraction)
+    if fraction > 0:
+        wanted = {"count": max(2, round(count * fraction)), "length": length, "seed": seed}
+        sources.append(own_windows(teacher, tokenizer, **wanted, progress=progress))
+        weights.append(fraction)
+    return mix(sources, weights, steps=options.steps, batch_size=options.batch_size, seed=seed)
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, names: list[str]) -> None:
+    if getattr(teacher.config, "attnedit", None):
+        raise UsageError("the teacher is a rewritten model itself; give the model that the result came from")
+    inside = tuple(f"{name}." for name in names)
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name.startswith(inside):
+            continue
+        if name not in theirs or theirs[name].shape != parameter.shape:
+            raise UsageError(f"the teacher is not the model that the result came from: {name} does not fit")
+    if missing := [name for name in names if not isinstance(_submodule(teacher, name), torch.nn.Module)]:
+        raise UsageError(f"the teacher is not the model that the result came from: it has no {missing[0]}")
+
+
+def _submodule(model: torch.nn.Module, name: str) -> Any:
+    return dict(model.named_modules()).get(name)
+
+
+def _stage_report(state: StageState) -> StageReport:
+    return StageReport(
+        name=state.name,
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        before=state.first,
+        best=state.best,
+        best_step=state.best_step,
+        skipped=state.skipped,
+    )
+
+
+def calibration_name(calibration: Any) -> str:
+    """How the report names the data."""
+    if calibration is None:
+        return "own samples"
+    return str(calibration) if isinstance(calibration, str) or hasattr(calibration, "__fspath__") else "given data"

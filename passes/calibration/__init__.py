@@ -1,0 +1,1 @@
+"""Calibration: train the rewritten attention against the model that it came from."""

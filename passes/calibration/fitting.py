@@ -1,0 +1,143 @@
+"""Layer-wise teacher forcing: every rewritten attention learns the source attention's output on the source's input.
+
+Layers are independent: no error passes from one to the next, so any group of them can be trained at a time (Attention
+Editing, arXiv 2604.05688, layer-wise stage). While a batch goes through the source, each layer's loss and gradient are
+computed when its attention is met, so that activations of one layer are held at a time.
+
+Letters in shapes: B windows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.stream import Walk, decoder_layers
+
+BYTES_PER_PARAMETER = 16
+"""Float32 weight, gradient and two moments."""
+
+
+class LayerFit:
+    """Losses and gradients of a group of rewritten attention modules.
+
+    Args:
+        teacher: the live source in eval mode.
+        students: rewritten attention modules by the site's name.
+        sites: all sites of the teacher that `students` has, in order.
+        hidden: hidden states before the group's first layer, on disk; None for a group that starts at the first.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        students: Mapping[str, nn.Module],
+        sites: Sequence[AttentionSite],
+        hidden: HiddenStates | None = None,
+    ) -> None:
+        self._teacher, self._students, self._hidden = teacher, students, hidden
+        self._layers, by_layer = decoder_layers(teacher, list(sites))
+        self._first, self._last = min(by_layer), max(by_layer)
+
+    def losses(self, ids: Tensor, rows: Tensor | None = None, scale: float | None = None) -> dict[str, Tensor]:
+        """Squared error of each module's output as a fraction of the source output's power.
+
+        Args:
+            ids: token ids [B, T].
+            rows: of `hidden` that belong to them [B].
+            scale: accumulate gradients of the losses times this; None for none.
+
+        Returns:
+            Detached scalars by the site's name.
+        """
+        found: dict[str, Tensor] = {}
+
+        def learn(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                wanted = _first(output).detach().float()
+                with torch.set_grad_enabled(scale is not None):
+                    new = _first(self._students[name](*args, **kwargs)).float()
+                    loss = (new - wanted).square().sum() / wanted.square().sum().clamp(min=1e-20)
+                    if scale is not None:
+                        (loss * scale).backward()
+                found[name] = loss.detach()
+
+            return hook
+
+        with torch.no_grad():
+            walk = Walk(self._teacher, self._layers, ids)
+            first = 0
+            if self._hidden is not None and rows is not None:
+                first = self._first
+                walk.skip_to(first, self._hidden.read(rows))
+            with _hooked(self._teacher, {name: learn(name) for name in self._students}):
+                for _ in range(first, self._last + 1):
+                    walk.advance()
+        return found
+
+
+class HiddenStates:
+    """Hidden states of all training windows before one layer [N, T, D], in a file.
+
+    Args:
+        path: of the file.
+        shape: N, T, D.
+        like: a tensor with dtype and device.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], like: Tensor) -> None:
+        size = shape[0] * shape[1] * shape[2]
+        self._states = torch.from_file(str(path), shared=True, size=size, dtype=like.dtype).view(shape)
+        self._device = like.device
+
+    def read(self, rows: Tensor) -> Tensor:
+        """[B, T, D] on the device."""
+        return self._states[rows.cpu()].to(self._device)
+
+    def write(self, rows: Tensor, hidden: Tensor) -> None:
+        """Put [B, T, D] in place."""
+        self._states[rows.cpu()] = hidden.detach().cpu()
+
+
+def groups(sites: Sequence[AttentionSite], sizes: Mapping[str, int], limit: int | None) -> list[list[AttentionSite]]:
+    """Split sites into groups of neighbours whose training fits a memory limit; at least one site each.
+
+    Args:
+        sites: in layer order.
+        sizes: trained parameters of each, by name.
+        limit: bytes for their weights, gradients and moments; None for no limit.
+    """
+    if limit is None:
+        return [list(sites)]
+    result: list[list[AttentionSite]] = []
+    room = 0
+    for site in sites:
+        need = BYTES_PER_PARAMETER * sizes[site.name]
+        if not result or need > room:
+            result.append([])
+            room = limit
+        result[-1].append(site)
+        room -= need
+    return result
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found

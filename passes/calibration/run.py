@@ -1,0 +1,289 @@
+"""The calibration pass: layer-wise fitting, then distillation."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attnedit.compiler.evaluate import perplexity
+from attnedit.compiler.progress import Progress
+from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.stream import Walk, decoder_layers
+from attnedit.passes.calibration.batches import Batches
+from attnedit.passes.calibration.distillation import Distillation
+from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups
+from attnedit.passes.calibration.journal import Journal
+from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.calibration.parameters import as_before, own_memory, trainable
+from attnedit.passes.calibration.training import Stage, StageState, means, mixed_precision, run_stage
+
+FIT, DISTILL = "fit", "distill"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration did.
+
+    Attributes:
+        stages: each with steps, tokens, losses and time.
+        perplexity: on held-out windows, of "source", "start", and after each kind of stage, "fit" and "distill".
+    """
+
+    stages: list[StageState]
+    perplexity: dict[str, float]
+
+
+def calibrate(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    batches: Batches,
+    options: CalibrationOptions,
+    *,
+    directory: Path | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Train the rewritten attention of `student` in place.
+
+    Args:
+        student: the rewritten model in eval mode. What is trained gets memory of its own; the rest may be the
+            teacher's.
+        teacher: the live source in eval mode; not changed.
+        sites: the teacher's attention sites that are rewritten in `student`.
+        batches: of `options.fit_steps` and then `options.distill_steps` steps.
+        options: see `CalibrationOptions`.
+        directory: for checkpoints, log and plot, and to go on from; None for none.
+        progress: see `attnedit.compiler.progress`.
+
+    Raises:
+        DivergedError: training broke down; the student has its best state.
+    """
+    journal = Journal(directory)
+    names = [site.name for site in sites]
+    attention = trainable(student, names, "attention")
+    learned = {**attention, **(trainable(student, names, options.train) if options.distill_steps else {})}
+    figures: dict[str, float] = {}
+    stages: list[StageState] = []
+
+    def look(when: str) -> None:
+        with mixed_precision(_device(teacher)):
+            model = teacher if when == "source" else student
+            length = batches.held_out.shape[1]
+            found = perplexity(model, batches.held_out.flatten(), seq_len=length, windows=len(batches.held_out))
+        figures[when] = found.perplexity
+
+    look("source")
+    look("start")
+    with _only(student, learned), _only(teacher, {}):
+        dtypes = own_memory(learned)
+        try:
+            if options.fit_steps:
+                stages += _fit(student, teacher, sites, batches, options, journal, progress)
+                look(FIT)
+            if options.distill_steps:
+                stages.append(_distill(student, teacher, sites, learned, batches, options, journal, progress))
+                look(DISTILL)
+        finally:
+            as_before(learned, dtypes)
+    journal.plot()
+    return Calibrated(stages, figures)
+
+
+def _fit(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    batches: Batches,
+    options: CalibrationOptions,
+    journal: Journal,
+    progress: Progress | None,
+) -> list[StageState]:
+    device = _device(teacher)
+    own = {site.name: trainable(student, [site.name], "attention") for site in sites}
+    sizes = {name: sum(p.numel() for p in parameters.values()) for name, parameters in own.items()}
+    parts = groups(sites, sizes, options.memory_limit)
+    states: list[StageState] = []
+    with _scratch(journal.directory, len(parts) > 1) as scratch:
+        hidden: HiddenStates | None = None
+        for number, group in enumerate(parts, 1):
+            if scratch is not None and number > 1:
+                hidden = _hidden_before(teacher, sites, group[0], batches.windows, scratch, options)
+            students = {site.name: student.get_submodule(site.name) for site in group}
+            layer_fit = LayerFit(teacher, students, group, hidden)
+            held = LayerFit(teacher, students, group)
+
+            def learn(step: int, layer_fit: LayerFit = layer_fit) -> Mapping[str, float]:
+                rows = batches.order[step]
+                found = []
+                for part in rows.chunk(options.accumulation):
+                    with mixed_precision(device):
+                        share = len(part) / len(rows)
+                        found.append(layer_fit.losses(batches.windows[part].to(device), part, share))
+                losses = means(found)
+                return {"loss": sum(losses.values()) / len(losses)}
+
+            def evaluate(held: LayerFit = held) -> float:
+                found = []
+                for part in batches.held_out.split(max(1, options.batch_size // options.accumulation)):
+                    with mixed_precision(device):
+                        found.append(held.losses(part.to(device)))
+                losses = means(found)
+                return float(sum(losses.values()) / len(losses))
+
+            stage = Stage(
+                name=FIT if len(parts) == 1 else f"{FIT} {number}/{len(parts)}",
+                parameters={name: p for site in group for name, p in own[site.name].items()},
+                clips=[list(own[site.name]) for site in group],
+                steps=options.fit_steps,
+                rate=options.fit_learning_rate,
+                tokens=batches.order.shape[1] * batches.windows.shape[1],
+                learn=learn,
+                evaluate=evaluate,
+            )
+            states.append(run_stage(stage, options, journal, progress=progress))
+    return states
+
+
+def _distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    learned: Mapping[str, nn.Parameter],
+    batches: Batches,
+    options: CalibrationOptions,
+    journal: Journal,
+    progress: Progress | None,
+) -> StageState:
+    device = _device(teacher)
+    layers = _feature_layers(teacher, sites, options.feature_layers) if options.feature_weight else []
+    step_losses = Distillation(student, teacher, layers)
+
+    def learn(step: int) -> Mapping[str, float]:
+        rows = batches[options.fit_steps + step]
+        # The weak pull on hidden states helps early and only biases later on.
+        weight = options.feature_weight * (1 - step / options.distill_steps)
+        found = []
+        for part in rows.chunk(options.accumulation):
+            with mixed_precision(device):
+                divergence, features = step_losses(part.to(device))
+            ((divergence + weight * features) * (len(part) / len(rows))).backward()
+            found.append({"loss": divergence.detach(), "features": features.detach()})
+        losses = means(found)
+        return losses if layers else {"loss": losses["loss"]}
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        found = []
+        for part in batches.held_out.split(max(1, options.batch_size // options.accumulation)):
+            with mixed_precision(device):
+                found.append({"loss": step_losses(part.to(device))[0] * len(part)})
+        return float(means(found)["loss"] * len(found) / len(batches.held_out))
+
+    stage = Stage(
+        name=DISTILL,
+        parameters=learned,
+        clips=[list(learned)],
+        steps=options.distill_steps,
+        rate=options.distill_learning_rate,
+        tokens=batches.order.shape[1] * batches.windows.shape[1],
+        learn=learn,
+        evaluate=evaluate,
+    )
+    with _activation_checkpointing(student, options.activation_checkpointing):
+        return run_stage(stage, options, journal, progress=progress)
+
+
+@torch.no_grad()
+def _hidden_before(
+    teacher: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    site: AttentionSite,
+    windows: Tensor,
+    scratch: Path,
+    options: CalibrationOptions,
+) -> HiddenStates:
+    """Hidden states of all windows before a site's layer, from those before an earlier one if they are there."""
+    layers, by_layer = decoder_layers(teacher, list(sites))
+    target = next(index for index, found in by_layer.items() if found.name == site.name)
+    earlier = sorted(int(file.stem) for file in scratch.glob("*.hidden"))
+    start = max((index for index in earlier if index < target), default=0)
+    size, device = max(1, options.batch_size // options.accumulation), _device(teacher)
+    old: HiddenStates | None = None
+    new: HiddenStates | None = None
+    for rows in torch.arange(len(windows)).split(size):
+        with mixed_precision(device):
+            walk = Walk(teacher, layers, windows[rows])
+            shape = (len(windows), *walk.hidden.shape[1:])
+            if start:
+                old = old or HiddenStates(scratch / f"{start}.hidden", shape, walk.hidden)
+                walk.skip_to(start, old.read(rows))
+            for _ in range(start, target):
+                walk.advance()
+            new = new or HiddenStates(scratch / f"{target}.hidden", shape, walk.hidden)
+            new.write(rows, walk.hidden)
+    assert new is not None
+    for index in earlier:
+        (scratch / f"{index}.hidden").unlink()
+    return new
+
+
+def _feature_layers(teacher: PreTrainedModel, sites: Sequence[AttentionSite], count: int) -> list[str]:
+    """Names of decoder layers evenly spread, the last among them."""
+    layers, _ = decoder_layers(teacher, list(sites))
+    names = {id(module): name for name, module in teacher.named_modules()}
+    count = min(count, len(layers))
+    return [names[id(layers[len(layers) * (index + 1) // count - 1])] for index in range(count)]
+
+
+@contextmanager
+def _scratch(directory: Path | None, needed: bool) -> Iterator[Path | None]:
+    """A directory for hidden states that is gone afterwards."""
+    if not needed:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="hidden-", dir=directory) as path:
+        yield Path(path)
+
+
+@contextmanager
+def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients for these parameters alone while inside."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    chosen = {id(parameter) for parameter in parameters.values()}
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def _activation_checkpointing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Switch it on without dropout: transformers asks each layer whether it is training."""
+    if not wanted:
+        yield
+        return
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in student.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
+        student.gradient_checkpointing_disable()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

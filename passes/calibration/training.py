@@ -1,0 +1,219 @@
+"""The optimiser loop that both stages share: schedule, guard against spikes, best state, checkpoints, log."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.progress import Progress, silent
+from attnedit.compiler.stream import fast_bfloat16
+from attnedit.passes.calibration.journal import Journal
+from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.calibration.parameters import restore, snapshot
+
+LOWEST_RATE = 0.1
+"""Of the highest, at the end."""
+CLIP = 1.0
+"""Largest norm of the gradient."""
+SPIKE = 3.0
+"""A loss this many times the median of the last ones is not learned from."""
+HISTORY = 32
+SKIPS = 16
+"""Steps skipped in a row after which training goes back to its best state, with half the rate."""
+RECOVERIES = 2
+LOOKS = 12
+"""Looks at held-out windows per stage, unless told."""
+
+
+class DivergedError(AttneditError):
+    """Training did not recover; the model has the best state that it had."""
+
+
+@dataclass
+class StageState:
+    """Where a stage is, beside parameters and optimiser.
+
+    Attributes:
+        name: of the stage.
+        step: steps done, skipped ones too.
+        best, best_step: lowest held-out loss, and when.
+        first, last: held-out loss before training, and at the last look.
+        since: looks since the best.
+        skipped: steps without an update.
+        row: of these, the last in a row.
+        recoveries: times that training went back to its best state.
+        seconds: spent.
+        tokens: seen.
+        losses: the last ones that were learned from.
+        done: whether it is over.
+    """
+
+    name: str
+    step: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    first: float = math.nan
+    last: float = math.nan
+    since: int = 0
+    skipped: int = 0
+    row: int = 0
+    recoveries: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    done: bool = False
+
+    def spikes(self, loss: float) -> bool:
+        """Whether a loss is far above the last ones."""
+        if not math.isfinite(loss):
+            return True
+        return len(self.losses) >= HISTORY // 4 and loss > SPIKE * statistics.median(self.losses)
+
+
+@dataclass
+class Stage:
+    """What a stage trains, and on what.
+
+    Attributes:
+        name: shown and logged.
+        parameters: by name.
+        clips: names of parameters whose gradients are clipped together; those of independent losses are apart.
+        steps: how many.
+        rate: highest learning rate.
+        tokens: per step.
+        learn: accumulates the gradients of a step and returns its losses by name; "loss" is the one watched.
+        evaluate: loss on held-out windows.
+    """
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    clips: Sequence[Sequence[str]]
+    steps: int
+    rate: float
+    tokens: int
+    learn: Callable[[int], Mapping[str, float]]
+    evaluate: Callable[[], float]
+
+
+def run_stage(
+    stage: Stage,
+    options: CalibrationOptions,
+    journal: Journal,
+    *,
+    progress: Progress | None = None,
+) -> StageState:
+    """Train until the last step or until held-out windows stop getting better; the best state stays.
+
+    Args:
+        stage: what and on what.
+        options: see `CalibrationOptions`.
+        journal: where checkpoints and log go, and what an earlier run left.
+        progress: told of every step.
+
+    Raises:
+        DivergedError: losses stayed broken after going back to the best state.
+    """
+    report, describe = progress or silent, getattr(progress, "describe", None)
+    parameters = stage.parameters
+    device = next(iter(parameters.values())).device
+    optimiser = torch.optim.AdamW(
+        list(parameters.values()), lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
+    )
+    state, best = StageState(stage.name), {}
+    if saved := journal.resume(stage.name):
+        state, best = StageState(**saved["state"]), saved["best"]
+        restore(parameters, saved["parameters"])
+        if saved["optimiser"] is not None:
+            optimiser.load_state_dict(saved["optimiser"])
+    if state.done:
+        return state
+    every = options.evaluate_every or max(1, stage.steps // LOOKS)
+    if not best:
+        state.first = state.last = state.best = stage.evaluate()
+        best = snapshot(parameters)
+    start, before = perf_counter(), state.seconds
+    report(stage.name, state.step, stage.steps)
+    while state.step < stage.steps:
+        rate = stage.rate * _schedule(state.step, stage.steps) / 2**state.recoveries
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.zero_grad(set_to_none=True)
+        losses = dict(stage.learn(state.step))
+        norms = [_clip([parameters[name] for name in names]) for names in stage.clips]
+        state.step += 1
+        state.tokens += stage.tokens
+        broken = state.spikes(losses["loss"]) or not all(math.isfinite(norm) for norm in norms)
+        if broken:
+            state.skipped += 1
+            state.row += 1
+        else:
+            optimiser.step()
+            state.row = 0
+            state.losses = [*state.losses, losses["loss"]][-HISTORY:]
+        state.seconds = before + perf_counter() - start
+        speed = state.tokens / max(state.seconds, 1e-9)
+        entry = {"stage": stage.name, "step": state.step, **losses, "norm": max(norms), "rate": rate, "skipped": broken}
+        if state.row >= SKIPS:
+            restore(parameters, best)
+            if state.recoveries == RECOVERIES:
+                raise DivergedError(
+                    f"{stage.name}: the loss broke down {RECOVERIES + 1} times, last at step {state.step}; "
+                    "lower the learning rate"
+                )
+            optimiser.state.clear()
+            state.recoveries, state.row, state.losses = state.recoveries + 1, 0, []
+        if state.step % every == 0 or state.step == stage.steps:
+            state.last = entry["held_out"] = stage.evaluate()
+            if state.last < state.best:
+                state.best, state.best_step, state.since = state.last, state.step, 0
+                best = snapshot(parameters)
+            else:
+                state.since += 1
+        journal.log({**entry, "tokens_per_second": round(speed, 1)})
+        report(stage.name, state.step, stage.steps)
+        if describe is not None:
+            describe(stage.name, f"loss {losses['loss']:.4g}, {speed:,.0f} tokens/s")
+        if state.since >= options.patience:
+            break
+        if state.step % options.checkpoint_every == 0 and state.step < stage.steps:
+            journal.checkpoint(asdict(state), parameters, optimiser.state_dict(), best)
+    restore(parameters, best)
+    state.done = True
+    optimiser.zero_grad(set_to_none=True)
+    journal.checkpoint(asdict(state), parameters, None, {})
+    return state
+
+
+@contextmanager
+def mixed_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in bfloat16 where that is faster; weights and losses stay as they are."""
+    fast = device.type == "cuda" or (device.type == "cpu" and fast_bfloat16())
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+        yield
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Fraction of the highest rate: linear warm-up over a twentieth, then half a cosine."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    angle = math.pi * (step - warm) / max(1, steps - warm)
+    return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
+
+
+def _clip(parameters: Sequence[nn.Parameter]) -> float:
+    norm: Tensor = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], CLIP)
+    return float(norm)
+
+
+def means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Mean of each loss over the parts of a batch."""
+    return {name: float(torch.stack([part[name] for part in parts]).mean()) for name in parts[0]}
