@@ -72,7 +72,8 @@ def sample_windows(
         for position in range(length - 1):
             report("sample calibration text", done, total)
             call = {**keep, **position_ids(model, tokens, position)}
-            logits = model(tokens, past_key_values=cache, use_cache=True, **call).logits[:, -1].float()
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(tokens, past_key_values=cache, use_cache=True, **call).logits[:, -1].float()
             if not bool(torch.isfinite(logits.sum())):
                 raise UsageError("the model's logits are not finite, so it cannot be sampled; give calibration text")
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -151,7 +152,7 @@ def _batch_size(model: PreTrainedModel, length: int) -> int:
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * head_dim * length * weight.element_size()
+    cache = 2 * config.num_hidden_layers * heads * head_dim * length * min(2, weight.element_size())  # bytes: autocast
     free, _ = torch.cuda.mem_get_info(weight.device)
     # Growing a cache makes a copy of a layer's, logits are in float32: a quarter leaves room for that.
     return max(_BATCH, min(_LARGE_BATCH, int(free // 4 // cache)))

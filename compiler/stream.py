@@ -153,14 +153,14 @@ class Walk:
         def skip(*_: Any, **__: Any) -> Any:
             return (hidden, *[None] * (returned - 1)) if returned else hidden
 
-        with _patched(list(self._layers[: self._index]), [skip] * self._index):
+        with replaced_forwards(list(self._layers[: self._index]), [skip] * self._index):
             logits: Tensor = self._model(input_ids=self._ids, use_cache=False).logits
         return logits
 
 
 @contextmanager
-def _patched(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Other forward functions for the modules while inside."""
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let other functions compute what the modules do while inside."""
     originals = [(module, module.__dict__.get("forward")) for module in modules]
     for module, forward in zip(modules, forwards, strict=True):
         module.forward = forward
@@ -175,8 +175,8 @@ def _patched(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]
 
 
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Let another function compute what a module does while inside."""
-    return _patched([module], [forward])
+    """`replaced_forwards` for one."""
+    return replaced_forwards([module], [forward])
 
 
 def _inputs(
@@ -219,7 +219,7 @@ def _enter(model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, size:
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         entered: list[Tensor] = []
         recorders = [_recorder(index, calls, entered, returned) for index in range(len(layers))]
-        with _patched(list(layers), recorders):
+        with replaced_forwards(list(layers), recorders):
             _decoder(model)(input_ids=rows.to(device), use_cache=False)
         if len(calls) != len(layers):
             raise CaptureError(f"{type(model).__name__}: not every decoder layer runs once per forward pass")

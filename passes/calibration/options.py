@@ -44,7 +44,7 @@ class CalibrationOptions:
     batch_size: int = 16
     seq_len: int = 1024
     accumulation: int = 1
-    fit_learning_rate: float = 3e-4
+    fit_learning_rate: float = 1e-3
     distill_learning_rate: float = 3e-4
     train: Train = "attention"
     feature_weight: float = 0.0

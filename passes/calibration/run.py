@@ -6,16 +6,18 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from attnedit.compiler.evaluate import perplexity
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import Walk, decoder_layers
+from attnedit.compiler.stream import Walk, decoder_layers, replaced_forwards
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.distillation import Distillation
 from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups
@@ -73,7 +75,7 @@ def calibrate(
     stages: list[StageState] = []
 
     def look(when: str) -> None:
-        with mixed_precision(_device(teacher)):
+        with mixed_precision(teacher):
             model = teacher if when == "source" else student
             length = batches.held_out.shape[1]
             found = perplexity(model, batches.held_out.flatten(), seq_len=length, windows=len(batches.held_out))
@@ -123,7 +125,7 @@ def _fit(
                 rows = batches.order[step]
                 found = []
                 for part in rows.chunk(options.accumulation):
-                    with mixed_precision(device):
+                    with mixed_precision(teacher):
                         share = len(part) / len(rows)
                         found.append(layer_fit.losses(batches.windows[part].to(device), part, share))
                 losses = means(found)
@@ -132,7 +134,7 @@ def _fit(
             def evaluate(held: LayerFit = held) -> float:
                 found = []
                 for part in batches.held_out.split(max(1, options.batch_size // options.accumulation)):
-                    with mixed_precision(device):
+                    with mixed_precision(teacher):
                         found.append(held.losses(part.to(device)))
                 losses = means(found)
                 return float(sum(losses.values()) / len(losses))
@@ -171,7 +173,7 @@ def _distill(
         weight = options.feature_weight * (1 - step / options.distill_steps)
         found = []
         for part in rows.chunk(options.accumulation):
-            with mixed_precision(device):
+            with mixed_precision(teacher):
                 divergence, features = step_losses(part.to(device))
             ((divergence + weight * features) * (len(part) / len(rows))).backward()
             found.append({"loss": divergence.detach(), "features": features.detach()})
@@ -182,7 +184,7 @@ def _distill(
     def evaluate() -> float:
         found = []
         for part in batches.held_out.split(max(1, options.batch_size // options.accumulation)):
-            with mixed_precision(device):
+            with mixed_precision(teacher):
                 found.append({"loss": step_losses(part.to(device))[0] * len(part)})
         return float(means(found)["loss"] * len(found) / len(batches.held_out))
 
@@ -196,7 +198,7 @@ def _distill(
         learn=learn,
         evaluate=evaluate,
     )
-    with _activation_checkpointing(student, options.activation_checkpointing):
+    with _activation_checkpointing(student, sites, options.activation_checkpointing):
         return run_stage(stage, options, journal, progress=progress)
 
 
@@ -218,7 +220,7 @@ def _hidden_before(
     old: HiddenStates | None = None
     new: HiddenStates | None = None
     for rows in torch.arange(len(windows)).split(size):
-        with mixed_precision(device):
+        with mixed_precision(teacher):
             walk = Walk(teacher, layers, windows[rows])
             shape = (len(windows), *walk.hidden.shape[1:])
             if start:
@@ -267,22 +269,11 @@ def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[
 
 
 @contextmanager
-def _activation_checkpointing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Switch it on without dropout: transformers asks each layer whether it is training."""
-    if not wanted:
+def _activation_checkpointing(student: PreTrainedModel, sites: Sequence[AttentionSite], wanted: bool) -> Iterator[None]:
+    """Each decoder layer keeps its input alone. Not transformers' own switch, which needs dropout switched on too."""
+    layers = list(decoder_layers(student, list(sites))[0]) if wanted else []
+    with replaced_forwards(layers, [partial(checkpoint, layer.forward, use_reentrant=False) for layer in layers]):
         yield
-        return
-    student.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in student.modules() if hasattr(module, "gradient_checkpointing")]
-    before = [layer.training for layer in layers]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
-        student.gradient_checkpointing_disable()
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -193,10 +193,12 @@ def run_stage(
 
 
 @contextmanager
-def mixed_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in bfloat16 where that is faster; weights and losses stay as they are."""
-    fast = device.type == "cuda" or (device.type == "cpu" and fast_bfloat16())
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+def mixed_precision(model: nn.Module) -> Iterator[None]:
+    """Matrix products in bfloat16 where that is faster, or where some weights are half and the trained ones float32."""
+    weight = next(model.parameters())
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    fast = weight.device.type == "cuda" or (weight.device.type == "cpu" and fast_bfloat16())
+    with torch.autocast(weight.device.type, torch.bfloat16, enabled=half or fast):
         yield
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
-from attnedit.cli import compile, demo, evaluate, generate, inspect, sweep
+from attnedit.cli import calibrate, compile, demo, evaluate, generate, inspect, sweep
 from attnedit.cli.terminal import debugging, fail, quiet_libraries
 from attnedit.compiler.errors import AttneditError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.inspect)
 app.command("compile")(compile.compile_model)
+app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("sweep")(sweep.sweep)

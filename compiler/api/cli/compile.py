@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +17,8 @@ from attnedit.cli.terminal import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    OutputOption,
+    OverwriteOption,
     ProgressBars,
     RevisionOption,
     SeedOption,
@@ -27,14 +28,31 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
+from attnedit.cli.training import (
+    DEFAULTS,
+    AccumulationOption,
+    ActivationCheckpointingOption,
+    BatchSizeOption,
+    CheckpointEveryOption,
+    DistillRateOption,
+    DistillStepsOption,
+    FeatureWeightOption,
+    FitRateOption,
+    FitStepsOption,
+    MemoryLimitOption,
+    SelfGeneratedOption,
+    TrainingLengthOption,
+    TrainOption,
+    open_run,
+)
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
+from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
 from attnedit.targets.runtime.eager.checkpoint import check_free
 
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]
 TargetOption = Annotated[str, typer.Option(help="What attention becomes: mla, gateswa or gateswa+mla.")]
 WindowOption = Annotated[
     int | None, typer.Option(min=1, help=f"GateSWA: tokens each query sees, itself included; {DEFAULT_WINDOW}.")
@@ -50,7 +68,6 @@ SinksOption = Annotated[
         help=f"GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; {DEFAULT_SINKS}."
     ),
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
 
 
 def compile_model(
@@ -65,6 +82,19 @@ def compile_model(
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
+    fit_steps: FitStepsOption = 0,
+    distill_steps: DistillStepsOption = 0,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    seq_len: TrainingLengthOption = DEFAULTS.seq_len,
+    accumulation: AccumulationOption = DEFAULTS.accumulation,
+    fit_learning_rate: FitRateOption = DEFAULTS.fit_learning_rate,
+    distill_learning_rate: DistillRateOption = DEFAULTS.distill_learning_rate,
+    train: TrainOption = DEFAULTS.train,
+    feature_weight: FeatureWeightOption = DEFAULTS.feature_weight,
+    self_generated: SelfGeneratedOption = DEFAULTS.self_generated,
+    checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
+    memory_limit: MemoryLimitOption = None,
+    activation_checkpointing: ActivationCheckpointingOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -74,11 +104,52 @@ def compile_model(
     json: JsonOption = False,
 ) -> None:
     """Rewrite the attention of a model, verify the result, and save it as a transformers model."""
-    check_arguments(target, kv_budget, window, full_layers, gate, sinks)
-    check_output(output, overwrite=overwrite)
-    check_free(output.expanduser(), overwrite)
+    form: dict[str, Any] = {
+        "target": target,
+        "kv_budget": kv_budget,
+        "window": window,
+        "full_layers": full_layers,
+        "gate": gate,
+        "sinks": sinks,
+    }
+    training: dict[str, Any] = {
+        "fit_steps": fit_steps,
+        "distill_steps": distill_steps,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "accumulation": accumulation,
+        "fit_learning_rate": fit_learning_rate,
+        "distill_learning_rate": distill_learning_rate,
+        "train": train,
+        "feature_weight": feature_weight,
+        "self_generated": self_generated,
+        "checkpoint_every": checkpoint_every,
+        "memory_limit": memory_limit,
+        "activation_checkpointing": activation_checkpointing,
+    }
+    check_arguments(**form)
+    trained = CalibrationOptions.of(**training).steps > 0
+    if not trained:
+        check_output(output, overwrite=overwrite)
+        check_free(output.expanduser(), overwrite)
     if calibration is not None:
         check_readable(calibration, "calibration text")
+    data: dict[str, Any] = {
+        "calibration": calibration,
+        "calibration_tokens": calibration_tokens,
+        "alternations": alternations,
+    }
+    if trained:
+        recipe: dict[str, Any] = {
+            "command": "compile",
+            "model": model,
+            **form,
+            **data,
+            **training,
+            "seed": seed,
+            "dtype": dtype,
+        }
+        open_run(output, {**recipe, "revision": revision}, overwrite=overwrite)
     with ProgressBars() as progress:
         with stage("load model", progress):
             source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
@@ -86,22 +157,18 @@ def compile_model(
             check_tokenizer_there(source, "calibration text")
         result = attnedit.compile(
             source.model,
-            target=target,
-            kv_budget=kv_budget,
-            window=window,
-            full_layers=full_layers,
-            gate=gate,
-            sinks=sinks,
-            calibration=calibration,
+            **form,
+            **data,
+            **(training if trained else {}),
             tokenizer=source.tokenizer,
-            calibration_tokens=calibration_tokens,
-            alternations=alternations,
             seed=seed,
-            in_place=True,  # the source is not used again, so the memory for a second attention is spared
+            # Untrained, the source is not used again, so the memory for a second attention is spared.
+            in_place=not trained,
+            run_directory=output.expanduser() if trained else None,
             progress=progress,
         )
         with stage("save", progress):
-            result.save(output, overwrite=overwrite)
+            result.save(output, overwrite=overwrite or trained)
     if json:
         print_json({"output": str(output), **result.report.to_dict()})
     else:

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import attnedit
-from attnedit.cli.compile import OutputOption, OverwriteOption, TargetOption
+from attnedit.cli.compile import TargetOption
 from attnedit.cli.evaluate import SeqLenOption, TextOption, WindowsOption, measure
 from attnedit.cli.terminal import (
     AlternationsOption,
@@ -24,6 +24,8 @@ from attnedit.cli.terminal import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    OutputOption,
+    OverwriteOption,
     ProgressBars,
     RevisionOption,
     SeedOption,

@@ -16,7 +16,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -32,6 +40,8 @@ DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or au
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 DequantizeOption = Annotated[bool, typer.Option("--dequantize", help="Unpack a source that is already quantised.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same result.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
 CalibrationOption = Annotated[
     str | None,
     typer.Option(help="Text, jsonl or parquet file, or a dataset's name; without it the model's own samples."),
@@ -168,6 +178,8 @@ class ProgressBars:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -186,5 +198,9 @@ class ProgressBars:
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` steps of a stage are done."""
         if stage not in self._stages:
-            self._stages[stage] = self._bars.add_task(stage, total=total)
+            self._stages[stage] = self._bars.add_task(stage, total=total, figures="")
         self._bars.update(self._stages[stage], completed=done, total=total)
+
+    def describe(self, stage: str, figures: str) -> None:
+        """Show figures, such as losses, beside a stage that has a bar."""
+        self._bars.update(self._stages[stage], figures=figures)

@@ -1,0 +1,78 @@
+"""Options and run directory of the commands that train."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attnedit.cli.terminal import check_output
+from attnedit.compiler.errors import UsageError
+from attnedit.passes.calibration.options import CalibrationOptions as Defaults
+from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
+
+FitStepsOption = Annotated[
+    int, typer.Option(min=0, help="Steps of layer-wise fitting: each attention learns the source attention's output.")
+]
+DistillStepsOption = Annotated[
+    int, typer.Option(min=0, help="Steps of distillation: the model learns the source's next-token distributions.")
+]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Training: windows per step.")]
+TrainingLengthOption = Annotated[int, typer.Option("--seq-len", min=2, help="Training: tokens per window.")]
+AccumulationOption = Annotated[
+    int, typer.Option(min=1, help="Training: parts that a batch is computed in, to save memory.")
+]
+FitRateOption = Annotated[float, typer.Option("--fit-learning-rate", help="Highest learning rate of fitting.")]
+DistillRateOption = Annotated[float, typer.Option("--distill-learning-rate", help="The same of distillation.")]
+TrainOption = Annotated[str, typer.Option(help="What distillation changes: attention, norms (and attention) or all.")]
+FeatureWeightOption = Annotated[
+    float, typer.Option(help="Distillation: weight of matching hidden states, beside the distributions.")
+]
+SelfGeneratedOption = Annotated[
+    float, typer.Option(help="Training: fraction of the windows that the source samples itself.")
+]
+CheckpointEveryOption = Annotated[int, typer.Option(min=1, help="Training: steps between two checkpoints.")]
+MemoryLimitOption = Annotated[
+    str | None,
+    typer.Option(help="Fitting: memory for weights and optimiser, such as 20GiB; layers are then fitted in turn."),
+]
+ActivationCheckpointingOption = Annotated[
+    bool, typer.Option("--activation-checkpointing", help="Distillation: keep no activations, compute them again.")
+]
+
+DEFAULTS = Defaults()
+
+
+def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make the output directory a run directory, or go on with the run of the same recipe that it holds.
+
+    Raises:
+        UsageError: it holds something else, or the run of another recipe, and is not to be overwritten.
+    """
+    output = output.expanduser()
+    file = output / RUN_FILE
+    if file.exists() and not overwrite:
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+        except (OSError, ValueError, KeyError, TypeError):
+            there = {}
+        for name in {**there, **recipe}:
+            if there.get(name) != recipe.get(name):
+                raise UsageError(
+                    f"{output} holds an unfinished run of another recipe ({name} {there.get(name)!r} there, "
+                    f"{recipe.get(name)!r} here); give its arguments to go on, another directory, or --overwrite"
+                )
+        return
+    check_output(output, overwrite=overwrite)
+    check_free(output, overwrite)
+    if output.exists():
+        shutil.rmtree(output)
+    try:
+        output.mkdir(parents=True)
+        file.write_text(json.dumps({"recipe": dict(recipe)}, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write to {output}: {error.strerror or error}") from error

@@ -1,0 +1,381 @@
+"""Parts of calibration against direct computation: batches, losses, memory, the training loop's guards."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from compiled import MODULE, _remembered, logits, source, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import attnedit
+from attnedit.compiler.capture import capture
+from attnedit.compiler.sites import AttentionSite
+from attnedit.passes.calibration import training
+from attnedit.passes.calibration.batches import mix
+from attnedit.passes.calibration.distillation import Distillation
+from attnedit.passes.calibration.fitting import BYTES_PER_PARAMETER, LayerFit, groups
+from attnedit.passes.calibration.journal import Journal
+from attnedit.passes.calibration.options import CalibrationOptions, parse_bytes
+from attnedit.passes.calibration.parameters import own_memory, share, trainable
+from attnedit.passes.calibration.run import calibrate
+from attnedit.passes.calibration.training import DivergedError, Stage, StageState, run_stage
+from attnedit.targets.runtime.eager import share_copy
+
+FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "gpt_oss", "qwen3_next"]
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors with fast bfloat16 too: rounding would hide what is compared."""
+    monkeypatch.setattr("attnedit.passes.calibration.training.fast_bfloat16", lambda: False)
+
+
+@functools.cache
+def rewritten(family: str, target: str = "gateswa") -> Any:
+    options: dict[str, Any] = {"gateswa": {"window": 4, "full_layers": 0}, "mla": {"kv_budget": 0.5}}[target]
+    with mock.patch.object(MODULE, "capture", _remembered):
+        return attnedit.compile(source(family), target, calibration=tokens(4, 32), **options).model
+
+
+def sites_of(family: str) -> list[AttentionSite]:
+    names = rewritten(family).config.attnedit["sites"]
+    return [site for site in _remembered(source(family)) if site.name in names]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    steps=st.integers(1, 12),
+    batch=st.integers(1, 5),
+    seed=st.integers(0, 3),
+)
+def test_batches_leave_held_out_windows_alone(sizes: list[int], steps: int, batch: int, seed: int) -> None:
+    first = itertools.accumulate([0, *sizes[:-1]])
+    sources = [
+        torch.arange(start, start + size)[:, None].repeat(1, 4) for start, size in zip(first, sizes, strict=True)
+    ]
+    made = mix(sources, [1.0] * len(sizes), steps=steps, batch_size=batch, seed=seed)
+    again = mix(sources, [1.0] * len(sizes), steps=steps, batch_size=batch, seed=seed)
+    assert torch.equal(made.order, again.order)
+    assert made.order.shape == (steps, batch)
+    held, seen = set(made.held_out[:, 0].tolist()), set(made.windows[made.order.flatten(), 0].tolist())
+    assert held
+    lonely = {int(part[0, 0]) for part in sources if len(part) == 1}
+    assert held & seen <= lonely
+    if len(sizes) == 1 and sizes[0] > 1:  # every window comes up once before any comes up again
+        rows = made.order.flatten().tolist()
+        count = len(made.windows)
+        assert all(len(set(rows[i : i + count])) == len(rows[i : i + count]) for i in range(0, len(rows), count))
+
+
+def test_weights_say_how_often_a_source_is_seen() -> None:
+    sources = [torch.zeros(40, 4, dtype=torch.int64), torch.ones(900, 4, dtype=torch.int64)]
+    made = mix(sources, [0.7, 0.3], steps=300, batch_size=10, seed=0)
+    share = made.windows[made.order.flatten(), 0].float().mean()
+    assert float(share) == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("target", ["gateswa", "mla"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_losses_and_gradients_are_those_of_each_module_alone(family: str, target: str) -> None:
+    teacher, ids = source(family), tokens(3, 16, seed=7)
+    student = share_copy(rewritten(family, target))
+    sites = sites_of(family)
+    students = {site.name: student.get_submodule(site.name) for site in sites}
+    parameters = trainable(student, students, "attention")
+    own_memory(parameters)
+    found = LayerFit(teacher, students, sites).losses(ids, scale=0.5)
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    assert gradients
+    for site in sites:
+        calls: list[Any] = []
+        handle = teacher.get_submodule(site.name).register_forward_hook(
+            lambda _, args, kwargs, out, calls=calls: calls.append((args, kwargs, out[0])), with_kwargs=True
+        )
+        logits(teacher, ids)
+        handle.remove()
+        ((args, kwargs, wanted),) = calls
+        own = {name: p for name, p in parameters.items() if name.startswith(f"{site.name}.")}
+        loss = (students[site.name](*args, **kwargs)[0] - wanted).square().sum() / wanted.square().sum()
+        expected = torch.autograd.grad(0.5 * loss, list(own.values()), allow_unused=True)
+        assert float(found[site.name]) == pytest.approx(float(loss.detach()), rel=1e-4)
+        for name, gradient in zip(own, expected, strict=True):
+            assert (gradient is None) == (name not in gradients), name
+            if gradient is not None:
+                assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_divergence_and_its_gradient_are_those_of_whole_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks that do not divide the positions; through whatever the model does to its logits."""
+    monkeypatch.setattr("attnedit.passes.calibration.distillation.POSITIONS", 7)
+    teacher, ids = source(family), tokens(2, 12, seed=8)
+    student = share_copy(rewritten(family))
+    chosen = trainable(student, student.config.attnedit["sites"], "attention")
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    own_memory(chosen)
+    names = [site.name.rsplit(".", 1)[0] for site in sites_of(family)]
+    divergence, features = Distillation(student, teacher, names)(ids)
+    (divergence + 0.3 * features).backward()
+    found = {name: p.grad.clone() for name, p in chosen.items() if p.grad is not None}
+
+    hidden: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+    for which, model in (("teacher", teacher), ("student", student)):
+        for name in names:
+            model.get_submodule(name).register_forward_hook(
+                lambda _, __, out, which=which: hidden[which].append(out[0] if isinstance(out, tuple) else out)
+            )
+    with torch.no_grad():
+        expected = teacher(ids, use_cache=False).logits.log_softmax(-1)
+    new = student(ids, use_cache=False).logits.log_softmax(-1)
+    whole = (expected.exp() * (expected - new)).sum(-1).mean()
+    cosine = torch.stack(
+        [nn.functional.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(*hidden.values(), strict=True)]
+    )
+    for model in (teacher, student):
+        for name in names:
+            model.get_submodule(name)._forward_hooks.clear()
+    assert float(divergence.detach()) == pytest.approx(float(whole.detach()), rel=1e-4)
+    assert float(features.detach()) == pytest.approx(float(1 - cosine.mean().detach()), rel=1e-3, abs=1e-6)
+    used = [p for name, p in chosen.items() if name in found]
+    gradients = torch.autograd.grad(whole + 0.3 * (1 - cosine.mean()), used)
+    for (name, value), gradient in zip(found.items(), gradients, strict=True):
+        assert torch.allclose(value, gradient, rtol=1e-3, atol=1e-6), name
+
+
+def test_what_trains() -> None:
+    student = rewritten("llama")
+    sites = student.config.attnedit["sites"]
+    attention, norms, everything = (set(trainable(student, sites, which)) for which in ("attention", "norms", "all"))
+    assert attention < norms < everything
+    assert all(".self_attn." in name for name in attention)
+    assert all("norm" in name for name in norms - attention)
+    assert "model.norm.weight" in norms
+    assert everything == {name for name, _ in student.named_parameters()}
+
+
+def test_only_what_trains_has_memory_of_its_own() -> None:
+    teacher, student = source("llama"), share_copy(rewritten("llama"))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    chosen = trainable(student, student.config.attnedit["sites"], "attention")
+    own_memory(chosen)
+    with torch.no_grad():
+        for parameter in chosen.values():
+            parameter.add_(1.0)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    theirs = {p.data_ptr() for p in teacher.parameters()}
+    shared = [name for name, p in student.named_parameters() if p.data_ptr() in theirs]
+    assert set(shared) == {name for name, _ in student.named_parameters()} - set(chosen)
+
+
+def test_a_loaded_result_takes_the_teachers_memory(tmp_path: Path) -> None:
+    teacher = source("llama")
+    with mock.patch.object(MODULE, "capture", _remembered):
+        attnedit.compile(teacher, calibration=tokens(4, 32)).save(tmp_path / "saved")
+    student = attnedit.load(tmp_path / "saved").model
+    expected = logits(student, tokens(2, 9))
+    assert share(student, teacher) > 0
+    assert share(student, teacher) == 0
+    assert torch.equal(logits(student, tokens(2, 9)), expected)
+    theirs = {p.data_ptr() for p in teacher.parameters()}
+    assert all(p.data_ptr() in theirs for name, p in student.named_parameters() if ".self_attn." not in name)
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_layers_fitted_in_turn_learn_the_same(limit: int | None, tmp_path: Path) -> None:
+    """With hidden states on disk between the groups, as without groups."""
+    results = []
+    for memory in (None, limit):
+        student = share_copy(rewritten("qwen3"))
+        options = CalibrationOptions(
+            fit_steps=6, batch_size=4, seq_len=16, fit_learning_rate=1e-4, memory_limit=memory, accumulation=2
+        )
+        batches = mix([tokens(24, 16, seed=4)], [1.0], steps=6, batch_size=4, seed=0)
+        done = calibrate(
+            student, source("qwen3"), sites_of("qwen3"), batches, options, directory=tmp_path / f"{memory}"
+        )
+        assert len(done.stages) == (1 if memory is None else 2)
+        assert all(state.best_step == 6 for state in done.stages)
+        results.append(dict(student.named_parameters()))
+    one, other = results
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    assert not list((tmp_path / f"{limit}").rglob("*.hidden"))
+
+
+def test_groups_fit_the_limit() -> None:
+    sites = [mock.Mock() for _ in range(5)]
+    for index, site in enumerate(sites):
+        site.name = str(index)
+    sizes = {str(index): size for index, size in enumerate([3, 3, 3, 9, 1])}
+    made = groups(sites, sizes, 7 * BYTES_PER_PARAMETER)
+    assert [[site.name for site in group] for group in made] == [["0", "1"], ["2"], ["3"], ["4"]]
+    assert groups(sites, sizes, None) == [sites]
+
+
+class Quadratic:
+    """A stage whose loss is the squared distance of one parameter from 3, spoilt where asked."""
+
+    def __init__(self, broken: Mapping[int, float] | None = None, always_from: int = 10**9, steps: int = 60) -> None:
+        self.parameter = nn.Parameter(torch.zeros(2))
+        self.broken, self.always_from = broken or {}, always_from
+        self.seen: list[int] = []
+        self.stage = Stage(
+            "toy", {"x": self.parameter}, [["x"]], steps, 0.1, 10, self.learn, lambda: float(self.loss().detach())
+        )
+
+    def loss(self) -> Tensor:
+        return (self.parameter - 3).square().sum()
+
+    def learn(self, step: int) -> dict[str, float]:
+        self.seen.append(step)
+        factor = self.broken.get(step, math.nan if step >= self.always_from else 1.0)
+        loss = self.loss() * factor
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+
+def run(toy: Quadratic, directory: Path | None = None, **options: Any) -> Any:
+    settings: dict[str, Any] = {"patience": 100, "checkpoint_every": 7, **options}
+    return run_stage(toy.stage, CalibrationOptions(**settings), Journal(directory))
+
+
+def test_broken_steps_are_skipped_and_counted() -> None:
+    clean, spoilt = Quadratic(), Quadratic({20: math.nan, 21: math.inf, 30: 1e6})
+    run(clean)
+    state = run(spoilt)
+    assert state.skipped == 3
+    assert state.recoveries == 0
+    assert state.best < 1e-2 * state.first
+    assert torch.isfinite(spoilt.parameter).all()
+    assert float(clean.loss().detach()) < 1e-2
+
+
+def test_a_run_that_cannot_recover_ends_with_its_best_state() -> None:
+    toy = Quadratic(always_from=30, steps=200)
+    with pytest.raises(DivergedError, match="lower the learning rate"):
+        run(toy, evaluate_every=1)
+    assert float(toy.loss().detach()) < 1.0
+    assert len(toy.seen) == 30 + training.SKIPS * (training.RECOVERIES + 1)
+
+
+def test_the_best_state_stays_and_ends_a_run_early() -> None:
+    toy = Quadratic(steps=100)
+    values = iter([5.0, 4.0, 1.0, *[2.0] * 50])
+    at: list[Tensor] = []
+
+    def evaluate() -> float:
+        at.append(toy.parameter.detach().clone())
+        return next(values)
+
+    toy.stage.evaluate = evaluate
+    state = run(toy, evaluate_every=5, patience=4)
+    assert (state.best, state.best_step, state.step) == (1.0, 10, 30)
+    assert torch.equal(toy.parameter, at[2])
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8, 20, 59])
+def test_a_run_stopped_anywhere_ends_as_if_it_had_not(stop: int, tmp_path: Path) -> None:
+    whole = Quadratic({9: math.nan})
+    expected = run(whole, tmp_path / "whole")
+    first = Quadratic({9: math.nan})
+
+    def interrupt(step: int) -> dict[str, float]:
+        if step == stop:
+            raise KeyboardInterrupt
+        return first.learn(step)
+
+    first.stage.learn = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(first, tmp_path / "stopped")
+    second = Quadratic({9: math.nan})
+    state = run(second, tmp_path / "stopped")
+    assert second.seen[:1] == [stop // 7 * 7]
+    assert torch.equal(second.parameter, whole.parameter)
+    assert (state.best, state.step, state.skipped) == (expected.best, expected.step, expected.skipped)
+    entries = [Journal(tmp_path / name).entries() for name in ("whole", "stopped")]
+    for entry in itertools.chain(*entries):
+        entry.pop("tokens_per_second")
+    assert str(entries[0]) == str(entries[1])  # as text: NaN is equal to itself there
+    third = Quadratic({9: math.nan})
+    run(third, tmp_path / "stopped")
+    assert third.seen == []
+    assert torch.equal(third.parameter, whole.parameter)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distillation: its loss is a mean over positions, so parts add up exactly."""
+    results: list[dict[str, Tensor]] = []
+
+    def keep_gradients(stage: Stage, *_: Any, **__: Any) -> StageState:
+        stage.learn(0)
+        results.append({name: p.grad.clone() for name, p in stage.parameters.items() if p.grad is not None})
+        return StageState("distill")
+
+    monkeypatch.setattr("attnedit.passes.calibration.run.run_stage", keep_gradients)
+    for accumulation in (1, 3):
+        student = share_copy(rewritten("llama"))
+        options = CalibrationOptions(distill_steps=2, batch_size=5, seq_len=16, accumulation=accumulation)
+        batches = mix([tokens(24, 16, seed=4)], [1.0], steps=2, batch_size=5, seed=0)
+        calibrate(student, source("llama"), sites_of("llama"), batches, options)
+    one, other = results
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-6) for name in one)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_activations_computed_again_change_nothing(family: str) -> None:
+    results = []
+    for again in (False, True):
+        student = share_copy(rewritten(family))
+        options = CalibrationOptions(distill_steps=2, batch_size=4, seq_len=16, activation_checkpointing=again)
+        batches = mix([tokens(24, 16, seed=4)], [1.0], steps=2, batch_size=4, seed=0)
+        calibrate(student, source(family), sites_of(family), batches, options)
+        results.append(dict(student.named_parameters()))
+    one, other = results
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_learn_in_float32_and_stay_half(dtype: torch.dtype) -> None:
+    teacher = share_copy(source("llama")).to(dtype)
+    sites = capture(teacher)
+    result = attnedit.compile(teacher, kv_budget=0.5, calibration=tokens(8, 32))
+    options = CalibrationOptions(fit_steps=4, distill_steps=4, batch_size=4, seq_len=16)
+    batches = mix([tokens(24, 16, seed=4)], [1.0], steps=8, batch_size=4, seed=0)
+    done = calibrate(result.model, teacher, sites, batches, options)
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    assert all(math.isfinite(state.best) for state in done.stages)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fit_steps": -1}, "fit_steps must be at least 0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"accumulation": 17}, "at most batch_size"),
+        ({"seq_len": 1}, "seq_len"),
+        ({"distill_learning_rate": 0.0}, "above 0"),
+        ({"self_generated": 1.5}, "from 0 to 1"),
+        ({"train": "heads"}, "attention, norms, all"),
+        ({"memory_limit": "much"}, "20GiB"),
+        ({"fit_step": 3}, "no calibration option 'fit_step'"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(attnedit.UsageError, match=words):
+        CalibrationOptions.of(**options)
+
+
+def test_sizes() -> None:
+    assert [parse_bytes(text) for text in ("7", "2k", "3 MiB", "20GiB", "1TB")] == [7, 2048, 3 << 20, 20 << 30, 1 << 40]
