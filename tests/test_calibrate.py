@@ -27,7 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "gateswa": {"window": 4, "full_layers": 0, "gate": "head", "sinks": "logit"},
     "gateswa+mla": {"window": 4, "full_layers": 1},
 }
-TRAINING = {"fit_steps": 12, "distill_steps": 12, "batch_size": 8, "seq_len": 32, "fit_learning_rate": 3e-4}
+TRAINING = {"fit_steps": 12, "distill_steps": 12, "batch_size": 8, "seq_len": 32, "fit_learning_rate": 0.002}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items()]
 
 
@@ -86,7 +86,7 @@ def test_own_samples_are_kept_for_the_next_time(tmp_path: Path, monkeypatch: pyt
 def test_a_saved_result_is_trained_further(tmp_path: Path) -> None:
     compiled("qwen3", "mla", fit_steps=0, distill_steps=0).save(tmp_path / "one-shot")
     teacher, result = source("qwen3"), attnedit.load(tmp_path / "one-shot")
-    training = {"distill_steps": 10, "batch_size": 8, "seq_len": 32}
+    training = {"distill_steps": 10, "batch_size": 8, "seq_len": 32, "distill_learning_rate": 0.002}
     trained = attnedit.calibrate(result, teacher, calibration=tokens(64, 32), **training)
     (stage,) = trained.report.stages
     assert stage.best < stage.before

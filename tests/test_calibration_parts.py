@@ -199,7 +199,7 @@ def test_layers_fitted_in_turn_learn_the_same(limit: int | None, tmp_path: Path)
     for memory in (None, limit):
         student = share_copy(rewritten("qwen3"))
         options = CalibrationOptions(
-            fit_steps=6, batch_size=4, seq_len=16, fit_learning_rate=1e-4, memory_limit=memory, accumulation=2
+            fit_steps=6, batch_size=4, seq_len=16, fit_learning_rate=1e-3, memory_limit=memory, accumulation=2
         )
         batches = mix([tokens(24, 16, seed=4)], [1.0], steps=6, batch_size=4, seed=0)
         done = calibrate(
@@ -227,11 +227,11 @@ class Quadratic:
     """A stage whose loss is the squared distance of one parameter from 3, spoilt where asked."""
 
     def __init__(self, broken: Mapping[int, float] | None = None, always_from: int = 10**9, steps: int = 60) -> None:
-        self.parameter = nn.Parameter(torch.zeros(2))
+        self.parameter = nn.Parameter(torch.full((2,), -1.0))
         self.broken, self.always_from = broken or {}, always_from
         self.seen: list[int] = []
         self.stage = Stage(
-            "toy", {"x": self.parameter}, [["x"]], steps, 0.1, 10, self.learn, lambda: float(self.loss().detach())
+            "toy", {"x": self.parameter}, [["x"]], steps, 0.3, 10, self.learn, lambda: float(self.loss().detach())
         )
 
     def loss(self) -> Tensor:
@@ -267,6 +267,22 @@ def test_a_run_that_cannot_recover_ends_with_its_best_state() -> None:
         run(toy, evaluate_every=1)
     assert float(toy.loss().detach()) < 1.0
     assert len(toy.seen) == 30 + training.SKIPS * (training.RECOVERIES + 1)
+
+
+def test_steps_are_relative_to_the_size_of_a_weight() -> None:
+    """Adam's first step is the rate, whatever the gradient; a weight of zeros moves too."""
+    weights = {"large": torch.full((3,), 8.0), "small": torch.full((3,), -0.5), "zero": torch.zeros(3)}
+    parameters = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
+
+    def learn(_: int) -> dict[str, float]:
+        sum((parameter.sum() for parameter in parameters.values()), torch.zeros(())).backward()
+        return {"loss": 1.0}
+
+    looks = iter([1.0, 0.5])
+    stage = Stage("toy", parameters, [[name] for name in parameters], 1, 0.01, 10, learn, lambda: next(looks))
+    run_stage(stage, CalibrationOptions(), Journal(None))
+    moved = {name: float((weights[name] - p.detach()).mean()) for name, p in parameters.items()}
+    assert moved == pytest.approx({"large": 0.08, "small": 0.005, "zero": 0.01 * training.FRESH_SIZE}, rel=1e-3)
 
 
 def test_the_best_state_stays_and_ends_a_run_early() -> None:

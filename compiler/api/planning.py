@@ -132,7 +132,9 @@ def check_arguments(
     if target not in TARGETS:
         raise UsageError(f"no target {target!r}; there is {', '.join(TARGETS)}")
     if kv_budget is not None and not 0 < kv_budget <= 1:
-        raise UsageError(f"kv_budget must be above 0 and at most 1, got {kv_budget:g}")
+        raise UsageError(
+            f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"
+        )
     if not target.startswith("gateswa"):
         given = {"window": window, "full_layers": full_layers, "gate": gate, "sinks": sinks}
         if needless := [name for name, value in given.items() if value is not None]:

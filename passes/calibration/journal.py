@@ -48,20 +48,27 @@ class Journal:
         self._cut_log()
 
     def resume(self, stage: str) -> dict[str, Any] | None:
-        """What was saved of a stage: state, parameters, optimiser (None when over), best."""
+        """What was saved of a stage: state, parameters, their sizes, optimiser (None when over), best."""
         return self._stages.get(stage)
 
     def checkpoint(
         self,
         state: Mapping[str, Any],
         parameters: Mapping[str, nn.Parameter],
+        sizes: Mapping[str, float],
         optimiser: Mapping[str, Any] | None,
         best: Mapping[str, Tensor],
     ) -> None:
         """Save where the stage `state["name"]` is."""
         if self.directory is None:
             return
-        saved = {"state": dict(state), "parameters": snapshot(parameters), "optimiser": optimiser, "best": dict(best)}
+        saved = {
+            "state": dict(state),
+            "parameters": snapshot(parameters),
+            "sizes": dict(sizes),
+            "optimiser": optimiser,
+            "best": dict(best),
+        }
         self._stages[state["name"]] = saved
         file = self.directory / STATE_FILE
         part = file.with_suffix(".part")

@@ -25,7 +25,8 @@ class CalibrationOptions:
         batch_size: windows per step.
         seq_len: tokens per window; the model's positions if those are fewer.
         accumulation: parts that a batch is computed in, one after the other; less memory, same result.
-        fit_learning_rate: highest rate of fitting; linear warm-up, then half a cosine to a tenth.
+        fit_learning_rate: highest rate of fitting, as a fraction of each weight's root mean square; linear warm-up,
+            then half a cosine to a tenth.
         distill_learning_rate: the same of distillation.
         train: what distillation changes: "attention", "norms" (attention and norms), or "all".
         feature_weight: of one minus the cosine between hidden states of the two models, beside the divergence.
@@ -44,8 +45,8 @@ class CalibrationOptions:
     batch_size: int = 16
     seq_len: int = 1024
     accumulation: int = 1
-    fit_learning_rate: float = 1e-3
-    distill_learning_rate: float = 3e-4
+    fit_learning_rate: float = 0.02
+    distill_learning_rate: float = 0.006
     train: Train = "attention"
     feature_weight: float = 0.0
     feature_layers: int = 4

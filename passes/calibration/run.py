@@ -216,7 +216,7 @@ def _hidden_before(
     target = next(index for index, found in by_layer.items() if found.name == site.name)
     earlier = sorted(int(file.stem) for file in scratch.glob("*.hidden"))
     start = max((index for index in earlier if index < target), default=0)
-    size, device = max(1, options.batch_size // options.accumulation), _device(teacher)
+    size = max(1, options.batch_size // options.accumulation)
     old: HiddenStates | None = None
     new: HiddenStates | None = None
     for rows in torch.arange(len(windows)).split(size):

@@ -19,6 +19,8 @@ from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import restore, snapshot
 
+FRESH_SIZE = 0.02
+"""Root mean square that a weight of zeros is taken to have."""
 LOWEST_RATE = 0.1
 """Of the highest, at the end."""
 CLIP = 1.0
@@ -87,7 +89,7 @@ class Stage:
         parameters: by name.
         clips: names of parameters whose gradients are clipped together; those of independent losses are apart.
         steps: how many.
-        rate: highest learning rate.
+        rate: highest learning rate, relative to the root mean square of each weight.
         tokens: per step.
         learn: accumulates the gradients of a step and returns its losses by name; "loss" is the one watched.
         evaluate: loss on held-out windows.
@@ -124,17 +126,23 @@ def run_stage(
     report, describe = progress or silent, getattr(progress, "describe", None)
     parameters = stage.parameters
     device = next(iter(parameters.values())).device
-    optimiser = torch.optim.AdamW(
-        list(parameters.values()), lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
-    )
+    sizes = {name: _size(parameter) for name, parameter in parameters.items()}
     state, best = StageState(stage.name), {}
-    if saved := journal.resume(stage.name):
-        state, best = StageState(**saved["state"]), saved["best"]
+    saved = journal.resume(stage.name)
+    if saved:
+        state, best, sizes = StageState(**saved["state"]), saved["best"], saved["sizes"]
         restore(parameters, saved["parameters"])
-        if saved["optimiser"] is not None:
-            optimiser.load_state_dict(saved["optimiser"])
     if state.done:
         return state
+    optimiser = torch.optim.AdamW(
+        [{"params": [parameter], "size": sizes[name]} for name, parameter in parameters.items()],
+        lr=stage.rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=device.type == "cuda",
+    )
+    if saved:
+        optimiser.load_state_dict(saved["optimiser"])
     every = options.evaluate_every or max(1, stage.steps // LOOKS)
     if not best:
         state.first = state.last = state.best = stage.evaluate()
@@ -144,7 +152,7 @@ def run_stage(
     while state.step < stage.steps:
         rate = stage.rate * _schedule(state.step, stage.steps) / 2**state.recoveries
         for group in optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["size"]
         optimiser.zero_grad(set_to_none=True)
         losses = dict(stage.learn(state.step))
         norms = [_clip([parameters[name] for name in names]) for names in stage.clips]
@@ -184,11 +192,11 @@ def run_stage(
         if state.since >= options.patience:
             break
         if state.step % options.checkpoint_every == 0 and state.step < stage.steps:
-            journal.checkpoint(asdict(state), parameters, optimiser.state_dict(), best)
+            journal.checkpoint(asdict(state), parameters, sizes, optimiser.state_dict(), best)
     restore(parameters, best)
     state.done = True
     optimiser.zero_grad(set_to_none=True)
-    journal.checkpoint(asdict(state), parameters, None, {})
+    journal.checkpoint(asdict(state), parameters, sizes, None, {})
     return state
 
 
@@ -209,6 +217,16 @@ def _schedule(step: int, steps: int) -> float:
         return (step + 1) / warm
     angle = math.pi * (step - warm) / max(1, steps - warm)
     return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
+
+
+@torch.no_grad()
+def _size(parameter: nn.Parameter) -> float:
+    """Root mean square of a weight, which its steps are measured by; of one that is zero, what it is made with.
+
+    Sizes differ a hundredfold between the factors of a latent attention, and so would relative steps under one rate
+    (Adafactor, arXiv 1804.04235, section 8).
+    """
+    return float(parameter.float().square().mean().sqrt()) or FRESH_SIZE
 
 
 def _clip(parameters: Sequence[nn.Parameter]) -> float:

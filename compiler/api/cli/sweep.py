@@ -29,7 +29,6 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
-    check_budget,
     check_output,
     check_readable,
     check_tokenizer_there,
@@ -131,7 +130,7 @@ def parse_budgets(text: str) -> list[float]:
     except ValueError as error:
         raise UsageError(f"--kv-budgets {text!r} is not numbers separated by commas; give e.g. 0.5,0.25") from error
     for budget in budgets:
-        check_budget(budget)
+        check_arguments("mla", budget)
     return budgets
 
 

@@ -113,18 +113,6 @@ def show(renderable: RenderableType) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(renderable, highlight=False)
 
 
-def check_budget(kv_budget: float | None) -> None:
-    """Refuse a budget that is no fraction, before anything is loaded.
-
-    Raises:
-        UsageError: not above 0 and at most 1.
-    """
-    if kv_budget is not None and not 0 < kv_budget <= 1:
-        raise UsageError(
-            f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"
-        )
-
-
 def check_output(directory: Path, *, overwrite: bool) -> None:
     """Refuse an output directory that holds something, before anything is computed.
 

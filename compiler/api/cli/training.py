@@ -26,7 +26,10 @@ TrainingLengthOption = Annotated[int, typer.Option("--seq-len", min=2, help="Tra
 AccumulationOption = Annotated[
     int, typer.Option(min=1, help="Training: parts that a batch is computed in, to save memory.")
 ]
-FitRateOption = Annotated[float, typer.Option("--fit-learning-rate", help="Highest learning rate of fitting.")]
+FitRateOption = Annotated[
+    float,
+    typer.Option("--fit-learning-rate", help="Highest rate of fitting, relative to the size of each weight."),
+]
 DistillRateOption = Annotated[float, typer.Option("--distill-learning-rate", help="The same of distillation.")]
 TrainOption = Annotated[str, typer.Option(help="What distillation changes: attention, norms (and attention) or all.")]
 FeatureWeightOption = Annotated[
