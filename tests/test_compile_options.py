@@ -74,7 +74,7 @@ def test_unsupported_families_are_refused_by_site_and_source_line(family: str) -
         ({"kv_budget": 0.0}, "above 0"),
         ({"kv_budget": -0.5}, "above 0"),
         ({"kv_budget": 1.01}, "at most 1"),
-        ({"kv_budget": float("nan")}, "kv_budget"),
+        ({"kv_budget": float("nan")}, "kv budget"),
         ({"target": "mlx"}, "no target 'mlx'; there is mla, gateswa"),
         ({"alternations": -1}, "alternations"),
         ({"calibration": torch.tensor([[5, 64]])}, "64"),

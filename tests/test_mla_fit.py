@@ -13,7 +13,7 @@ from layer_samples import layer_sample, new_logits, new_output
 from torch import Tensor
 
 from attnedit.compiler.errors import UsageError
-from attnedit.passes.mla import sample as sample_module
+from attnedit.passes import sample as sample_module
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import FitOptions, fit_layer
 from attnedit.passes.mla.initialise import analytic, expected_rotation, mix_components
