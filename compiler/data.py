@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import pydoc_data.topics
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,7 +23,7 @@ from attnedit.compiler.progress import Progress, silent, stage
 from attnedit.compiler.sampling import sample_windows
 from attnedit.compiler.source_checks import embedding_weight
 
-TextSource: TypeAlias = str | PathLike[str] | Iterable[str] | Iterable[torch.Tensor] | None
+TextSource: TypeAlias = str | PathLike[str] | Mapping[str, float] | Iterable[str] | Iterable[torch.Tensor] | None
 
 DEFAULT_WINDOW = 1024
 DEFAULT_CONTEXT = 8192  # where a configuration names none
@@ -61,8 +61,8 @@ def token_windows(
     window gets a beginning-of-sequence token unless the tokenizer puts one before every text.
 
     Args:
-        source: path (txt, jsonl of texts or chats, parquet), name of a dataset, strings, tensors of token ids,
-            or None for the model's own samples.
+        source: path (txt, jsonl of texts or chats, parquet), name of a dataset, a mixture (a mapping from such to
+            weights), strings, tensors of token ids, or None for the model's own samples.
         tokenizer: may be None where no text has to be tokenised.
         model: for its context length, its vocabulary, and its samples.
         tokens: how many at most; the default is 65,536, or 8,192 for samples.
@@ -79,6 +79,13 @@ def token_windows(
     budget = tokens if tokens is not None else DEFAULT_SAMPLED_TOKENS if source is None else DEFAULT_TOKENS
     if budget < 2:
         raise UsageError(f"{budget} calibration tokens are too few; ask for at least 2")
+    if isinstance(source, Mapping):
+        parts = []
+        for part, share in shares_of(source).items():
+            wanted: dict[str, Any] = {"tokens": max(2, round(budget * share)), "seed": seed, "progress": progress}
+            parts.append(token_windows(part, tokenizer, model, window=window, **wanted))
+        shortest = min(windows.shape[1] for windows in parts)
+        return torch.cat([windows[:, :shortest] for windows in parts])
     length = min(window or DEFAULT_WINDOW, context_length(model), budget)
     count = budget // length
     if source is None:
@@ -95,6 +102,24 @@ def token_windows(
         raise UsageError("calibration text needs a tokenizer; pass tokenizer=..., or token tensors instead of text")
     text = _Text.gather(cast("str | PathLike[str] | Iterable[str]", source), tokenizer, count * length)
     return _check_vocabulary(_windows_of(text, tokenizer, length, count, seed, progress or silent), model)
+
+
+def shares_of(mixture: Mapping[str, float]) -> dict[str, float]:
+    """Weights of a mixture as fractions of 1.
+
+    Raises:
+        UsageError: there is no positive weight, or one is negative or no number.
+
+    >>> shares_of({"a.txt": 3, "b.txt": 1})
+    {'a.txt': 0.75, 'b.txt': 0.25}
+    """
+    for name, weight in mixture.items():
+        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise UsageError(f"the weight of {name} is {weight!r}; give a number that is not negative")
+    total = sum(mixture.values())
+    if not total:
+        raise UsageError("the calibration mixture has no source with a weight above 0")
+    return {name: weight / total for name, weight in mixture.items() if weight}
 
 
 def text_tokens(path: str | PathLike[str], tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:

@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.gguf_reading import shared_gguf_reader
+from attnedit.compiler.processes import processes
 from attnedit.compiler.source_checks import (
     check_config,
     check_holds_weights,
@@ -217,7 +218,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         UsageError: no such device here.
     """
     if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return processes().device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
         if resolved.type == "meta":

@@ -156,6 +156,35 @@ def attnedit_main(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def test_a_mixture_on_the_command_line(saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured) -> None:
+    other = tmp_path / "other=1.txt"
+    other.write_text("The cache decides what a long context costs. " * 400, encoding="utf-8")
+    data = [
+        "--calibration",
+        f"{text_file}=3",
+        "--calibration",
+        other,
+        "--calibration-tokens",
+        4096,
+        "--alternations",
+        0,
+    ]
+    found = answer(
+        capsys, "compile", saved_llama, "-o", tmp_path / "mixed", *data, "--distill-steps=2", "--batch-size=4"
+    )
+    assert found["calibration"] == f"{text_file} (75%), {other} (25%)"
+    refused = {
+        "no weight": [f"{text_file}=much"],
+        "given twice": [text_file, f"{text_file}=2"],
+        "not negative": [f"{text_file}=-1", other],
+        "above 0": [f"{text_file}=0"],
+        "does not exist": ["none.txt=1"],
+    }
+    for words, sources in refused.items():
+        options = [word for source in sources for word in ("--calibration", source)]
+        assert words in refusal(capsys, "compile", saved_llama, "-o", tmp_path / "x", *options)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("moment", ["fit", "distill"])
 def test_killed_and_started_again(moment: str, saved_llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -184,3 +213,24 @@ def test_killed_and_started_again(moment: str, saved_llama: Path, text_file: Pat
         logs.append([{**entry, "tokens_per_second": 0} for entry in entries])
     assert logs[0] == logs[1]
     assert json.loads(again.stdout)["perplexity"] == json.loads(whole.stdout)["perplexity"]
+
+
+@pytest.mark.long
+def test_two_processes_learn_what_one_does(saved_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """Over gloo; each takes half of every batch."""
+    command = [str(Path(sys.executable).parent / "attnedit"), "compile", str(saved_llama), "--json"]
+    command += ["--calibration", str(text_file), "--calibration-tokens", "4096", "--alternations", "0"]
+    command += ["--distill-steps", "20", "--batch-size", "8", "--seq-len", "64", "--self-generated", "0.25"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATTNEDIT_CACHE": str(tmp_path)}
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    logs = []
+    for name, launcher in (("one", []), ("two", two)):
+        subprocess.run(
+            [*launcher, *command, "-o", str(tmp_path / name)], env=environment, capture_output=True, check=True
+        )
+        logs.append([json.loads(line) for line in (tmp_path / name / LOG_FILE).read_text().splitlines()])
+    one, other = logs
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in other]
+    for mine, theirs in zip(one, other, strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=0.02)  # products may be in bfloat16
+        assert theirs["norm"] == pytest.approx(mine["norm"], rel=0.05)

@@ -236,3 +236,18 @@ def test_a_window_costs_its_share() -> None:
         max_position_embeddings=128,
     )
     assert kv_usage(MistralForCausalLM(config)).values_per_token_layer == 32 * 32 / 128
+
+
+def test_a_mixture_takes_from_each_by_weight(
+    tokenizer: PreTrainedTokenizerFast, llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 20_000, encoding="utf-8")
+    mixture = {str(tmp_path / "a.txt"): 3, str(tmp_path / "b.txt"): 1, "not read": 0}
+    windows = token_windows(mixture, tokenizer, llama, tokens=6400, window=64)
+    assert windows.shape == (100, 64)
+    (first,) = tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert int((windows == first).sum()) == 75 * 64
+    for wrong in ({"a": -1.0}, {"a": 0.0}, {"a": "1"}, {"a": float("nan")}):
+        with pytest.raises(UsageError, match="weight"):
+            token_windows(wrong, tokenizer, llama, tokens=640)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.capture import capture
-from attnedit.compiler.data import context_length, position_limit, token_windows
+from attnedit.compiler.data import context_length, position_limit, shares_of, token_windows
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
 from attnedit.compiler.sampling import own_windows
@@ -66,6 +68,10 @@ def calibrate(
     options = CalibrationOptions.of(**training)
     if not options.steps:
         raise UsageError("nothing to train: give fit_steps or distill_steps")
+    if options.batch_size < processes().count:
+        raise UsageError(
+            f"batch_size {options.batch_size} leaves some of {processes().count} processes without windows"
+        )
     model, tokenizer = result.model, tokenizer or result.tokenizer
     names = list(model.config.attnedit["sites"])
     _check_teacher(model, teacher, names)
@@ -79,7 +85,8 @@ def calibrate(
     try:
         with stage("capture teacher", progress):
             sites = [site for site in capture(teacher) if site.name in names]
-        with timed(seconds, "training data"):
+        # Own samples are made once, by the main process, and read from the disk by the others.
+        with timed(seconds, "training data"), processes().main_first():
             batches = training_batches(calibration, tokenizer, teacher, options, seed, directory, progress)
         with timed(seconds, "training"):
             try:
@@ -87,7 +94,8 @@ def calibrate(
             except DivergedError as error:
                 if directory is None:
                     raise
-                result.save(directory / BEST_DIRECTORY, overwrite=True)
+                if processes().main:
+                    result.save(directory / BEST_DIRECTORY, overwrite=True)
                 raise DivergedError(f"{error}; its best state is saved in {directory / BEST_DIRECTORY}") from error
         checks = list(result.report.verification)
         if verify:
@@ -125,9 +133,11 @@ def training_batches(
     fraction = 1.0 if calibration is None else options.self_generated
     sources, weights = [], []
     if fraction < 1:
-        wanted = {"tokens": max(2, round(count * (1 - fraction))) * length, "window": length, "seed": seed}
-        sources.append(token_windows(calibration, tokenizer, teacher, **wanted, progress=progress))
-        weights.append(1 - fraction)
+        parts = shares_of(calibration).items() if isinstance(calibration, Mapping) else [(calibration, 1.0)]
+        for part, share_of_data in parts:
+            weights.append((1 - fraction) * share_of_data)
+            wanted = {"tokens": max(2, round(count * weights[-1])) * length, "window": length, "seed": seed}
+            sources.append(token_windows(part, tokenizer, teacher, **wanted, progress=progress))
     if fraction > 0:
         wanted = {"count": max(2, round(count * fraction)), "length": length, "seed": seed}
         sources.append(own_windows(teacher, tokenizer, **wanted, progress=progress))
@@ -170,4 +180,6 @@ def calibration_name(calibration: Any) -> str:
     """How the report names the data."""
     if calibration is None:
         return "own samples"
+    if isinstance(calibration, Mapping):
+        return ", ".join(f"{name} ({share_of_data:.0%})" for name, share_of_data in shares_of(calibration).items())
     return str(calibration) if isinstance(calibration, str) or hasattr(calibration, "__fspath__") else "given data"

@@ -17,6 +17,7 @@ from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_LENGTH
 from attnedit.compiler.data import context_length, position_limit, token_windows
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import LayerReport, Report, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.source_checks import check_config, check_weights
@@ -70,8 +71,8 @@ def compile(
         gate: GateSWA: output gate per "head", per "element" or "none", the default. It starts without effect.
         sinks: GateSWA: what stands for tokens outside the window: "none", or "logit", "value" (a value for the
             logit) and "keep:N" (the first tokens stay visible) with commas between; "keep:4" unless given.
-        calibration: a path (txt, jsonl, parquet), a `datasets` name, an iterable of strings or token tensors, or
-            None for the model's own samples.
+        calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
+            strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
         calibration_tokens: how many to use: 65,536 of given data and 8,192 of own samples unless told.
         alternations: rounds of least squares per layer after the analytic start. 0 and 1 are quick jobs on few
@@ -119,14 +120,17 @@ def compile(
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
     if device is not None:
         model = share_copy(model).to(device)  # type: ignore[arg-type]  # transformers wraps it
-    start = None if run_directory is None else Path(run_directory) / START_DIRECTORY
-    if start is not None and start.is_dir():
+    if run_directory is None:
+        if processes().count > 1:
+            raise UsageError("several processes meet in a directory; give run_directory")
+        result = _one_shot(model, **arguments)
+    else:
+        start = Path(run_directory) / START_DIRECTORY
+        with processes().main_first():  # whose result the others read
+            if not start.is_dir():
+                _one_shot(model, **arguments).save(start)
         result = load(start)
         result.tokenizer = tokenizer
-    else:
-        result = _one_shot(model, **arguments)
-        if start is not None:
-            result.save(start)
     return calibrate(
         result,
         model,

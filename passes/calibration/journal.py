@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.processes import processes
 from attnedit.passes.calibration.parameters import snapshot
 
 STATE_FILE = "calibration.pt"
@@ -60,7 +61,7 @@ class Journal:
         best: Mapping[str, Tensor],
     ) -> None:
         """Save where the stage `state["name"]` is."""
-        if self.directory is None:
+        if self.directory is None or not processes().main:
             return
         saved = {
             "state": dict(state),
@@ -77,7 +78,7 @@ class Journal:
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Add a line of JSON."""
-        if self.directory is not None:
+        if self.directory is not None and processes().main:
             with (self.directory / LOG_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -96,7 +97,7 @@ class Journal:
     def plot(self) -> None:
         """Draw training and held-out losses of every stage."""
         entries = self.entries()
-        if self.directory is None or not entries:
+        if self.directory is None or not entries or not processes().main:
             return
         stages = list(dict.fromkeys(entry["stage"] for entry in entries))
         figure = Figure(figsize=(5 * len(stages), 3.5), layout="constrained")
@@ -114,6 +115,6 @@ class Journal:
         entries = self.entries()
         done = {name: saved["state"]["step"] for name, saved in self._stages.items()}
         kept = [entry for entry in entries if entry["step"] <= done.get(entry["stage"], 0)]
-        if self.directory is not None and entries:
+        if self.directory is not None and entries and processes().main:
             text = "".join(json.dumps(entry) + "\n" for entry in kept)
             (self.directory / LOG_FILE).write_text(text, encoding="utf-8")

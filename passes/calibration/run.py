@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from attnedit.compiler.evaluate import perplexity
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import Walk, decoder_layers, replaced_forwards
@@ -24,7 +25,7 @@ from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import as_before, own_memory, trainable
-from attnedit.passes.calibration.training import Stage, StageState, means, mixed_precision, run_stage
+from attnedit.passes.calibration.training import Stage, StageState, mixed_precision, run_stage, weighted_sum
 
 FIT, DISTILL = "fit", "distill"
 
@@ -85,6 +86,7 @@ def calibrate(
     look("start")
     with _only(student, learned), _only(teacher, {}):
         dtypes = own_memory(learned)
+        processes().copy_from_main(parameter.data for parameter in learned.values())
         try:
             if options.fit_steps:
                 stages += _fit(student, teacher, sites, batches, options, journal, progress)
@@ -124,20 +126,18 @@ def _fit(
             def learn(step: int, layer_fit: LayerFit = layer_fit) -> Mapping[str, float]:
                 rows = batches.order[step]
                 found = []
-                for part in rows.chunk(options.accumulation):
+                for part in processes().share(rows).chunk(options.accumulation):
                     with mixed_precision(teacher):
                         share = len(part) / len(rows)
-                        found.append(layer_fit.losses(batches.windows[part].to(device), part, share))
-                losses = means(found)
-                return {"loss": sum(losses.values()) / len(losses)}
+                        found.append((share, layer_fit.losses(batches.windows[part].to(device), part, share)))
+                return _mean(weighted_sum(found))
 
             def evaluate(held: LayerFit = held) -> float:
                 found = []
-                for part in batches.held_out.split(max(1, options.batch_size // options.accumulation)):
+                for part in _held_out(batches, options):
                     with mixed_precision(teacher):
-                        found.append(held.losses(part.to(device)))
-                losses = means(found)
-                return float(sum(losses.values()) / len(losses))
+                        found.append((len(part) / len(batches.held_out), held.losses(part.to(device))))
+                return _mean(weighted_sum(found))["loss"]
 
             stage = Stage(
                 name=FIT if len(parts) == 1 else f"{FIT} {number}/{len(parts)}",
@@ -171,22 +171,23 @@ def _distill(
         rows = batches[options.fit_steps + step]
         # The weak pull on hidden states helps early and only biases later on.
         weight = options.feature_weight * (1 - step / options.distill_steps)
-        found = []
-        for part in rows.chunk(options.accumulation):
+        found: list[tuple[float, Mapping[str, Tensor]]] = []
+        for part in processes().share(rows).chunk(options.accumulation):
+            share = len(part) / len(rows)
             with mixed_precision(teacher):
                 divergence, features = step_losses(part.to(device))
-            ((divergence + weight * features) * (len(part) / len(rows))).backward()
-            found.append({"loss": divergence.detach(), "features": features.detach()})
-        losses = means(found)
-        return losses if layers else {"loss": losses["loss"]}
+            ((divergence + weight * features) * share).backward()
+            losses = {"loss": divergence.detach(), "features": features.detach()}
+            found.append((share, losses if layers else {"loss": losses["loss"]}))
+        return weighted_sum(found)
 
     @torch.no_grad()
     def evaluate() -> float:
         found = []
-        for part in batches.held_out.split(max(1, options.batch_size // options.accumulation)):
+        for part in _held_out(batches, options):
             with mixed_precision(teacher):
-                found.append({"loss": step_losses(part.to(device))[0] * len(part)})
-        return float(means(found)["loss"] * len(found) / len(batches.held_out))
+                found.append((len(part) / len(batches.held_out), {"loss": step_losses(part.to(device))[0]}))
+        return weighted_sum(found).get("loss", 0.0)
 
     stage = Stage(
         name=DISTILL,
@@ -200,6 +201,16 @@ def _distill(
     )
     with _activation_checkpointing(student, sites, options.activation_checkpointing):
         return run_stage(stage, options, journal, progress=progress)
+
+
+def _held_out(batches: Batches, options: CalibrationOptions) -> Sequence[Tensor]:
+    """This process's held-out windows, in parts; none where there are fewer windows than processes."""
+    rows = processes().share(batches.held_out)
+    return rows.split(max(1, options.batch_size // options.accumulation)) if len(rows) else ()
+
+
+def _mean(losses: Mapping[str, float]) -> dict[str, float]:
+    return {"loss": sum(losses.values()) / max(1, len(losses))}
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.stream import fast_bfloat16
 from attnedit.passes.calibration.journal import Journal
@@ -91,8 +92,9 @@ class Stage:
         steps: how many.
         rate: highest learning rate, relative to the root mean square of each weight.
         tokens: per step.
-        learn: accumulates the gradients of a step and returns its losses by name; "loss" is the one watched.
-        evaluate: loss on held-out windows.
+        learn: accumulates this process's part of a step's gradients and returns its part of the losses by name;
+            "loss" is the one watched.
+        evaluate: this process's part of the loss on held-out windows.
     """
 
     name: str
@@ -145,7 +147,7 @@ def run_stage(
         optimiser.load_state_dict(saved["optimiser"])
     every = options.evaluate_every or max(1, stage.steps // LOOKS)
     if not best:
-        state.first = state.last = state.best = stage.evaluate()
+        state.first = state.last = state.best = _evaluate(stage)
         best = snapshot(parameters)
     start, before = perf_counter(), state.seconds
     report(stage.name, state.step, stage.steps)
@@ -154,7 +156,8 @@ def run_stage(
         for group in optimiser.param_groups:
             group["lr"] = rate * group["size"]
         optimiser.zero_grad(set_to_none=True)
-        losses = dict(stage.learn(state.step))
+        losses = processes().add(stage.learn(state.step))
+        processes().add_gradients(parameters.values())
         norms = [_clip([parameters[name] for name in names]) for names in stage.clips]
         state.step += 1
         state.tokens += stage.tokens
@@ -179,7 +182,7 @@ def run_stage(
             optimiser.state.clear()
             state.recoveries, state.row, state.losses = state.recoveries + 1, 0, []
         if state.step % every == 0 or state.step == stage.steps:
-            state.last = entry["held_out"] = stage.evaluate()
+            state.last = entry["held_out"] = _evaluate(stage)
             if state.last < state.best:
                 state.best, state.best_step, state.since = state.last, state.step, 0
                 best = snapshot(parameters)
@@ -219,6 +222,10 @@ def _schedule(step: int, steps: int) -> float:
     return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
 
 
+def _evaluate(stage: Stage) -> float:
+    return processes().add({"loss": stage.evaluate()})["loss"]
+
+
 @torch.no_grad()
 def _size(parameter: nn.Parameter) -> float:
     """Root mean square of a weight, which its steps are measured by; of one that is zero, what it is made with.
@@ -234,6 +241,10 @@ def _clip(parameters: Sequence[nn.Parameter]) -> float:
     return float(norm)
 
 
-def means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Mean of each loss over the parts of a batch."""
-    return {name: float(torch.stack([part[name] for part in parts]).mean()) for name in parts[0]}
+def weighted_sum(parts: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, float]:
+    """Sum of weight times loss, by name, over the parts of a batch; nothing where there are none."""
+    total: dict[str, float] = {}
+    for weight, losses in parts:
+        for name, loss in losses.items():
+            total[name] = total.get(name, 0.0) + weight * float(loss)
+    return total

@@ -19,7 +19,7 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
-    check_readable,
+    calibration_source,
     check_tokenizer_there,
     print_json,
     show,
@@ -43,6 +43,7 @@ from attnedit.cli.training import (
 )
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_source
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
 from attnedit.passes.calibration.options import CalibrationOptions
 
@@ -91,8 +92,7 @@ def calibrate(
     }
     if not CalibrationOptions.of(**training).steps:
         raise UsageError("nothing to train: give --fit-steps or --distill-steps")
-    if calibration is not None:
-        check_readable(calibration, "calibration text")
+    texts = calibration_source(calibration)
     if not directory.is_dir():
         raise UsageError(f"{directory} is no directory; give one that attnedit compile saved a model in")
     if output.resolve() == directory.resolve():
@@ -101,26 +101,28 @@ def calibrate(
         with stage("load model", progress):
             result = attnedit.load(directory)
             source = load_source(teacher, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
-        if calibration is not None:
+        if texts is not None:
             check_tokenizer_there(source, "calibration text")
         recipe: dict[str, Any] = {
             "command": "calibrate",
             "model": str(directory),
             "teacher": teacher,
-            "calibration": calibration,
+            "calibration": texts,
         }
         recipe |= {**training, "seed": seed, "dtype": dtype, "revision": revision}
         open_run(output, recipe, overwrite=overwrite)
         result = attnedit.calibrate(
             result,
             source.model,
-            calibration=calibration,
+            calibration=texts,
             tokenizer=source.tokenizer,
             seed=seed,
             run_directory=output.expanduser(),
             progress=progress,
             **training,
         )
+        if not processes().main:
+            return
         with stage("save", progress):
             result.save(output, overwrite=True)
     if json:

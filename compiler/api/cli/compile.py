@@ -22,8 +22,8 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
+    calibration_source,
     check_output,
-    check_readable,
     check_tokenizer_there,
     print_json,
     show,
@@ -46,6 +46,7 @@ from attnedit.cli.training import (
     open_run,
 )
 from attnedit.compiler.models import load_source
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW
@@ -132,10 +133,9 @@ def compile_model(
     if not trained:
         check_output(output, overwrite=overwrite)
         check_free(output.expanduser(), overwrite)
-    if calibration is not None:
-        check_readable(calibration, "calibration text")
+    texts = calibration_source(calibration)
     data: dict[str, Any] = {
-        "calibration": calibration,
+        "calibration": texts,
         "calibration_tokens": calibration_tokens,
         "alternations": alternations,
     }
@@ -153,7 +153,7 @@ def compile_model(
     with ProgressBars() as progress:
         with stage("load model", progress):
             source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
-        if calibration is not None:
+        if texts is not None:
             check_tokenizer_there(source, "calibration text")
         result = attnedit.compile(
             source.model,
@@ -167,6 +167,8 @@ def compile_model(
             run_directory=output.expanduser() if trained else None,
             progress=progress,
         )
+        if not processes().main:
+            return
         with stage("save", progress):
             result.save(output, overwrite=overwrite or trained)
     if json:

@@ -29,6 +29,7 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
+    calibration_source,
     check_output,
     check_readable,
     check_tokenizer_there,
@@ -70,8 +71,7 @@ def sweep(
     check_arguments(target)
     check_output(output, overwrite=overwrite)
     check_readable(text, "evaluation text")
-    if calibration is not None:
-        check_readable(calibration, "calibration text")
+    texts = calibration_source(calibration)
     rows: list[dict[str, Any]] = []
     with ProgressBars() as progress:
         with stage("load model", progress):
@@ -82,9 +82,7 @@ def sweep(
         with stage("capture", progress):
             check_smallest(source.model, min(budgets))
         # Once for all budgets: samples take long to make, and equal data is what makes the rows comparable.
-        data = token_windows(
-            calibration, tokenizer, source.model, tokens=calibration_tokens, seed=seed, progress=progress
-        )
+        data = token_windows(texts, tokenizer, source.model, tokens=calibration_tokens, seed=seed, progress=progress)
         figures = measure(source.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
         rows.append({"kv_budget": None, "kv_budget_achieved": 1.0, "seconds": 0.0, **figures})
         for budget in budgets:

@@ -28,8 +28,10 @@ from rich.progress import (
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from attnedit.compiler.data import shares_of
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import Source
+from attnedit.compiler.processes import processes
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub name, model directory, .gguf file, or smollm2.", show_default=False)
@@ -43,8 +45,11 @@ SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
 CalibrationOption = Annotated[
-    str | None,
-    typer.Option(help="Text, jsonl or parquet file, or a dataset's name; without it the model's own samples."),
+    list[str] | None,
+    typer.Option(
+        help="Text, jsonl or parquet file, or a dataset's name; without it the model's own samples. Several times for "
+        "a mixture, each NAME or NAME=WEIGHT."
+    ),
 ]
 CalibrationTokensOption = Annotated[int | None, typer.Option(min=2, help="How many calibration tokens to use.")]
 AlternationsOption = Annotated[
@@ -143,6 +148,31 @@ def check_readable(path: str, what: str) -> None:
         raise UsageError(f"{what} {path} does not exist; give a text, jsonl or parquet file, or a dataset's name")
 
 
+def calibration_source(given: list[str] | None) -> str | dict[str, float] | None:
+    """What `--calibration` names: nothing, one source, or a mixture with weights.
+
+    Raises:
+        UsageError: a file that does not exist, a name given twice, or a weight that makes no sense.
+    """
+    if not given:
+        return None
+    mixture: dict[str, float] = {}
+    for text in given:
+        name, weight = text, 1.0
+        head, equals, tail = text.rpartition("=")
+        if equals and not Path(text).exists():
+            try:
+                name, weight = head, float(tail)
+            except ValueError:
+                raise UsageError(f"calibration {text!r}: {tail!r} is no weight; give NAME or NAME=WEIGHT") from None
+        if name in mixture:
+            raise UsageError(f"calibration {name} is given twice; give it once, with a weight")
+        check_readable(name, "calibration text")
+        mixture[name] = weight
+    shares_of(mixture)
+    return next(iter(mixture)) if len(mixture) == 1 else mixture
+
+
 def check_tokenizer_there(source: Source, what: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a source whose text has to be tokenised.
 
@@ -170,7 +200,7 @@ class ProgressBars:
             TextColumn("{task.fields[figures]}"),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or not processes().main,
         )
         self._stages: dict[str, TaskID] = {}
 

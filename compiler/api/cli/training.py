@@ -12,6 +12,7 @@ import typer
 
 from attnedit.cli.terminal import check_output
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.processes import processes
 from attnedit.passes.calibration.options import CalibrationOptions as Defaults
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
 
@@ -58,6 +59,8 @@ def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> Non
     """
     output = output.expanduser()
     file = output / RUN_FILE
+    if not processes().main:  # it comes here second
+        return
     if file.exists() and not overwrite:
         try:
             there = json.loads(file.read_text(encoding="utf-8"))["recipe"]
