@@ -2,7 +2,7 @@
 
     python benchmarks/calibration_memory.py
 
-A model of random weights (Llama, 12 layers, 1,024 wide, float32) on the CPU; each case runs in a process of its own and
+A model of random weights (Llama, 8 layers, 1,024 wide, float32) on the CPU; each case runs in a process of its own and
 prints its peak resident size above that of an idle process with the same libraries.
 """
 
@@ -30,14 +30,15 @@ def main(case: str) -> None:
     config = LlamaConfig(
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=12,
+        num_hidden_layers=8,
         num_attention_heads=16,
         num_key_value_heads=4,
         vocab_size=8000,
         max_position_embeddings=1024,
     )
     source = LlamaForCausalLM(config).eval()
-    windows = torch.randint(3, 8000, (16, LENGTH))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in source.parameters())
+    windows = torch.randint(3, 8000, (8, LENGTH))
     if case != "source alone":
         teacher = copy.deepcopy(source) if "two copies" in case else source
         result = attnedit.compile(source, kv_budget=0.5, calibration=windows, alternations=0, verify=False)
@@ -46,9 +47,8 @@ def main(case: str) -> None:
             del source
         if case != "compiled":
             train = "all" if case.startswith("all") else "attention"
-            sizes = {"distill_steps": 3, "batch_size": BATCH, "seq_len": LENGTH, "train": train}
+            sizes = {"distill_steps": 2, "batch_size": BATCH, "seq_len": LENGTH, "train": train}
             attnedit.calibrate(result, teacher, calibration=windows, verify=False, **sizes)
-    weights = sum(parameter.numel() * 4 for parameter in LlamaForCausalLM(config).to("meta").parameters())
     print(f"{(peak_memory_bytes() - idle) / 2**20:.0f} {weights / 2**20:.0f}")
 
 
