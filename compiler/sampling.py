@@ -21,6 +21,9 @@ _BATCH = 32
 #: The most on an accelerator with room for their cache.
 _LARGE_BATCH = 512
 
+SAMPLE_LENGTH = 512
+"""Longer windows are packed from samples of about this length: decoding takes a step per token, however many side by
+side."""
 MOST_TOKENS = 1 << 20
 """Of own samples for training; later epochs see them again."""
 
@@ -103,13 +106,16 @@ def own_windows(
         int64 [N, L] on the CPU, N at most `count`.
     """
     count = max(1, min(count, MOST_TOKENS // length))
+    pieces = -(-length // SAMPLE_LENGTH)
+    size = -(-length // pieces)
     key = hashlib.sha256(f"{_fingerprint(model)} {count} {length} {seed}".encode()).hexdigest()[:32]
     file = _cache_directory() / f"{key}.safetensors"
     if file.exists():
         return load_file(file)["windows"].to(torch.int64)
-    windows = sample_windows(
-        model, tokenizer, count=count, length=length, seed=seed, varied=True, progress=progress
-    ).contiguous()
+    samples = sample_windows(
+        model, tokenizer, count=count * pieces, length=size, seed=seed, varied=True, progress=progress
+    )
+    windows = samples.view(count, pieces * size)[:, :length].contiguous()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")

@@ -19,6 +19,7 @@ from compiled import MODULE, _remembered, deviation, in_pieces, logits, source, 
 from conftest import make_llama
 
 import attnedit
+from attnedit.compiler.sampling import own_windows
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE, STATE_FILE
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
@@ -81,6 +82,16 @@ def test_own_samples_are_kept_for_the_next_time(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(logits(first.model, ids), logits(again.model, ids))
     compiled("llama", "mla", **{**options, "seed": 1})
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_long_windows_are_packed_from_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("attnedit.compiler.sampling.SAMPLE_LENGTH", 8)
+    windows = own_windows(source("llama"), None, count=5, length=21)
+    assert windows.shape == (5, 21)
+    first = int(windows[0, 0])
+    assert (windows[:, ::7] == first).all()  # three samples of 7, each from the first token
+    assert len({tuple(row) for row in windows.view(15, 7).tolist()}) == 15
 
 
 def test_a_saved_result_is_trained_further(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,40 +126,61 @@ def run_stage(
     Raises:
         DivergedError: losses stayed broken after going back to the best state.
     """
+    run = _Run(stage, options, journal)
     report, describe = progress or silent, getattr(progress, "describe", None)
-    parameters = stage.parameters
-    device = next(iter(parameters.values())).device
-    sizes = {name: _size(parameter) for name, parameter in parameters.items()}
-    state, best = StageState(stage.name), {}
-    saved = journal.resume(stage.name)
-    if saved:
-        state, best, sizes = StageState(**saved["state"]), saved["best"], saved["sizes"]
-        restore(parameters, saved["parameters"])
+    state = run.state
     if state.done:
         return state
-    optimiser = torch.optim.AdamW(
-        [{"params": [parameter], "size": sizes[name]} for name, parameter in parameters.items()],
-        lr=stage.rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=device.type == "cuda",
-    )
-    if saved:
-        optimiser.load_state_dict(saved["optimiser"])
-    every = options.evaluate_every or max(1, stage.steps // LOOKS)
-    if not best:
-        state.first = state.last = state.best = _evaluate(stage)
-        best = snapshot(parameters)
-    start, before = perf_counter(), state.seconds
     report(stage.name, state.step, stage.steps)
-    while state.step < stage.steps:
+    while state.step < stage.steps and state.since < options.patience:
+        entry = run.step()
+        journal.log(entry)
+        report(stage.name, state.step, stage.steps)
+        if describe is not None:
+            describe(stage.name, f"loss {entry['loss']:.4g}, {entry['tokens_per_second']:,.0f} tokens/s")
+        if state.step % options.checkpoint_every == 0 and state.step < stage.steps:
+            run.checkpoint()
+    run.finish()
+    return state
+
+
+class _Run:
+    """A stage at work: its state, its optimiser, and the best parameters so far."""
+
+    def __init__(self, stage: Stage, options: CalibrationOptions, journal: Journal) -> None:
+        self._stage, self._journal = stage, journal
+        self._every = options.evaluate_every or max(1, stage.steps // LOOKS)
+        self._sizes = {name: _size(parameter) for name, parameter in stage.parameters.items()}
+        self._best: dict[str, Tensor] = {}
+        self.state = StageState(stage.name)
+        saved = journal.resume(stage.name)
+        if saved:
+            self.state, self._best, self._sizes = StageState(**saved["state"]), saved["best"], saved["sizes"]
+            restore(stage.parameters, saved["parameters"])
+        self._optimiser = torch.optim.AdamW(
+            [{"params": [parameter], "size": self._sizes[name]} for name, parameter in stage.parameters.items()],
+            lr=stage.rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=next(iter(stage.parameters.values())).device.type == "cuda",
+        )
+        if saved and saved["optimiser"] is not None:
+            self._optimiser.load_state_dict(saved["optimiser"])
+        elif not saved:
+            self.state.first = self.state.last = self.state.best = _evaluate(stage)
+            self._best = snapshot(stage.parameters)
+        self._start = perf_counter() - self.state.seconds
+
+    def step(self) -> dict[str, Any]:
+        """Learn from one batch, unless it is broken; returns what is logged."""
+        stage, state = self._stage, self.state
         rate = stage.rate * _schedule(state.step, stage.steps) / 2**state.recoveries
-        for group in optimiser.param_groups:
+        for group in self._optimiser.param_groups:
             group["lr"] = rate * group["size"]
-        optimiser.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad(set_to_none=True)
         losses = processes().add(stage.learn(state.step))
-        processes().add_gradients(parameters.values())
-        norms = [_clip([parameters[name] for name in names]) for names in stage.clips]
+        processes().add_gradients(stage.parameters.values())
+        norms = [_clip([stage.parameters[name] for name in names]) for names in stage.clips]
         state.step += 1
         state.tokens += stage.tokens
         broken = state.spikes(losses["loss"]) or not all(math.isfinite(norm) for norm in norms)
@@ -166,41 +188,52 @@ def run_stage(
             state.skipped += 1
             state.row += 1
         else:
-            optimiser.step()
+            self._optimiser.step()
             state.row = 0
             state.losses = [*state.losses, losses["loss"]][-HISTORY:]
-        state.seconds = before + perf_counter() - start
-        speed = state.tokens / max(state.seconds, 1e-9)
         entry = {"stage": stage.name, "step": state.step, **losses, "norm": max(norms), "rate": rate, "skipped": broken}
         if state.row >= SKIPS:
-            restore(parameters, best)
-            if state.recoveries == RECOVERIES:
-                raise DivergedError(
-                    f"{stage.name}: the loss broke down {RECOVERIES + 1} times, last at step {state.step}; "
-                    "lower the learning rate"
-                )
-            optimiser.state.clear()
-            state.recoveries, state.row, state.losses = state.recoveries + 1, 0, []
-        if state.step % every == 0 or state.step == stage.steps:
-            state.last = entry["held_out"] = _evaluate(stage)
-            if state.last < state.best:
-                state.best, state.best_step, state.since = state.last, state.step, 0
-                best = snapshot(parameters)
-            else:
-                state.since += 1
-        journal.log({**entry, "tokens_per_second": round(speed, 1)})
-        report(stage.name, state.step, stage.steps)
-        if describe is not None:
-            describe(stage.name, f"loss {losses['loss']:.4g}, {speed:,.0f} tokens/s")
-        if state.since >= options.patience:
-            break
-        if state.step % options.checkpoint_every == 0 and state.step < stage.steps:
-            journal.checkpoint(asdict(state), parameters, sizes, optimiser.state_dict(), best)
-    restore(parameters, best)
-    state.done = True
-    optimiser.zero_grad(set_to_none=True)
-    journal.checkpoint(asdict(state), parameters, sizes, None, {})
-    return state
+            self._recover()
+        if state.step % self._every == 0 or state.step == stage.steps:
+            entry["held_out"] = self._look()
+        state.seconds = perf_counter() - self._start
+        return {**entry, "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1)}
+
+    def checkpoint(self) -> None:
+        """Save all there is, to go on from."""
+        self._journal.checkpoint(
+            asdict(self.state), self._stage.parameters, self._sizes, self._optimiser.state_dict(), self._best
+        )
+
+    def finish(self) -> None:
+        """Keep the best parameters."""
+        restore(self._stage.parameters, self._best)
+        self._optimiser.zero_grad(set_to_none=True)
+        self.state.done = True
+        self._journal.checkpoint(asdict(self.state), self._stage.parameters, self._sizes, None, {})
+
+    def _recover(self) -> None:
+        """Go back to the best parameters with half the rate, or give up there."""
+        state = self.state
+        restore(self._stage.parameters, self._best)
+        if state.recoveries == RECOVERIES:
+            raise DivergedError(
+                f"{state.name}: the loss broke down {RECOVERIES + 1} times, last at step {state.step}; "
+                "lower the learning rate"
+            )
+        self._optimiser.state.clear()
+        state.recoveries, state.row, state.losses = state.recoveries + 1, 0, []
+
+    def _look(self) -> float:
+        """Held-out loss now; remember parameters that are the best so far."""
+        state = self.state
+        state.last = _evaluate(self._stage)
+        if state.last < state.best:
+            state.best, state.best_step, state.since = state.last, state.step, 0
+            self._best = snapshot(self._stage.parameters)
+        else:
+            state.since += 1
+        return state.last
 
 
 @contextmanager
