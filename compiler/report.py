@@ -115,6 +115,7 @@ class Report(BaseModel):
         full_layers: layers that kept every token in the cache, where others got a window; None elsewhere.
         stages: of training.
         perplexity: on held-out calibration windows: "source", "start" (no training yet), and after "fit" and "distill".
+        recipe: what was asked for, with choices that were measured; see `attnedit.recipe.Recipe`.
         notes: what the user should know.
     """
 
@@ -136,6 +137,7 @@ class Report(BaseModel):
     full_layers: list[int] | None = None
     stages: list[StageReport] = Field(default_factory=list)
     perplexity: dict[str, float] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
 
     def to_json(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers
 from attnedit.planning import DEFAULT_BUDGET, Plan, check_arguments, first_of, plan_sites
+from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
@@ -115,7 +118,7 @@ def compile(
         "progress": progress,
     }
     if not steps.steps:
-        return _one_shot(model, **arguments)
+        return _with_recipe(_one_shot(model, **arguments), arguments, training)
     if in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
     if device is not None:
@@ -131,7 +134,7 @@ def compile(
                 _one_shot(model, **arguments).save(start)
         result = load(start)
         result.tokenizer = tokenizer
-    return calibrate(
+    result = calibrate(
         result,
         model,
         calibration=calibration,
@@ -142,6 +145,24 @@ def compile(
         progress=progress,
         **training,
     )
+    return _with_recipe(result, arguments, training)
+
+
+def _with_recipe(result: CompileResult, arguments: Mapping[str, Any], training: Mapping[str, Any]) -> CompileResult:
+    """Put into the report what was asked for, and which layers stayed full, so that it need not be measured again."""
+    values = {name: value for name, value in arguments.items() if name in Recipe.model_fields}
+    if isinstance(values["full_layers"], Sequence) and not isinstance(values["full_layers"], str):
+        values["full_layers"] = list(values["full_layers"])
+    if not isinstance(values["calibration"], str | Mapping):
+        path = values["calibration"]
+        values["calibration"] = os.fspath(path) if isinstance(path, os.PathLike) else None
+    if result.report.full_layers is not None:
+        values["full_layers"] = result.report.full_layers
+        if arguments["target"] == "gateswa":
+            values["kv_budget"] = None  # it said how many
+    recipe = Recipe(**values, training=dict(training))
+    report = result.report.model_copy(update={"recipe": recipe.model_dump(exclude_defaults=True)})
+    return dataclasses.replace(result, report=report)
 
 
 def _one_shot(

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.compiler.capture import capture_model
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.report import Report
+from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
 
@@ -49,13 +50,16 @@ class CompileResult:
         return self._graph
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write weights, configuration, tokenizer, chat template, generation config and report.
+        """Write weights, configuration, tokenizer, chat template, generation config, report and recipe.
 
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
         """
+        files: dict[str, str | Path] = {file.name: file for file in self.files}
+        if self.report.recipe:
+            files[RECIPE_FILE] = Recipe.model_validate(self.report.recipe).to_yaml()
         report = self.report.to_json()
-        return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report, files=self.files)
+        return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report, files=files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
         """Lower to another runtime, by its name among the entry points `attnedit.runtimes`.

@@ -23,6 +23,8 @@ from attnedit.passes.calibration.parameters import restore, snapshot
 
 FRESH_SIZE = 0.02
 """Root mean square that a weight of zeros is taken to have."""
+WARM_UP = 8
+"""Steps at least, or half of a run that has fewer than twice as many."""
 LOWEST_RATE = 0.1
 """Of the highest, at the end."""
 CLIP = 1.0
@@ -247,8 +249,12 @@ def mixed_precision(model: nn.Module) -> Iterator[None]:
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Fraction of the highest rate: linear warm-up over a twentieth, then half a cosine."""
-    warm = max(1, steps // 20)
+    """Fraction of the highest rate: linear warm-up, then half a cosine.
+
+    Adam's first steps are as large as the rate allows wherever the gradient points, and the closed-form start is good:
+    a run too short for a warm-up would throw it away.
+    """
+    warm = min(max(WARM_UP, steps // 20), (steps + 1) // 2)
     if step < warm:
         return (step + 1) / warm
     angle = math.pi * (step - warm) / max(1, steps - warm)

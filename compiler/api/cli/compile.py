@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -16,7 +17,6 @@ from attnedit.cli.terminal import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    ModelArgument,
     OutputOption,
     OverwriteOption,
     ProgressBars,
@@ -45,6 +45,7 @@ from attnedit.cli.training import (
     TrainOption,
     open_run,
 )
+from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_source
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
@@ -52,8 +53,16 @@ from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
+from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager.checkpoint import check_free
 
+OptionalModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="As for every command; a recipe may name it instead.", show_default=False),
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="Recipe (YAML) with any of these options; what is given beside it counts first.")
+]
 TargetOption = Annotated[str, typer.Option(help="What attention becomes: mla, gateswa or gateswa+mla.")]
 WindowOption = Annotated[
     int | None, typer.Option(min=1, help=f"GateSWA: tokens each query sees, itself included; {DEFAULT_WINDOW}.")
@@ -72,8 +81,10 @@ SinksOption = Annotated[
 
 
 def compile_model(
-    model: ModelArgument,
+    context: typer.Context,
     output: OutputOption,
+    model: OptionalModelArgument = None,
+    recipe: RecipeOption = None,
     target: TargetOption = "mla",
     kv_budget: BudgetOption = None,
     window: WindowOption = None,
@@ -105,63 +116,28 @@ def compile_model(
     json: JsonOption = False,
 ) -> None:
     """Rewrite the attention of a model, verify the result, and save it as a transformers model."""
-    form: dict[str, Any] = {
-        "target": target,
-        "kv_budget": kv_budget,
-        "window": window,
-        "full_layers": full_layers,
-        "gate": gate,
-        "sinks": sinks,
-    }
-    training: dict[str, Any] = {
-        "fit_steps": fit_steps,
-        "distill_steps": distill_steps,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "accumulation": accumulation,
-        "fit_learning_rate": fit_learning_rate,
-        "distill_learning_rate": distill_learning_rate,
-        "train": train,
-        "feature_weight": feature_weight,
-        "self_generated": self_generated,
-        "checkpoint_every": checkpoint_every,
-        "memory_limit": memory_limit,
-        "activation_checkpointing": activation_checkpointing,
-    }
-    check_arguments(**form)
-    trained = CalibrationOptions.of(**training).steps > 0
-    if not trained:
+    wanted = _recipe(context, recipe, calibration_source(calibration))
+    if wanted.model is None:
+        raise UsageError("no model is named; give MODEL, or a recipe that names it")
+    arguments = wanted.arguments()
+    check_arguments(*(arguments[name] for name in ("target", "kv_budget", "window", "full_layers", "gate", "sinks")))
+    trained = CalibrationOptions.of(**wanted.training).steps > 0
+    if trained:
+        open_run(output, {"command": "compile", **wanted.model_dump(mode="json")}, overwrite=overwrite)
+    else:
         check_output(output, overwrite=overwrite)
         check_free(output.expanduser(), overwrite)
-    texts = calibration_source(calibration)
-    data: dict[str, Any] = {
-        "calibration": texts,
-        "calibration_tokens": calibration_tokens,
-        "alternations": alternations,
-    }
-    if trained:
-        recipe: dict[str, Any] = {
-            "command": "compile",
-            "model": model,
-            **form,
-            **data,
-            **training,
-            "seed": seed,
-            "dtype": dtype,
-        }
-        open_run(output, {**recipe, "revision": revision}, overwrite=overwrite)
     with ProgressBars() as progress:
         with stage("load model", progress):
-            source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
-        if texts is not None:
+            source = load_source(
+                wanted.model, revision=wanted.revision, dtype=wanted.dtype, device=device, dequantize=dequantize
+            )
+        if wanted.calibration is not None:
             check_tokenizer_there(source, "calibration text")
         result = attnedit.compile(
             source.model,
-            **form,
-            **data,
-            **(training if trained else {}),
+            **arguments,
             tokenizer=source.tokenizer,
-            seed=seed,
             # Untrained, the source is not used again, so the memory for a second attention is spared.
             in_place=not trained,
             run_directory=output.expanduser() if trained else None,
@@ -169,10 +145,33 @@ def compile_model(
         )
         if not processes().main:
             return
+        named = wanted.model_dump(include={"model", "revision", "dtype"}, exclude_defaults=True)
+        result.report = result.report.model_copy(update={"recipe": {**result.report.recipe, **named}})
         with stage("save", progress):
             result.save(output, overwrite=overwrite or trained)
     if json:
         print_json({"output": str(output), **result.report.to_dict()})
     else:
         show(result.report)
-        show(f"saved in {output}")
+        show(f"saved in {output}, with {RECIPE_FILE}:")
+        show(Recipe.model_validate(result.report.recipe).to_yaml().rstrip())
+
+
+def _recipe(context: typer.Context, file: Path | None, calibration: str | dict[str, float] | None) -> Recipe:
+    """What the file says, and over it what the command line says.
+
+    Raises:
+        UsageError: either makes no sense.
+    """
+    base = Recipe() if file is None else Recipe.load(file)
+    values, training = base.model_dump(), dict(base.training)
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if source is None or source.name == "DEFAULT":
+            continue
+        if name in Recipe.model_fields:
+            values[name] = calibration if name == "calibration" else value
+        elif name in CalibrationOptions.__dataclass_fields__:
+            training[name] = value
+    CalibrationOptions.of(**training)
+    return Recipe.model_validate({**values, "training": training})

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
     report: Any = None,
-    files: Iterable[Path] = (),
+    files: Mapping[str, str | Path] | None = None,
 ) -> Path:
     """Write model, configuration, tokenizer and report; the directory appears complete or not at all.
 
@@ -38,7 +38,7 @@ def save(
         tokenizer: saved beside the model, chat template included.
         overwrite: replace what attnedit wrote there before. A directory with anything else is never replaced.
         report: JSON text, or a value that json can write; becomes attnedit-report.json.
-        files: copied beside the model, those that there are.
+        files: by name, text to write or files to copy, those that there are, beside the model.
 
     Returns:
         The directory.
@@ -66,9 +66,11 @@ def save(
         if report is not None:
             text = report if isinstance(report, str) else json.dumps(report, indent=2)
             (staging / REPORT_FILE).write_text(text.rstrip() + "\n", encoding="utf-8")
-        for file in files:
-            if file.exists():
-                shutil.copyfile(file, staging / file.name)
+        for name, content in (files or {}).items():
+            if isinstance(content, str):
+                (staging / name).write_text(content, encoding="utf-8")
+            elif content.exists():
+                shutil.copyfile(content, staging / name)
         _put_in_place(staging, target)
     except (OSError, SafetensorError) as error:
         raise AttneditError(f"could not write {target}: {error}") from error
