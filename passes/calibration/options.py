@@ -45,7 +45,7 @@ class CalibrationOptions:
     batch_size: int = 16
     seq_len: int = 1024
     accumulation: int = 1
-    fit_learning_rate: float = 0.02
+    fit_learning_rate: float = 0.01
     distill_learning_rate: float = 0.006
     train: Train = "attention"
     feature_weight: float = 0.0
