@@ -10,7 +10,7 @@ import torch
 import yaml
 from commands import Captured, answer, refusal
 from compiled import logits, tokens
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_packaging import ROOT
 
@@ -20,6 +20,7 @@ from attnedit.recipe import RECIPE_FILE, Recipe
 
 
 @settings(max_examples=50, deadline=None)
+@example(values={"calibration": "\x85", "model": "naïve \u2028 'x': #\n"})
 @given(
     values=st.fixed_dictionaries(
         {},

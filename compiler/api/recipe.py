@@ -104,7 +104,8 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Everything that is not a default."""
         values = {"format": self.format, **self.model_dump(exclude_defaults=True)}
-        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        # allow_unicode would write U+0085, which YAML reads as an end of line, as it is: escape all but ASCII.
+        text: str = yaml.safe_dump(values, sort_keys=False)
         return text
 
     def arguments(self) -> dict[str, Any]:
