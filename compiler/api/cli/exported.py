@@ -37,7 +37,7 @@ def generate_exported(
     inputs = tokenizer(prompt, return_tensors="np")
     if not prompt or inputs["input_ids"].shape[1] == 0:
         raise UsageError("the prompt is empty; give at least one word")
-    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     if streamer is not None:
         streamer.put(inputs["input_ids"])
     new: list[int] = []
@@ -53,7 +53,7 @@ def generate_exported(
         if streamer is not None:
             streamer.put(token)
     if streamer is not None:
-        streamer.end()  # type: ignore[no-untyped-call]
+        streamer.end()
     else:
         text = tokenizer.decode(new, skip_special_tokens=True)
         print_json({"model": directory, "prompt": prompt, "text": text, "new_tokens": len(new)})

@@ -202,7 +202,8 @@ class WindowAttention(nn.Module):
         out = out.transpose(1, 2)
         if self.g_proj is None or hidden is None:
             return out
-        return out * torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
+        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
+        return out * gate
 
     def _appended(self, past: Tensor, new: Tensor, slots: Tensor, step: Step) -> Tensor:
         """Sink slots, recent tokens, new tokens [B, G, n + W - 1 + T, .]; sinks that just came in fill their slots."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -118,7 +117,7 @@ def check_model(model: PreTrainedModel, exported: OnnxModel, tolerance: float) -
 
 
 def _tokens(model: PreTrainedModel, batch: int, padding: int, length: int) -> tuple[Tensor, Tensor]:
-    rows: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows: Any = model.get_input_embeddings()
     ids = torch.randint(0, rows.weight.shape[0], (batch, length), generator=torch.Generator().manual_seed(batch))
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
@@ -131,8 +130,3 @@ def _eager(model: PreTrainedModel, ids: Tensor, mask: Tensor, span: slice, cache
     out = call(ids[:, span], attention_mask=mask[:, : span.stop], past_key_values=cache, use_cache=True, **positions)
     logits: Tensor = out.logits.float()
     return logits
-
-
-def worst(checks: Iterable[Check]) -> float:
-    """Return the largest deviation of all."""
-    return float(np.max([check.deviation for check in checks]))

@@ -154,7 +154,7 @@ def _manifest(model: PreTrainedModel, signature: Signature, opset: int, quantize
     ends = config.eos_token_id if ends is None else ends
     ends = [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
     pad = getattr(config, "pad_token_id", None)
-    rows: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows: Any = model.get_input_embeddings()
     limit = getattr(config, "max_position_embeddings", None)
     return Manifest(
         source=type(model).__name__,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +95,8 @@ class _CachedModel(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         batch, length, total = *ids.shape, mask.shape[1]
-        past = [tuple(inputs[name] for name in layer.names("past_key_values")) for layer in self.signature.layers]
+        named = [layer.names("past_key_values") for layer in self.signature.layers]
+        past = [(inputs[key], inputs[value]) for key, value in named]
         if self.signature.form == "static":
             step = Step(inputs["write_indices"], mask.bool(), 0, length)
         else:
@@ -106,7 +106,7 @@ class _CachedModel(nn.Module):
             torch._check(total >= length)
             cached = total - length
             step = Step(torch.full((batch,), cached), mask.bool(), cached, length)
-        cache = export_cache(past, self.signature.form)
+        cache: Any = export_cache(past, self.signature.form)
         positions = {"position_ids": inputs["position_ids"]} if self.signature.positions else {}
         with stepping(step):
             call: Any = self.model
@@ -179,7 +179,7 @@ def _name_axes(model: ir.Model, signature: Signature) -> None:
             if isinstance(found, int):
                 raise AttneditError(f"tracing fixed {axis} of {value.name} to {found}; the model cannot be exported")
             names.setdefault(str(found), axis)
-    for node in model.graph.all_nodes() if hasattr(model.graph, "all_nodes") else model.graph:
+    for node in model.graph.all_nodes():
         for output in node.outputs:
             if output.shape is not None:
                 output.shape = ir.Shape([_renamed(dim, names) for dim in output.shape])
@@ -194,8 +194,3 @@ def _renamed(dim: Any, names: dict[str, str]) -> int | str:
     if isinstance(dim, int):
         return dim
     return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), str(dim))
-
-
-def past_names(layers: Sequence[LayerCache]) -> list[str]:
-    """Names of all cache inputs, in order."""
-    return [name for layer in layers for name in layer.names("past_key_values")]
