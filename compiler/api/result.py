@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
+
+RUNTIMES = "attnedit.runtimes"
+BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export"}
 
 
 @dataclass
@@ -62,16 +66,37 @@ class CompileResult:
         return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report, files=files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
-        """Lower to another runtime, by its name among the entry points `attnedit.runtimes`.
+        """Lower to another runtime: "onnx", or a name among the entry points `attnedit.runtimes`.
+
+        Args:
+            runtime: its name.
+            directory: where to; missing or empty.
+            **options: of the runtime; for "onnx" see `attnedit.targets.runtime.onnx.export`.
 
         Raises:
-            UsageError: no runtime of that name is installed.
+            UsageError: no runtime of that name is installed, or it lacks a package.
         """
-        installed = {point.name: point for point in entry_points(group="attnedit.runtimes")}
-        if runtime not in installed:
-            names = ", ".join(sorted(installed)) or "none"
-            raise UsageError(f"no runtime {runtime!r} to export to; installed: {names}")
-        return installed[runtime].load()(self, directory, **options)
+        return find_runtime(runtime)(self, directory, **options)
+
+
+def find_runtime(name: str) -> Callable[..., Any]:
+    """Return the export function of a runtime: ``export(result, directory, **options)``.
+
+    Raises:
+        UsageError: no runtime of that name is installed, or it lacks a package.
+    """
+    # Our own are known without their entry points, which an installation older than the sources does not list.
+    known = {point.name: point for point in entry_points(group=RUNTIMES)}
+    known |= {own: EntryPoint(own, place, RUNTIMES) for own, place in BUILT_IN.items()}
+    if name not in known:
+        raise UsageError(f"no runtime {name!r} to export to; installed: {', '.join(sorted(known))}")
+    try:
+        export: Callable[..., Any] = known[name].load()
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"export to {name} needs the package {error.name}; install it: pip install 'attnedit[{name}]'"
+        ) from error
+    return export
 
 
 def load(directory: str | os.PathLike[str]) -> CompileResult:

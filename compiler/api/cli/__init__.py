@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
-from attnedit.cli import calibrate, compile, demo, evaluate, generate, inspect, sweep
+from attnedit.cli import calibrate, compile, demo, evaluate, export, generate, inspect, sweep
 from attnedit.cli.terminal import debugging, fail, quiet_libraries
 from attnedit.compiler.errors import AttneditError
 
@@ -26,6 +26,7 @@ app.command("inspect")(inspect.inspect)
 app.command("compile")(compile.compile_model)
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("sweep")(sweep.sweep)
 app.command("demo")(demo.demo)

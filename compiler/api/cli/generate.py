@@ -8,6 +8,7 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit.cli.exported import generate_exported, is_exported
 from attnedit.cli.terminal import (
     DequantizeOption,
     DeviceOption,
@@ -40,6 +41,11 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
+    if is_exported(model):
+        if revision is not None or dequantize:
+            raise UsageError(f"{model} is an exported model; --revision and --dequantize are for others")
+        generate_exported(model, prompt, max_new_tokens, temperature, seed, json=json)
+        return
     with ProgressBars() as progress, stage("load model", progress):
         source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
     tokenizer = check_tokenizer_there(source, "a prompt")

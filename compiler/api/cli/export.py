@@ -1,0 +1,56 @@
+"""``attnedit export``: a model for another runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attnedit.cli.terminal import (
+    DequantizeOption,
+    JsonOption,
+    ModelArgument,
+    ProgressBars,
+    RevisionOption,
+    check_output,
+    print_json,
+    show,
+)
+from attnedit.compiler.models import load_source
+from attnedit.compiler.progress import stage
+from attnedit.result import find_runtime
+
+
+def export(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option(help="Runtime: onnx.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; missing or empty.")],
+    flavor: Annotated[str | None, typer.Option(help="ort: for ONNX Runtime.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="dynamic: grows with every call; static: buffers of a fixed capacity.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float16; the model's own unless given.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4 weights in linear layers.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen by what the runtime can run.")] = None,
+    revision: RevisionOption = None,
+    dequantize: DequantizeOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a model, rewritten or not, for another runtime, and check it against the live one."""
+    check_output(output, overwrite=False)
+    lower = find_runtime(to)
+    given: dict[str, Any] = {"flavor": flavor, "cache": cache, "dtype": dtype, "quantize": quantize, "opset": opset}
+    options = {name: value for name, value in given.items() if value is not None}
+    with ProgressBars() as progress:
+        with stage("load model", progress):
+            source = load_source(model, revision=revision, dtype="auto", device="cpu", dequantize=dequantize)
+        manifest = lower(source, output, progress=progress, **options)
+    checks = getattr(manifest, "checks", [])
+    worst = max((check["deviation"] for check in checks), default=None)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    if json:
+        print_json({"model": model, "to": to, "output": str(output), "bytes": size, "checks": checks, **options})
+        return
+    found = f", {len(checks)} comparisons with the live model: deviation at most {worst:.1e}" if checks else ""
+    show(f"{output}: {size / 2**20:,.1f} MiB{found}")

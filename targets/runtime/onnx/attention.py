@@ -1,0 +1,293 @@
+"""Attention as it is exported: one body for prefill and decode, in the formulations that ONNX Runtime runs fastest.
+
+Keys are never repeated for the heads that share them: those heads stand side by side as rows of one product, so that
+the cache is read once. The mask is added to the logits rather than selected with.
+
+Shapes: B batch, T new tokens, S keys, H heads, G key/value heads, d query size, dv value size, r latent, s slots,
+n sink tokens, W sliding window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from attnedit.compiler.errors import AttneditError
+from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.mla import MLA
+from attnedit.targets.runtime.onnx.cache import ExportLayer, Step, current_step
+
+EXPORT = "attnedit_onnx"
+"""Name of the attention implementation, to transformers."""
+
+# Half of the lowest number: a logit added to it stays finite, and a row that sees nothing stays defined.
+HIDDEN = torch.finfo(torch.float32).min / 2
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    softcap: float | None = None,
+    sinks: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Attend, heads of a group side by side.
+
+    Args:
+        query: [B, H, T, d], scaled.
+        key: [B, G, S, d].
+        value: [B, G, S, dv].
+        bias: float32 to add to the logits, [B, 1, T, S].
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        sinks: logits [H] of keys without value.
+
+    Returns:
+        Outputs [B, H, T, dv], and the probabilities of the sinks [B, H, T, len(sinks)].
+    """
+    batch, heads, length, size = query.shape
+    groups = key.shape[1]
+    rows = heads // groups * length
+    logits = torch.matmul(query.reshape(batch, groups, rows, size), key.transpose(-1, -2))
+    weights, rest = probabilities(logits.reshape(batch, heads, length, key.shape[2]), bias, softcap, sinks)
+    weights = weights.to(value.dtype).reshape(batch, groups, rows, key.shape[2])
+    return torch.matmul(weights, value).reshape(batch, heads, length, value.shape[-1]), rest
+
+
+def probabilities(
+    logits: Tensor, bias: Tensor, softcap: float | None, sinks: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Cap, mask and normalise logits [B, H, T, S] in float32; the sinks' share [B, H, T, len(sinks)] apart."""
+    logits = logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits + bias
+    count = logits.shape[-1]
+    if sinks:
+        extra = torch.stack([sink.float() for sink in sinks], dim=-1)[None, :, None]
+        logits = torch.cat((logits, extra.expand(logits.shape[0], -1, logits.shape[2], -1)), dim=-1)
+    weights = logits.softmax(dim=-1)
+    if not sinks:
+        return weights, weights[..., :0]
+    return weights[..., :count], weights[..., count:]
+
+
+def as_bias(visible: Tensor) -> Tensor:
+    """Turn a mask, True where to attend, into float32 to add to logits."""
+    return (~visible).float() * HIDDEN
+
+
+class LatentAttention(nn.Module):
+    """`MLA` with everything absorbed that can be: queries go to the latent, outputs come from it.
+
+    The logits are two products with the two parts of the cache, and the latent is the value as it stands: no part
+    of the cache is sliced or copied.
+
+    Args:
+        mla: the trained module; weights are computed from it.
+    """
+
+    query_down: Tensor
+    value_up: Tensor
+    columns: Tensor
+
+    def __init__(self, mla: MLA) -> None:
+        super().__init__()
+        config = self.config = mla.config
+        self.kv_a_proj_with_mqa = mla.kv_a_proj_with_mqa
+        self.sinks = mla.sinks
+        nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
+        like = next(mla.kv_a_proj_with_mqa.parameters())
+        with torch.no_grad():
+            # Read off the output: an adapter may stand in front of the weight.
+            up = mla.kv_b_proj(torch.eye(rank, dtype=like.dtype, device=like.device))
+            up = up.unflatten(-1, (config.num_attention_heads, -1)).permute(1, 2, 0)  # [H, nope + dv, r]
+            down = [up[:, :nope]] if nope else []
+            if mla.q_rope_proj is not None:
+                down.append(mla.q_rope_proj.transpose(1, 2))
+            query_down = torch.cat(down, dim=-1) * config.scale
+        self.register_buffer("query_down", query_down)  # [H, d, r + 2 s], or [H, d, 2 s] without nope
+        self.register_buffer("value_up", up[:, nope:].transpose(1, 2).contiguous())  # [H, r, dv]
+        self.register_buffer("columns", torch.tensor(config.rope_columns, dtype=torch.int64))
+
+    def forward(
+        self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor, cache: Any
+    ) -> Tensor:
+        """Attend; as `MLA.forward`, with the additive mask of `export_mask` and an export cache.
+
+        Returns:
+            [B, T, H, dv].
+        """
+        config = self.config
+        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        batch, heads, length, _ = query.shape
+        latent, slots = self.kv_a_proj_with_mqa(kv_input).unsqueeze(1).split([rank, rope], dim=-1)
+        down = torch.matmul(query, self.query_down)
+        if rope and cos is not None and sin is not None:
+            cos, sin = (self._columns(table, slots) for table in (cos, sin))
+            slots = _rotate(slots, cos, sin)
+        latent, slots = cache.update(latent, slots, config.layer_idx)
+        keys = latent.shape[2]
+        logits: Tensor | None = None
+        if config.qk_nope_head_dim:
+            logits = torch.matmul(down[..., :rank].reshape(batch, 1, heads * length, rank), latent.transpose(-1, -2))
+        if rope and cos is not None and sin is not None:
+            rotated = _rotate(down[..., -rope:], cos, sin).reshape(batch, 1, heads * length, rope)
+            rotary = torch.matmul(rotated, slots.transpose(-1, -2))
+            logits = rotary if logits is None else logits + rotary
+        if logits is None:
+            raise AttneditError(f"layer {config.layer_idx}: rotary slots need cos and sin, and its graph has none")
+        sinks = () if self.sinks is None else (self.sinks,)
+        weights, _ = probabilities(logits.reshape(batch, heads, length, keys), mask, config.softcap, sinks)
+        weights = weights.to(latent.dtype).reshape(batch, 1, heads * length, keys)
+        context = torch.matmul(weights, latent).reshape(batch, heads, length, rank)
+        return torch.matmul(context, self.value_up).transpose(1, 2)
+
+    def _columns(self, table: Tensor, like: Tensor) -> Tensor:
+        """Columns of cos or sin, one per slot, [B or 1, 1, T, s]."""
+        return table.index_select(-1, self.columns).to(like.dtype).unsqueeze(-3)
+
+
+class WindowAttention(nn.Module):
+    """`GateSWA` over a buffer of fixed size: the sink tokens, then the last ``sliding_window - 1`` tokens.
+
+    Which of them there are is known from positions and padding alone, so what an unwritten one holds has no effect.
+
+    Args:
+        module: the trained module.
+    """
+
+    def __init__(self, module: GateSWA) -> None:
+        super().__init__()
+        self.config = module.config
+        self.g_proj, self.sink_logit, self.sink_value = module.g_proj, module.sink_logit, module.sink_value
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden: Tensor | None,
+        mask: Tensor | None,
+        cache: Any,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; as `GateSWA.forward`, with an export cache. The mask follows from the current step.
+
+        Returns:
+            [B, T, H, dv].
+        """
+        config, step = self.config, current_step()
+        layer: ExportLayer = cache.layers[config.layer_idx]
+        if layer.keys is None or layer.values is None:
+            raise AssertionError("an export layer has tensors")
+        slots = first_real(step, config.sink_tokens)
+        keys, values = (
+            self._appended(past, new, slots, step) for past, new in ((layer.keys, key), (layer.values, value))
+        )
+        kept = config.sink_tokens + step.length
+        layer.keys, layer.values = (
+            torch.cat((x[:, :, : config.sink_tokens], x[:, :, kept:]), dim=2) for x in (keys, values)
+        )
+        virtual = tuple(logit for logit in (sinks, self.sink_logit) if logit is not None)
+        bias = as_bias(self._visible(slots, step))
+        out, rest = attend(query * config.scale, keys, values, bias, config.softcap, virtual)
+        if self.sink_value is not None:
+            shared = self.sink_value.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=0)
+            out = out + rest[..., -1:].to(out.dtype) * shared[:, None]
+        out = out.transpose(1, 2)
+        if self.g_proj is None or hidden is None:
+            return out
+        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
+        return out * gate
+
+    def _appended(self, past: Tensor, new: Tensor, slots: Tensor, step: Step) -> Tensor:
+        """Sink slots, recent tokens, new tokens [B, G, n + W - 1 + T, .]; sinks that just came in fill their slots."""
+        count = self.config.sink_tokens
+        if not count:
+            return torch.cat((past, new), dim=2)
+        arrived = (slots - step.start[:, None])[:, None, :, None]  # index among the new tokens
+        index = arrived.clamp(min=0, max=step.length - 1).expand(-1, new.shape[1], -1, new.shape[3])
+        sinks = torch.where((arrived >= 0) & (arrived < step.length), new.gather(2, index), past[:, :, :count])
+        return torch.cat((sinks, past[:, :, count:], new), dim=2)
+
+    def _visible(self, slots: Tensor, step: Step) -> Tensor:
+        """Which of `_appended` each query sees, bool [B, 1, T, n + W - 1 + T]."""
+        window, total = self.config.sliding_window, step.real.shape[1]
+        column = step.start[:, None] + torch.arange(1 - window, step.length)  # positions [B, W - 1 + T]
+        real = step.real.gather(1, column.clamp(min=0)) & (column >= 0)
+        behind = step.positions()[:, :, None] - column[:, None]
+        visible = (behind >= 0) & (behind < window) & real[:, None]
+        if self.config.sink_tokens:
+            # A sink inside the window is among the columns, so its slot shows only once it has left.
+            far = (step.positions()[:, :, None] - slots[:, None] >= window) & (slots < total)[:, None]
+            visible = torch.cat((far, visible), dim=-1)
+        return visible[:, None]
+
+
+def first_real(step: Step, count: int) -> Tensor:
+    """Positions of the first `count` real tokens of each row, int64 [B, count]; S or more where there are fewer."""
+    total = step.real.shape[1]
+    rank = torch.where(step.real, step.real.to(torch.int64).cumsum(1), 0)
+    wanted = torch.arange(1, count + 1)[:, None]
+    chosen = rank[:, None] == wanted
+    return torch.where(chosen.any(-1), chosen.to(torch.int64).argmax(-1), total)
+
+
+def lower(model: nn.Module) -> None:
+    """Replace every rewritten attention in a model by the form that is exported, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MLA):
+            model.set_submodule(name, LatentAttention(module))
+        elif isinstance(module, GateSWA):
+            model.set_submodule(name, WindowAttention(module))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [.., 2 s], real parts first, by cos and sin [.., s]."""
+    real, imaginary = x.chunk(2, dim=-1)
+    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+
+
+def export_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of layers that were not rewritten, as transformers' attention interface wants it.
+
+    Returns:
+        [B, T, H, dv], and no probabilities.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = () if s_aux is None else (s_aux,)
+    out, _ = attend(query * scale, key, value, attention_mask, softcap, sinks)
+    return out.transpose(1, 2), None
+
+
+def export_mask(*args: Any, mask_function: Any, **kwargs: Any) -> Tensor:
+    """Mask of one type of layer, as transformers' mask interface wants it, from the current step.
+
+    Returns:
+        float32 to add to the logits, [B, 1, T, S].
+    """
+    step = current_step()
+    batch, total = step.real.shape
+    row = torch.arange(batch)[:, None, None, None]
+    query = step.positions()[:, None, :, None]
+    key = torch.arange(total)[None, None, None]
+    return as_bias(mask_function(row, torch.zeros((), dtype=torch.int64), query, key) & step.real[:, None, None])
+
+
+AttentionInterface.register(EXPORT, export_attention)
+AttentionMaskInterface.register(EXPORT, export_mask)

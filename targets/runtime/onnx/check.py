@@ -1,0 +1,132 @@
+"""The exported model against the live one: logits at several batch, sequence and past lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from attnedit.compiler.errors import VerificationError
+from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.mla import MLA
+from attnedit.targets.runtime.onnx.program import takes_positions
+from attnedit.targets.runtime.onnx.runner import PREFILL, OnnxModel
+
+# Largest tolerated difference of logits, as a fraction of the largest logit. Integer weights are other weights: their
+# bound only tells a model with rounding errors from a broken one.
+TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "int8": 0.25, "int4": 0.75}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        batch: rows.
+        padding: left padding of the first row.
+        lengths: tokens of successive calls on one cache; the first has past 0.
+        deviation: largest difference of logits at real tokens, as a fraction of the largest logit.
+    """
+
+    batch: int
+    padding: int
+    lengths: tuple[int, ...]
+    deviation: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {**asdict(self), "lengths": list(self.lengths)}
+
+
+def windows(model: PreTrainedModel) -> list[int]:
+    """Sliding windows in a model, rewritten or its own, shortest first; sinks make a second edge."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, GateSWA):
+            found |= {module.config.sliding_window, module.config.cached_tokens}
+        elif isinstance(module, MLA) and module.config.window is not None:
+            found.add(module.config.window)
+    config = model.config.get_text_config(decoder=True)
+    own = getattr(config, "sliding_window", None)
+    if isinstance(own, int) and getattr(config, "use_sliding_window", True):
+        found.add(own)
+    limit = getattr(config, "max_position_embeddings", None) or 2**31
+    return sorted(window for window in found if window + 2 <= limit)
+
+
+def cases(edges: Iterable[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Batch, padding and lengths of all comparisons; W - 1, W and W + 1 tokens for every window.
+
+    >>> [lengths for _, _, lengths in cases([300])][-2:]
+    [(256, 43, 1, 1, 1), (256, 45, 1)]
+    """
+    yield 1, 0, (5, 1, 1)
+    yield 1, 0, (1, 1, 3)
+    yield 2, 2, (7, 3, 1)
+    yield 3, 1, (2, 1, 6)
+    for window in edges:
+        yield 2, 1, (*_pieces(window - 1), 1, 1, 1)
+        yield 1, 0, (*_pieces(window + 1), 1)
+
+
+def _pieces(length: int) -> tuple[int, ...]:
+    full, rest = divmod(length, PREFILL)
+    return (PREFILL,) * full + ((rest,) if rest else ())
+
+
+@torch.no_grad()
+def check_model(model: PreTrainedModel, exported: OnnxModel, tolerance: float) -> list[Check]:
+    """Compare an exported model with the live one it came from.
+
+    Args:
+        model: in the dtype that was exported.
+        exported: the result, loaded.
+        tolerance: bound on `Check.deviation`.
+
+    Raises:
+        VerificationError: the bound is exceeded; names the case.
+    """
+    done = []
+    for batch, padding, lengths in cases(windows(model)):
+        ids, mask = _tokens(model, batch, padding, sum(lengths))
+        cache: Any = DynamicCache(config=model.config)
+        state = exported.decoding(batch, sum(lengths) + 3)
+        worst, largest, seen = 0.0, 1e-9, 0
+        for length in lengths:
+            span = slice(seen, seen + length)
+            seen += length
+            expected = _eager(model, ids, mask, span, cache)
+            found = torch.from_numpy(state.feed(ids[:, span].numpy(), mask[:, span].numpy())).float()
+            real = mask[:, span].bool()
+            difference = float((found - expected)[real].abs().max()) if real.any() else 0.0
+            worst = difference if not difference <= worst else worst  # a NaN is the worst
+            largest = max(largest, float(expected[real].abs().max()) if real.any() else 0.0)
+        check = Check(batch, padding, lengths, worst / largest)
+        if not check.deviation <= tolerance:
+            raise VerificationError(
+                f"the exported model computes something else than {type(model).__name__}: with {batch} rows, "
+                f"{padding} tokens of padding and calls of {', '.join(map(str, lengths))} tokens its logits deviate "
+                f"by {check.deviation:.1e} of the largest ({tolerance:.0e} is tolerated); nothing was written"
+            )
+        done.append(check)
+    return done
+
+
+def _tokens(model: PreTrainedModel, batch: int, padding: int, length: int) -> tuple[Tensor, Tensor]:
+    rows: Any = model.get_input_embeddings()
+    ids = torch.randint(0, rows.weight.shape[0], (batch, length), generator=torch.Generator().manual_seed(batch))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return ids, mask
+
+
+def _eager(model: PreTrainedModel, ids: Tensor, mask: Tensor, span: slice, cache: Any) -> Tensor:
+    call: Any = model
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, span]} if takes_positions(model) else {}
+    out = call(ids[:, span], attention_mask=mask[:, : span.stop], past_key_values=cache, use_cache=True, **positions)
+    logits: Tensor = out.logits.float()
+    return logits

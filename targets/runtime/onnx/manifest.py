@@ -1,0 +1,73 @@
+"""What an exported directory says of itself: ``attnedit-onnx.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attnedit.compiler.errors import UsageError
+from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache
+
+MANIFEST_FILE = "attnedit-onnx.json"
+MODEL_FILE = "model.onnx"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Description of an exported model.
+
+    Attributes:
+        source: name of the source model's class.
+        cache: "dynamic" or "static".
+        dtype: of weights and cache, "float32" or "float16".
+        quantize: None, "int8" or "int4".
+        opset: version of the ai.onnx operators.
+        positions: whether there is an input ``position_ids``.
+        vocab_size: V, the last axis of the logits.
+        max_positions: positions the model has; None where its configuration names none.
+        eos_token_id: tokens that end a text.
+        pad_token_id: what fills up finished rows.
+        layers: what each layer caches.
+        checks: the comparisons with the source framework that the export passed, each with its deviation.
+        flavor: "ort" or "genai".
+    """
+
+    source: str
+    cache: CacheForm
+    dtype: str
+    quantize: str | None
+    opset: int
+    positions: bool
+    vocab_size: int
+    max_positions: int | None
+    eos_token_id: list[int]
+    pad_token_id: int
+    layers: list[LayerCache]
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    flavor: str = "ort"
+
+    def write(self, directory: Path) -> None:
+        """Write the file into a directory."""
+        values = {"format_version": FORMAT_VERSION, **asdict(self)}
+        (directory / MANIFEST_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read the file of a directory.
+
+        Raises:
+            UsageError: there is none, or not of this format.
+        """
+        file = directory / MANIFEST_FILE
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            version = values.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise UsageError(f"{file} has format {version}, this version of attnedit reads {FORMAT_VERSION}")
+            values["layers"] = [LayerCache(**layer) for layer in values["layers"]]
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{file} cannot be read: {error}; give a directory that attnedit export wrote") from error
