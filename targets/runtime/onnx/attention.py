@@ -85,7 +85,8 @@ class LatentAttention(nn.Module):
     """`MLA` with everything absorbed that can be: queries go to the latent, outputs come from it.
 
     The logits are two products with the two parts of the cache, and the latent is the value as it stands: no part
-    of the cache is sliced or copied.
+    of the cache is sliced or copied. Where the cache has keys of another size than the latent's, its two halves
+    hold latent and slots joined and cut in the middle.
 
     Args:
         mla: the trained module; weights are computed from it.
@@ -127,24 +128,29 @@ class LatentAttention(nn.Module):
         batch, heads, length, _ = query.shape
         latent, slots = self.kv_a_proj_with_mqa(kv_input).unsqueeze(1).split([rank, rope], dim=-1)
         down = torch.matmul(query, self.query_down)
+        onto_latent = down[..., :rank] if config.qk_nope_head_dim else None
+        onto_slots = None
         if rope and cos is not None and sin is not None:
             cos, sin = (self._columns(table, slots) for table in (cos, sin))
-            slots = _rotate(slots, cos, sin)
-        latent, slots = cache.update(latent, slots, config.layer_idx)
-        keys = latent.shape[2]
-        logits: Tensor | None = None
-        if config.qk_nope_head_dim:
-            logits = torch.matmul(down[..., :rank].reshape(batch, 1, heads * length, rank), latent.transpose(-1, -2))
-        if rope and cos is not None and sin is not None:
-            rotated = _rotate(down[..., -rope:], cos, sin).reshape(batch, 1, heads * length, rope)
-            rotary = torch.matmul(rotated, slots.transpose(-1, -2))
-            logits = rotary if logits is None else logits + rotary
-        if logits is None:
+            slots, onto_slots = _rotate(slots, cos, sin), _rotate(down[..., -rope:], cos, sin)
+        elif onto_latent is None:
             raise AttneditError(f"layer {config.layer_idx}: rotary slots need cos and sin, and its graph has none")
+        layer: ExportLayer = cache.layers[config.layer_idx]
+        even = layer.keys is not None and layer.keys.shape[-1] != rank
+        if even and layer.keys is not None:
+            size = layer.keys.shape[-1]
+            onto_latent = query.new_zeros(batch, heads, length, rank) if onto_latent is None else onto_latent
+            latent, slots = _halves((latent, slots), size)
+            onto_latent, onto_slots = _halves((onto_latent, onto_slots), size)
+        latent, slots = cache.update(latent, slots, config.layer_idx)
+        pairs = ((latent, onto_latent), (slots, onto_slots))
+        parts = [_products(cached, onto) for cached, onto in pairs if onto is not None]
+        logits = sum(parts[1:], parts[0]).transpose(1, 2).unflatten(1, (heads, length))
         sinks = () if self.sinks is None else (self.sinks,)
-        weights, _ = probabilities(logits.reshape(batch, heads, length, keys), mask, config.softcap, sinks)
-        weights = weights.to(latent.dtype).reshape(batch, 1, heads * length, keys)
-        context = torch.matmul(weights, latent).reshape(batch, heads, length, rank)
+        weights, _ = probabilities(logits, mask, config.softcap, sinks)
+        weights = weights.to(latent.dtype).reshape(batch, 1, heads * length, latent.shape[2])
+        values = torch.cat([torch.matmul(weights, half) for half in ((latent, slots) if even else (latent,))], dim=-1)
+        context = values[..., :rank].reshape(batch, heads, length, rank)
         return torch.matmul(context, self.value_up).transpose(1, 2)
 
     def _columns(self, table: Tensor, like: Tensor) -> Tensor:
@@ -245,6 +251,22 @@ def lower(model: nn.Module) -> None:
             model.set_submodule(name, LatentAttention(module))
         elif isinstance(module, GateSWA):
             model.set_submodule(name, WindowAttention(module))
+
+
+def _halves(parts: tuple[Tensor | None, ...], size: int) -> tuple[Tensor, Tensor]:
+    """Join along the last dim, fill up with zeros to twice `size`, and cut in the middle."""
+    joined = torch.cat([part for part in parts if part is not None], dim=-1)
+    joined = nn.functional.pad(joined, (0, 2 * size - joined.shape[-1]))
+    return joined[..., :size], joined[..., size:]
+
+
+def _products(cached: Tensor, queries: Tensor) -> Tensor:
+    """Products of cached values [B, 1, S, w] with queries [B, H, T, w], as [B, S, H T].
+
+    The cache is the left factor because matrix products pack the right one first, which costs more than to turn the
+    logits around afterwards.
+    """
+    return torch.matmul(cached.squeeze(1), queries.flatten(1, 2).transpose(1, 2))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,7 +19,10 @@ from transformers.cache_utils import CacheLayerMixin
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa_cache import GateSWALayer
 
-CacheForm = Literal["dynamic", "static"]
+CacheForm = Literal["dynamic", "static", "fixed"]
+"""Grown by concatenation; buffers of any capacity, written by TensorScatter; every size a number, written by
+ScatterElements, which older opsets have too."""
+
 TENSOR_SCATTER_OPSET = 24
 
 
@@ -85,7 +88,7 @@ class Step:
     Attributes:
         start: position of the first new token of each row, int64 [B].
         real: False for padding, bool [B, S].
-        past: P as a number, for those who ask; 0 with fixed buffers, where only ``start`` tells.
+        past: P as a number, for those who ask; 0 with buffers, where only ``start`` tells.
         length: T.
     """
 
@@ -123,7 +126,7 @@ class ExportLayer(CacheLayerMixin):
     Args:
         keys: [B, G, P, d], or the whole buffer [B, G, S, d] in the static form.
         values: the same with dv.
-        form: "dynamic" appends, "static" writes into the buffer at ``Step.start``.
+        form: "dynamic" appends, the others write into the buffer at ``Step.start``.
     """
 
     is_sliding = False
@@ -149,6 +152,8 @@ class ExportLayer(CacheLayerMixin):
             return torch.cat((past, new), dim=2)
         if past.shape[-1] == 0:
             return past
+        if self.form == "fixed":
+            return past.scatter(2, current_step().positions()[:, None, :, None].expand_as(new), new)
         return torch.onnx.ops.symbolic(
             "TensorScatter",
             (past, new, current_step().start),

@@ -79,19 +79,25 @@ def _pieces(length: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def check_model(model: PreTrainedModel, exported: OnnxModel, tolerance: float) -> list[Check]:
+def check_model(
+    model: PreTrainedModel,
+    exported: OnnxModel,
+    tolerance: float,
+    plan: Iterable[tuple[int, int, tuple[int, ...]]] | None = None,
+) -> list[Check]:
     """Compare an exported model with the live one it came from.
 
     Args:
         model: in the dtype that was exported.
         exported: the result, loaded.
         tolerance: bound on `Check.deviation`.
+        plan: batch, padding and lengths of each comparison; `cases` unless told.
 
     Raises:
         VerificationError: the bound is exceeded; names the case.
     """
     done = []
-    for batch, padding, lengths in cases(windows(model)):
+    for batch, padding, lengths in cases(windows(model)) if plan is None else plan:
         ids, mask = _tokens(model, batch, padding, sum(lengths))
         cache: Any = DynamicCache(config=model.config)
         state = exported.decoding(batch, sum(lengths) + 3)

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from attnedit.compiler.errors import AttneditError, UsageError, VerificationErro
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.checkpoint import check_free
-from attnedit.targets.runtime.onnx.cache import CacheForm, layer_caches
+from attnedit.targets.runtime.onnx.atc import OPSET, fixed_cases, fixed_programs
+from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache, layer_caches
 from attnedit.targets.runtime.onnx.check import TOLERANCES, check_model
+from attnedit.targets.runtime.onnx.genai import even_split, write_config
 from attnedit.targets.runtime.onnx.kernels import check_kernels, choose_dtype, choose_opset
-from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, Manifest
+from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, FixedSizes, Manifest
 from attnedit.targets.runtime.onnx.program import Signature, export_program, takes_positions
 from attnedit.targets.runtime.onnx.quantize import quantize_weights
 from attnedit.targets.runtime.onnx.runner import OnnxModel
@@ -41,6 +43,9 @@ def export(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     opset: int | None = None,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    capacity: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write a model as ONNX, and check it against the live one; the directory appears complete or not at all.
@@ -49,11 +54,17 @@ def export(
         result: a `CompileResult`, or anything with a transformers model as ``model`` and perhaps a ``tokenizer``;
             a model that was not rewritten is exported as it is.
         directory: where to; missing or empty.
-        flavor: "ort".
-        cache: "dynamic" grows the cache with every call, "static" writes into buffers of a fixed capacity.
+        flavor: "ort"; "genai" for onnxruntime-genai: every layer caches keys and values of one size, and its
+            configuration is written too; "atc" for Ascend's offline compiler: standard operators of opset 17, a
+            graph for prefill and one for decode, every size a number.
+        cache: "dynamic" grows the cache with every call, "static" writes into buffers of a capacity chosen when it
+            runs; "atc" has its own form.
         dtype: "float32" or "float16"; the model's own unless told.
         quantize: "int8" or "int4" rounds the weights of linear layers; None does not.
         opset: version of the ai.onnx operators; the lowest that does, unless told.
+        batch_size: rows, for "atc" alone; 1 unless told.
+        seq_len: tokens of one prefill call, for "atc" alone; 128 unless told.
+        capacity: tokens that the cache holds, for "atc" alone; 2,048 unless told.
         progress: told what is going on.
 
     Returns:
@@ -68,37 +79,72 @@ def export(
         >>> from attnedit.targets.runtime.onnx import OnnxModel, export
         >>> export(result, "smollm2-onnx", dtype="float16")  # doctest: +SKIP
     """
-    _check_choice("--flavor", flavor, ("ort",))
-    _check_choice("--cache", cache, ("dynamic", "static"))
-    if quantize is not None:
-        _check_choice("--quantize", quantize, ("int8", "int4"))
-    number = choose_opset(cache, opset)
+    fixed = _check_flavor(
+        flavor, cache, quantize, opset, {"batch": batch_size, "sequence_length": seq_len, "capacity": capacity}
+    )
+    number = OPSET if fixed else choose_opset(cache, opset)
     chosen = choose_dtype(dtype, result.model.dtype)
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     model = share_copy(result.model).to(device="cpu", dtype=chosen).eval()
     with staged(target) as staging:
         with stage("export", progress):
-            signature = Signature(tuple(layer_caches(model)), cache, takes_positions(model))
-            program = export_program(model, signature, number)
-            check_kernels(program, number)
+            layers = tuple(layer_caches(model))
+            if flavor == "genai":
+                layers = even_split(layers)
+            if fixed:
+                programs = fixed_programs(model, layers, fixed)
+            else:
+                signature = Signature(layers, cache, takes_positions(model))
+                programs = iter([(MODEL_FILE, export_program(model, signature, number))])
+            for file, program in programs:
+                check_kernels(program, number)
+                save_program(program, staging / file)
+                if quantize is not None:
+                    quantize_weights(staging / file, quantize)
+                _check_file(staging / file)
         with stage("write", progress):
-            save_program(program, staging / MODEL_FILE)
-            del program
-            if quantize is not None:
-                quantize_weights(staging / MODEL_FILE, quantize)
-            _check_file(staging / MODEL_FILE)
-            manifest = _manifest(model, signature, number, quantize)
-            manifest.write(staging)
-            if getattr(result, "tokenizer", None) is not None:
-                result.tokenizer.save_pretrained(staging)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(staging)
+            manifest = _manifest(model, layers, "fixed" if fixed else cache, number, quantize, flavor, fixed)
+            _write_companions(result, model, manifest, staging)
         with stage("check", progress):
-            checks = check_model(model, OnnxModel(staging), TOLERANCES[quantize or manifest.dtype])
+            plan = fixed_cases(fixed) if fixed else None
+            checks = check_model(model, OnnxModel(staging), TOLERANCES[quantize or manifest.dtype], plan)
             manifest.checks.extend(check.to_dict() for check in checks)
             manifest.write(staging)
     return manifest
+
+
+def _write_companions(result: Any, model: PreTrainedModel, manifest: Manifest, directory: Path) -> None:
+    """Write everything beside the graphs: what the directory says of itself, tokenizer, generation defaults."""
+    manifest.write(directory)
+    if getattr(result, "tokenizer", None) is not None:
+        result.tokenizer.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    if manifest.flavor == "genai":
+        text = model.config.get_text_config(decoder=True)
+        sizes = {"hidden_size": text.hidden_size, "heads": text.num_attention_heads}
+        write_config(manifest, directory, **sizes, bos_token_id=text.bos_token_id)
+
+
+def _check_flavor(
+    flavor: str, cache: str, quantize: str | None, opset: int | None, sizes: Mapping[str, int | None]
+) -> FixedSizes | None:
+    """Refuse options that contradict each other; return the sizes of a model that has them all fixed."""
+    _check_choice("--flavor", flavor, ("ort", "genai", "atc"))
+    _check_choice("--cache", cache, ("dynamic", "static"))
+    if quantize is not None:
+        _check_choice("--quantize", quantize, ("int8", "int4"))
+    if flavor != "ort" and cache != "dynamic":
+        raise UsageError(f"--flavor {flavor} has a cache of its own form; leave --cache {cache} out")
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if flavor != "atc":
+        if given:
+            raise UsageError("--batch-size, --seq-len and --capacity are for --flavor atc; leave them out")
+        return None
+    if quantize is not None or opset not in (None, OPSET):
+        raise UsageError(f"--flavor atc is of opset {OPSET} and standard operators; leave --quantize and --opset out")
+    return FixedSizes(**given)
 
 
 def save_program(program: ir.Model, file: Path) -> None:
@@ -147,7 +193,15 @@ def _check_file(file: Path) -> None:
         raise VerificationError(f"onnx.checker refuses the exported model: {reason}") from error
 
 
-def _manifest(model: PreTrainedModel, signature: Signature, opset: int, quantize: str | None) -> Manifest:
+def _manifest(
+    model: PreTrainedModel,
+    layers: tuple[LayerCache, ...],
+    cache: CacheForm,
+    opset: int,
+    quantize: str | None,
+    flavor: str,
+    fixed: FixedSizes | None,
+) -> Manifest:
     config = model.config.get_text_config(decoder=True)
     generation: Any = model.generation_config
     ends = getattr(generation, "eos_token_id", None)
@@ -158,16 +212,18 @@ def _manifest(model: PreTrainedModel, signature: Signature, opset: int, quantize
     limit = getattr(config, "max_position_embeddings", None)
     return Manifest(
         source=type(model).__name__,
-        cache=signature.form,
+        cache=cache,
         dtype=str(model.dtype).removeprefix("torch."),
         quantize=quantize,
         opset=opset,
-        positions=signature.positions,
+        positions=takes_positions(model),
         vocab_size=int(rows.weight.shape[0]),
         max_positions=None if limit is None else int(limit),
         eos_token_id=ends,
         pad_token_id=int(pad) if pad is not None else ends[0] if ends else 0,
-        layers=list(signature.layers),
+        layers=list(layers),
+        flavor=flavor,
+        fixed=fixed,
     )
 
 

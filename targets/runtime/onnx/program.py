@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -27,7 +28,10 @@ from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache, Step, exp
 # Sizes for tracing: all different, and none that a real dimension of a model is likely to have.
 BATCH, LENGTH, PAST = 2, 5, 11
 
-AXES = {
+Axes = tuple[int | str | None, ...]
+"""Sizes, names of free axes, or None for what is not said."""
+
+AXES: dict[str, Axes] = {
     "input_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
     "position_ids": ("batch_size", "sequence_length"),
@@ -42,31 +46,39 @@ class Signature:
 
     Attributes:
         layers: what each layer caches.
-        form: "dynamic": the cache grows, and ``attention_mask`` is [B, P + T]; "static": growing layers are buffers
-            of a fixed capacity, which is the length of ``attention_mask``, and ``write_indices`` [B] says where
-            the new tokens go.
+        form: "dynamic": the cache grows, and ``attention_mask`` is [B, P + T]; "static" and "fixed": growing layers
+            are buffers of a capacity, which is the length of ``attention_mask``, and ``write_indices`` [B] says
+            where the new tokens go.
         positions: whether there is an input ``position_ids`` [B, T].
+        sizes: numbers for axes that are not free.
     """
 
     layers: tuple[LayerCache, ...]
     form: CacheForm
     positions: bool
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
-    def inputs(self) -> dict[str, tuple[int | str | None, ...]]:
+    def inputs(self) -> dict[str, Axes]:
         """Return the shape of every input, sizes or names of axes, in order."""
         names = ["input_ids", "attention_mask"]
         names += ["position_ids"] if self.positions else []
-        names += ["write_indices"] if self.form == "static" else []
-        return {**{name: AXES[name] for name in names}, **self._cache("past_key_values")}
+        names += ["write_indices"] if self.form != "dynamic" else []
+        return self._sized({**{name: AXES[name] for name in names}, **self._cache("past_key_values")})
 
-    def outputs(self) -> dict[str, tuple[int | str | None, ...]]:
+    def outputs(self) -> dict[str, Axes]:
         """Return the shape of every output, sizes or names of axes, in order."""
-        return {"logits": AXES["logits"], **self._cache("present")}
+        return self._sized({"logits": AXES["logits"], **self._cache("present")})
 
-    def _cache(self, prefix: str) -> dict[str, tuple[int | str | None, ...]]:
+    def _sized(self, shapes: dict[str, Axes]) -> dict[str, Axes]:
+        return {
+            name: tuple(self.sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes)
+            for name, axes in shapes.items()
+        }
+
+    def _cache(self, prefix: str) -> dict[str, Axes]:
         past = "past_sequence_length" if prefix == "past_key_values" else "total_sequence_length"
-        grown: str = "total_sequence_length" if self.form == "static" else past
-        shapes: dict[str, tuple[int | str | None, ...]] = {}
+        grown: str = past if self.form == "dynamic" else "total_sequence_length"
+        shapes: dict[str, Axes] = {}
         for layer in self.layers:
             tokens = grown if layer.tokens is None else layer.tokens
             for name, size in zip(layer.names(prefix), (layer.key_size, layer.value_size), strict=True):
@@ -97,7 +109,7 @@ class _CachedModel(nn.Module):
         batch, length, total = *ids.shape, mask.shape[1]
         named = [layer.names("past_key_values") for layer in self.signature.layers]
         past = [(inputs[key], inputs[value]) for key, value in named]
-        if self.signature.form == "static":
+        if self.signature.form != "dynamic":
             step = Step(inputs["write_indices"], mask.bool(), 0, length)
         else:
             for layer, (key, _) in zip(self.signature.layers, past, strict=True):

@@ -35,7 +35,7 @@ class OnnxModel:
 
     Attributes:
         manifest: what the directory says of the model.
-        session: the ONNX Runtime session.
+        sessions: ONNX Runtime's sessions, by the tokens that one call takes; 0 takes any number.
         tokenizer: None if the directory holds none.
 
     Raises:
@@ -46,18 +46,9 @@ class OnnxModel:
         path = Path(directory).expanduser()
         self.manifest = Manifest.read(path)
         self.signature = Signature(tuple(self.manifest.layers), self.manifest.cache, self.manifest.positions)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # A pattern is kept per input shape, and every step of a growing cache has another one.
-        options.enable_mem_pattern = False
-        try:
-            self.session = onnxruntime.InferenceSession(
-                path / MODEL_FILE, sess_options=options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions have no common base
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise UsageError(f"onnxruntime cannot load {path / MODEL_FILE}: {reason}") from error
+        fixed = self.manifest.fixed
+        graphs = {MODEL_FILE: 0} if fixed is None else fixed.graphs()
+        self.sessions = {length: _session(path / file, threads) for file, length in graphs.items()}
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if (path / "tokenizer_config.json").exists():
             self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -67,7 +58,7 @@ class OnnxModel:
 
         Args:
             batch: B.
-            capacity: C, the most tokens; needed by fixed buffers only.
+            capacity: C, the most tokens; needed by buffers whose size the model does not fix.
 
         Raises:
             UsageError: the buffers have to have a capacity.
@@ -106,10 +97,14 @@ class OnnxModel:
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
         self._check_prompt(ids, mask, max_new_tokens)
         generator = np.random.default_rng(seed)
+        chunk = PREFILL
+        if self.manifest.fixed is not None:
+            chunk = self.manifest.fixed.sequence_length
+            ids, mask = (np.pad(x, ((0, 0), (-x.shape[1] % chunk, 0))) for x in (ids, mask))
         state = self.decoding(len(ids), ids.shape[1] + max_new_tokens)
         logits = np.empty(0)
-        for start in range(0, ids.shape[1], PREFILL):
-            logits = state.feed(ids[:, start : start + PREFILL], mask[:, start : start + PREFILL])
+        for start in range(0, ids.shape[1], chunk):
+            logits = state.feed(ids[:, start : start + chunk], mask[:, start : start + chunk])
         running = np.ones(len(ids), dtype=bool)
         for index in range(max_new_tokens):
             token = choose(logits[:, -1], generator, temperature, top_k, top_p)
@@ -153,13 +148,18 @@ class Decoding:
         self.model, self.batch, self.capacity = model, batch, capacity
         self.mask = np.zeros((batch, 0), dtype=np.int64)
         self.dtype = np.dtype(model.manifest.dtype)
-        self.binding = model.session.io_binding()
-        self.static = model.manifest.cache == "static"
-        if self.static and capacity is None:
+        self.bindings = {length: session.io_binding() for length, session in model.sessions.items()}
+        self.buffers = model.manifest.cache != "dynamic"
+        fixed = model.manifest.fixed
+        if fixed is not None:
+            if batch != fixed.batch:
+                raise UsageError(f"the model was exported for {fixed.batch} rows, got {batch}")
+            self.capacity = capacity = fixed.capacity
+        if self.buffers and capacity is None:
             raise UsageError("a model with --cache static has buffers of a fixed size; say their capacity in tokens")
         self.cache: dict[str, Any] = {}
         for layer in model.manifest.layers:
-            tokens = layer.tokens if layer.tokens is not None else (capacity or 0) if self.static else 0
+            tokens = layer.tokens if layer.tokens is not None else (capacity or 0) if self.buffers else 0
             for name, size in zip(layer.names("past_key_values"), (layer.key_size, layer.value_size), strict=True):
                 empty = np.zeros((batch, layer.heads, tokens, size), dtype=self.dtype)
                 self.cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
@@ -173,15 +173,15 @@ class Decoding:
         """Add tokens [B, T] (with 0 in ``attention_mask`` [B, T] for padding), and return their logits [B, T, V].
 
         Raises:
-            AttneditError: the fixed buffers are full, or ONNX Runtime failed.
+            AttneditError: the buffers are full, the model takes no such number of tokens, or ONNX Runtime failed.
         """
         past, new = self.length, input_ids.shape[1]
-        if self.static and self.capacity is not None and past + new > self.capacity:
+        if self.buffers and self.capacity is not None and past + new > self.capacity:
             raise AttneditError(f"{past} + {new} tokens do not fit into buffers of {self.capacity}")
         added = np.ones_like(input_ids) if attention_mask is None else attention_mask
         self.mask = np.concatenate([self.mask, added], axis=1)
         mask = self.mask
-        if self.static:
+        if self.buffers:
             mask = np.pad(mask, ((0, 0), (0, (self.capacity or 0) - mask.shape[1])))
         positions = np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, past:]
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
@@ -189,7 +189,11 @@ class Decoding:
         return self._run({name: value.astype(np.int64) for name, value in inputs.items()})
 
     def _run(self, inputs: dict[str, Array]) -> Array:
-        binding, signature = self.binding, self.model.signature
+        signature, length = self.model.signature, inputs["input_ids"].shape[1]
+        length = length if length in self.bindings else 0
+        if length not in self.bindings:
+            raise AttneditError(f"the exported model takes {' or '.join(map(str, self.bindings))} tokens at once")
+        binding = self.bindings[length]
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
         for name in signature.inputs():
@@ -201,13 +205,13 @@ class Decoding:
         kept: list[str] = []
         for layer in signature.layers:
             for past, present in zip(layer.names("past_key_values"), layer.names("present"), strict=True):
-                if self.static and layer.tokens is None:
+                if self.model.manifest.cache == "static" and layer.tokens is None:
                     binding.bind_ortvalue_output(present, self.cache[past])  # written in place
                 else:
                     binding.bind_output(present, "cpu")
                     kept.append(past)
         try:
-            self.model.session.run_with_iobinding(binding)
+            self.model.sessions[length].run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise AttneditError(f"onnxruntime failed: {reason}") from error
@@ -217,6 +221,20 @@ class Decoding:
             self.cache[past] = outputs[past.replace("past_key_values", "present", 1)]
         logits: Array = outputs["logits"].numpy()
         return logits
+
+
+def _session(file: Path, threads: int) -> Any:
+    """Load a graph into ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # A pattern is kept per input shape, and every step of a growing cache has another one.
+    options.enable_mem_pattern = False
+    try:
+        return onnxruntime.InferenceSession(file, sess_options=options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UsageError(f"onnxruntime cannot load {file}: {reason}") from error
 
 
 def choose(
