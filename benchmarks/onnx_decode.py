@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -194,7 +194,8 @@ def measure(directories: dict[str, Path], lengths: list[int], tokens: int, threa
 
 
 def alone(directory: str, length: int, threads: int) -> None:
-    """Seconds to the first token of a prompt, and resident memory after a step, of this process as JSON."""
+    """Seconds to the first token of a prompt, and memory that model and cache take after a step, as JSON."""
+    before = resident()
     model = OnnxModel(directory, threads)
     state = model.decoding(1, length + 2)
     prompt = np.random.default_rng(0).integers(0, model.manifest.vocab_size, (1, length))
@@ -203,7 +204,13 @@ def alone(directory: str, length: int, threads: int) -> None:
         state.feed(prompt[:, begin : begin + 256])
     first = time.perf_counter() - start
     state.feed(prompt[:, :1])
-    print(json.dumps({"first": first, "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"first": first, "MiB": resident() - before}))
+
+
+def resident() -> float:
+    """Resident memory of this process in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main() -> None:
