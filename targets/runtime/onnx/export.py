@@ -22,7 +22,7 @@ from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.onnx.atc import OPSET, fixed_cases, fixed_programs
 from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache, layer_caches
-from attnedit.targets.runtime.onnx.check import TOLERANCES, check_model
+from attnedit.targets.runtime.onnx.check import ROUNDED_TOLERANCES, TOLERANCES, check_model
 from attnedit.targets.runtime.onnx.genai import even_split, write_config
 from attnedit.targets.runtime.onnx.kernels import check_kernels, choose_dtype, choose_opset
 from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, FixedSizes, Manifest
@@ -100,15 +100,18 @@ def export(
             for file, program in programs:
                 check_kernels(program, number)
                 save_program(program, staging / file)
-                if quantize is not None:
-                    quantize_weights(staging / file, quantize)
                 _check_file(staging / file)
-        with stage("write", progress):
+        with stage("check", progress):
             manifest = _manifest(model, layers, "fixed" if fixed else cache, number, quantize, flavor, fixed)
             _write_companions(result, model, manifest, staging)
-        with stage("check", progress):
             plan = fixed_cases(fixed) if fixed else None
-            checks = check_model(model, OnnxModel(staging), TOLERANCES[quantize or manifest.dtype], plan)
+            checks = check_model(model, OnnxModel(staging), TOLERANCES[manifest.dtype], plan)
+        if quantize is not None:
+            with stage("quantize", progress):
+                quantize_weights(staging / MODEL_FILE, quantize)
+                _check_file(staging / MODEL_FILE)
+                checks = check_model(model, OnnxModel(staging), ROUNDED_TOLERANCES[quantize], rounded=True)
+        with stage("write", progress):
             manifest.checks.extend(check.to_dict() for check in checks)
             manifest.write(staging)
     return manifest
