@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20, help="timed tokens; the median counts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt for first-token time")
+    parser.add_argument("--exports", type=Path, help="keep the exported models here, and use those that are there")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
@@ -232,14 +233,17 @@ def main() -> None:
     else:
         models = {name: load_source(name, device="cpu", dtype="float32").model for name in options.models}
     with tempfile.TemporaryDirectory() as folder:
+        exports = options.exports or Path(folder)
         directories = {}
         for index, (name, model) in enumerate(models.items()):
             if not index:
-                directories[f"{name}, GroupQueryAttention"] = Path(folder) / "fused"
-                export_fused(model, Path(folder) / "fused")
+                directories[f"{name}, GroupQueryAttention"] = exports / "fused"
+                if not (exports / "fused").exists():
+                    export_fused(model, exports / "fused")
             for form in ("static", "dynamic"):
-                directories[f"{name}, {form}"] = target = Path(folder) / f"{index}-{form}"
-                export(SimpleNamespace(model=model, tokenizer=None), target, cache=form)
+                directories[f"{name}, {form}"] = target = exports / f"{index}-{form}"
+                if not target.exists():
+                    export(SimpleNamespace(model=model, tokenizer=None), target, cache=form)
         measure(directories, [int(length) for length in options.lengths.split(",")], options.tokens, options.threads)
         print(f"\n{'model':<32} {f'first token of {options.prompt}, s':>24} {'resident MiB':>13}")
         for name, directory in directories.items():

@@ -1,0 +1,240 @@
+"""Every causal language model of transformers through the compiler, and the table of it in docs/families.md.
+
+    python benchmarks/families.py [--only llama,gptj] [--output docs/families.md]
+
+Each class of ``AutoModelForCausalLM`` is built with a tiny random configuration, found by program: its defaults, with
+every size that has a usual name made small. Each runs in a process of its own with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+import attnedit
+from attnedit.compiler.anchor import attention_implementation
+from attnedit.compiler.capture import capture, graph_module
+from attnedit.targets.runtime.eager import share_copy, splice
+
+SECONDS = 180
+"""Time that one class may take."""
+
+HIDDEN, HEADS, GROUPS, HEAD_DIM, LAYERS, VOCABULARY, POSITIONS = 32, 4, 2, 8, 2, 64, 128
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "embedding_size"), HIDDEN),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "dff"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), HEADS),
+    "num_key_value_heads": GROUPS,
+    "head_dim": HEAD_DIM,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"), POSITIONS),
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size"), 4),
+    # mixtures of experts
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
+    **{"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    # latent attention
+    **{"q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    # linear attention and state spaces
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_num_heads": 8},
+    **{"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "mamba_dt_rank": 4},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
+    **{"is_decoder": True, "tie_word_embeddings": False},
+}
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    # sizes that must agree with each other in a way no name tells
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+}
+
+
+def tiny(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """Make a small configuration: the class's defaults with `SIZES` where it has such a field."""
+    defaults = config_class()
+    aliases = set(defaults.attribute_map)
+    known = {name: size for name, size in SIZES.items() if hasattr(defaults, name) and name not in aliases}
+    # None mostly means: follows from the others, as they are.
+    known = {name: size for name, size in known.items() if getattr(defaults, name) is not None or name == "head_dim"}
+    for name, value in vars(defaults).items():
+        if name == "layer_types" and isinstance(value, list):
+            kinds = sorted(set(value), key=value.index)
+            known[name] = (kinds * LAYERS)[:LAYERS] if len(kinds) <= LAYERS else kinds
+            known["num_hidden_layers"] = len(known[name])
+    return config_class(**{**known, **SPECIAL.get(config_class.model_type, {})})
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model weights large enough that attention matters."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits without a cache."""
+    with torch.no_grad():
+        result: Tensor = model(ids, use_cache=False).logits
+    return result
+
+
+def generates(model: PreTrainedModel) -> str:
+    """Generate for a padded batch from the cache."""
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    call: Any = model.generate
+    out = call(ids, attention_mask=mask, min_new_tokens=4, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, 9)
+    return "yes"
+
+
+def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
+    """Yield one column of the table after another."""
+    config = tiny(config_class)
+    model = randomise(AutoModelForCausalLM.from_config(config))
+    yield "parameters", str(sum(parameter.numel() for parameter in model.parameters()))
+    ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(1))
+    sites = capture(model)
+    latent = [site for site in sites if site.already_mla]
+    yield "sites", f"{len(sites)}" + (f", {len(latent)} latent already" if latent else "")
+    with attention_implementation(model, "eager"):
+        expected = logits(model, ids)
+        copy = share_copy(model)
+        splice(copy, {site.name: graph_module(model, site) for site in sites})
+        error = float((logits(copy, ids) - expected).abs().max())
+    yield "identity", "exact" if error == 0 else f"{error:.0e}"
+    data = torch.randint(3, VOCABULARY, (16, 128), generator=torch.Generator().manual_seed(2))
+    options: dict[str, Any] = {"calibration": data}
+    if len(latent) < len(sites):
+        full = attnedit.compile(model, "mla", kv_budget=1.0, **options).model
+        expected = logits(model, ids)
+        yield "MLA 1", f"{float((logits(full, ids) - expected).abs().max() / expected.abs().max()):.0e}"
+        yield "MLA 1/2", generates(attnedit.compile(model, "mla", kv_budget=0.5, alternations=0, **options).model)
+        windowed = attnedit.compile(model, "gateswa", window=4, full_layers=0, **options).model
+        yield "GateSWA", generates(windowed)
+
+
+def work(config_class: type[PreTrainedConfig], connection: Any) -> None:
+    """Examine one class, and send what was found."""
+    torch.set_num_threads(1)
+    found: dict[str, str] = {}
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    warnings.simplefilter("ignore")
+    try:
+        for column, value in examine(config_class):
+            found[column] = value
+    except attnedit.AttneditError as error:
+        found["refused"] = str(error)
+    except BaseException as error:
+        found["fails"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    connection.send(found)
+
+
+def survey(config_class: type[PreTrainedConfig]) -> dict[str, str]:
+    """Examine one class in a process of its own."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=work, args=(config_class, theirs))
+    process.start()
+    theirs.close()
+    try:
+        found: dict[str, str] = ours.recv() if ours.poll(SECONDS) else {"fails": f"longer than {SECONDS} s"}
+    except EOFError:
+        found = {"fails": "the process died"}
+    process.kill()
+    process.join()
+    return found
+
+
+def outcome(row: dict[str, str]) -> str:
+    """One word for a row."""
+    if "fails" in row:
+        return "fails"
+    if "refused" in row:
+        return "refused"
+    return "converted" if "GateSWA" in row else "latent already"
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """Write the page."""
+    counts = Counter(outcome(row) for row in rows.values())
+    lines = [
+        "# Families",
+        "",
+        f"Every class of `AutoModelForCausalLM` in transformers {transformers.__version__}, by program, as a tiny",
+        "model with random weights; written by `python benchmarks/families.py --output docs/families.md`.",
+        "",
+        f"{len(rows)} classes: " + ", ".join(f"{count} {word}" for word, count in counts.most_common()) + ".",
+        "",
+        "- sites: attention modules that were found. identity: logits when each is replaced by its own graph.",
+        "- MLA 1: deviation at the whole budget, of the largest logit. MLA 1/2, GateSWA: generates for a padded batch.",
+        "",
+        "| model | sites | identity | MLA 1 | MLA 1/2 | GateSWA | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        reason = row.get("refused") or (f"fails: {row['fails']}" if "fails" in row else "")
+        reason = re.sub(r"\s+", " ", reason).replace("|", "\\|")
+        cells = [row.get(column, "") for column in ("sites", "identity", "MLA 1", "MLA 1/2", "GateSWA")]
+        lines.append(f"| {' | '.join([name, *cells, reason])} |")
+    return "\n".join(lines) + "\n"
+
+
+def classes() -> dict[str, type[PreTrainedConfig]]:
+    """Configuration class of every causal language model, by model type."""
+    return {config_class.model_type: config_class for config_class in MODEL_FOR_CAUSAL_LM_MAPPING}
+
+
+def main() -> None:
+    """Examine all classes and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="model types, with commas between")
+    parser.add_argument("--output", type=Path, help="where to write the page; standard output unless given")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    chosen = classes()
+    if options.only:
+        chosen = {name: chosen[name] for name in options.only.split(",")}
+    rows = {}
+    for model_type, config_class in track(chosen.items(), "families", disable=options.output is None):
+        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        rows[f"{found.__name__} (`{model_type}`)"] = survey(config_class)
+    page = table(rows)
+    if options.output is None:
+        print(page)
+    else:
+        options.output.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
