@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
+from attnedit.compiler.errors import VerificationError
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.checkpoint import check_free
@@ -27,6 +23,7 @@ from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, Manifest
 from attnedit.targets.runtime.onnx.program import Signature, export_program, takes_positions
 from attnedit.targets.runtime.onnx.quantize import quantize_weights
 from attnedit.targets.runtime.onnx.runner import OnnxModel
+from attnedit.targets.runtime.staging import check_choice, staged
 
 EXTERNAL_ABOVE = 2**31 - 2**26
 """Bytes of weights from which they go into a file of their own: protobuf ends at 2 GiB, and the graph needs room."""
@@ -68,10 +65,10 @@ def export(
         >>> from attnedit.targets.runtime.onnx import OnnxModel, export
         >>> export(result, "smollm2-onnx", dtype="float16")  # doctest: +SKIP
     """
-    _check_choice("--flavor", flavor, ("ort",))
-    _check_choice("--cache", cache, ("dynamic", "static"))
+    check_choice("--flavor", flavor, ("ort",))
+    check_choice("--cache", cache, ("dynamic", "static"))
     if quantize is not None:
-        _check_choice("--quantize", quantize, ("int8", "int4"))
+        check_choice("--quantize", quantize, ("int8", "int4"))
     number = choose_opset(cache, opset)
     chosen = choose_dtype(dtype, result.model.dtype)
     target = Path(directory).expanduser().resolve()
@@ -106,37 +103,6 @@ def save_program(program: ir.Model, file: Path) -> None:
     size = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
     external = f"{file.name}.data" if size > EXTERNAL_ABOVE else None
     ir.save(program, file, external_data=external)
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Give a directory beside `target` to write into, which takes its place if the block ends well.
-
-    Raises:
-        UsageError: nothing can be written there.
-    """
-    made = [folder for folder in target.parents if not folder.exists()]  # innermost first
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
-    try:
-        staging.chmod(0o755)
-        yield staging
-        staging.rename(target)  # takes the place of an empty directory too
-    except OSError as error:
-        raise AttneditError(f"could not write {target}: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not target.exists():
-            for folder in made:
-                folder.rmdir()
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{option} {value!r} is not known; give {' or '.join(choices)}")
 
 
 def _check_file(file: Path) -> None:
