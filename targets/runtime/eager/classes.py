@@ -174,6 +174,11 @@ def source_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return result
 
 
+def source_sites(model: PreTrainedModel) -> Mapping[str, AttentionSite]:
+    """Return the attention sites of a rewritten model's source, by module name, in order."""
+    return _sites(cast(ModelClass, type(model).__bases__[1]), model.config)
+
+
 def _has(model: torch.nn.Module, name: str) -> bool:
     return any(name == existing for existing, _ in model.named_modules())
 
