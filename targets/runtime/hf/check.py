@@ -57,7 +57,7 @@ def check_same(model: PreTrainedModel, written: PreTrainedModel) -> list[Check]:
             raise VerificationError(
                 f"{type(written).__name__} computes something else than {type(model).__name__}: calls of "
                 f"{', '.join(map(str, lengths))} tokens deviate by {check.deviation:.1e} of the largest logit "
-                f"({tolerance:.0e} is tolerated), so something outside the attention differs; nothing was written, "
+                f"({tolerance:.0e} is tolerated), so the class differs in something; nothing was written, "
                 "use --profile remote"
             )
         done.append(check)
