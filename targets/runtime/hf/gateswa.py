@@ -63,7 +63,9 @@ def laguna_checkpoint(model: PreTrainedModel) -> Native:
     for layer in layers:
         gate = _gate(model, layer)
         if gate is not None and bool(gate.any()):
-            raise UsageError(f"{layer.site.name} has a trained gate, a sigmoid; Laguna's is a softplus: use lfm3 or remote")
+            raise UsageError(
+                f"{layer.site.name} has a trained gate, a sigmoid; Laguna's is a softplus: use lfm3 or remote"
+            )
     source: Any = source_config(model.config)
     fields = _fields(layers, source, model) | {
         "gating": True,
@@ -95,7 +97,9 @@ def lfm3_checkpoint(model: PreTrainedModel) -> Native:
             raise UsageError(f"{layer.site.name} has a gate per element, LFM3's is per head; {OTHER}")
         rope = layer.site.rope
         if rope is not None and 2 * len(rope.pairs) != layer.site.head_dim:
-            raise UsageError(f"{layer.site.name} rotates {2 * len(rope.pairs)} dims of a head, LFM3 all of them; {OTHER}")
+            raise UsageError(
+                f"{layer.site.name} rotates {2 * len(rope.pairs)} dims of a head, LFM3 all of them; {OTHER}"
+            )
     source: Any = source_config(model.config)
     if getattr(source, "hidden_act", "silu") not in ("silu", "swish"):
         raise UsageError(f"lfm3 has a silu in its MLP, the source {source.hidden_act}; {OTHER}")
@@ -119,7 +123,9 @@ def native_checkpoint(model: PreTrainedModel) -> Native:
     layers = _layers(model, "native", sink_logits=True)
     for layer in layers:
         if layer.config is not None and layer.config.gate != "none":
-            raise UsageError(f"{layer.site.name} has an output gate, which plain classes do not; use laguna, lfm3 or remote")
+            raise UsageError(
+                f"{layer.site.name} has an output gate, which plain classes do not; use laguna, lfm3 or remote"
+            )
         if layer.config is not None and layer.config.sink_logit and layer.site.sinks is None:
             raise UsageError(f"{layer.site.name} has sink logits, which its source's class does not; {OTHER}")
     source: Any = copy.deepcopy(source_config(model.config))

@@ -173,8 +173,8 @@ def _scale_residual_stream(state: dict[str, Tensor], factor: float, tied: bool) 
 
 def _notes(config: Any, table: Table) -> list[str]:
     notes = [
-        f"{config.kv_lora_rank + config.qk_rope_head_dim} cached values per token and layer: layers are padded to common "
-        "sizes, and rotary slots to one table of frequencies.",
+        f"{config.kv_lora_rank + config.qk_rope_head_dim} cached values per token and layer: layers are padded to "
+        "common sizes, and rotary slots to one table of frequencies.",
         "Weights for float32 and bfloat16; the latent norm, which must do nothing, breaks in float16.",
     ]
     if table.type == "longrope":
@@ -186,7 +186,7 @@ def _notes(config: Any, table: Table) -> list[str]:
         notes.append(f"Engines with a DeepSeek class of their own read rope_type {table.type} each in its own way.")
     if config.rms_norm_eps != LATENT_EPSILON:
         notes.append(
-            f"The latent norm is neutralised for its eps in transformers, {LATENT_EPSILON:g}; engines that take rms_norm_eps "
-            f"({config.rms_norm_eps:g}) there need the export with --kernel-dims."
+            f"The latent norm is neutralised for its eps in transformers, {LATENT_EPSILON:g}; engines that take "
+            f"rms_norm_eps ({config.rms_norm_eps:g}) there need the export with --kernel-dims."
         )
     return notes

@@ -23,8 +23,16 @@ MULTIPLIERS = {
     "logit_scale": 1.0,
     "final_logit_softcapping": None,
 }
-SHARED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SHARED_FIELDS += ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 EPSILON_ROOT_EXPONENT = 20
 """A norm that must do nothing gets its input times ``sqrt(eps) / 2^20``: then eps is all there is under its root, up

@@ -112,7 +112,8 @@ def copied_modules() -> dict[str, str]:
     while names:
         name = names.pop()
         spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
+        if spec is None or spec.origin is None:
+            raise AssertionError(f"{name} is one of our files")
         text = Path(spec.origin).read_text(encoding="utf-8")
         found[_file_name(name)] = OUR_IMPORT.sub(lambda match: f"from .{_file_name(match[1])} import", text)
         names += [other for other in OUR_IMPORT.findall(text) if _file_name(other) not in found]

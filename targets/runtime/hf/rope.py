@@ -82,29 +82,30 @@ def choose_table(
     """
     needed = list(_union(layers).elements())
     own = flat_rope(source)
-    theta = own.get("rope_theta")
+    theta = float(own.get("rope_theta") or 0)
     if own.get("rope_type", "default") not in BY_LENGTH:
         sizes = range(max(2, 2 * len(needed)), 2 * _head_dim(source) + 2, 2) if size is None else (size,)
         for candidate in sizes if theta else ():
-            frequencies = float(theta) ** -(torch.arange(0, candidate, 2, dtype=torch.float64) / candidate)
+            frequencies = theta ** -(torch.arange(0, candidate, 2, dtype=torch.float64) / candidate)
             table = Table({"rope_type": "default", "rope_theta": theta}, frequencies)
             if table.places(needed) is not None:
                 return table
     if size is not None:
         raise UsageError(
-            f"engines' kernels have {size // 2} rotary frequencies, each once and equally spaced, and the model's slots "
-            f"({len(needed)}, {len(set(needed))} of them different) are not among them; leave --kernel-dims out, or "
-            f"compile for fewer cached values"
+            f"engines' kernels have {size // 2} rotary frequencies, each once and equally spaced; the model needs "
+            f"{len(needed)} ({len(set(needed))} different); leave --kernel-dims out, or compile for fewer cached values"
         )
     if own and (table := _own_table(own, source, make)).places(needed) is not None:
         return table
     if own.get("rope_type") in BY_LENGTH:
-        raise UsageError(f"rope_type {own['rope_type']!r} changes with the length, and the class has one table; {OTHER}")
+        raise UsageError(
+            f"rope_type {own['rope_type']!r} changes with the length, and the class has one table; {OTHER}"
+        )
     return _listed(needed, int(source.max_position_embeddings))
 
 
 def flat_rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return ``rope_parameters`` of a source; those of all layer types, where it has several that are equal, else {}."""
+    """Return ``rope_parameters`` of a source; {} where layers of different types rotate differently."""
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     if not nested:
