@@ -212,10 +212,11 @@ def test_bfloat16_loses_no_more_than_rounding(profile: str, tmp_path: Path) -> N
     assert (theirs - precise).square().mean() < 3 * (ours - precise).square().mean()
 
 
-@pytest.mark.parametrize(("profile", "make"), [("youtu", half), ("lfm3", lambda name: windowed(source(name)))])
+@pytest.mark.parametrize(
+    ("profile", "make"), [("youtu", lambda: half("llama").model), ("lfm3", lambda: windowed(source("llama")))]
+)
 def test_float16_is_refused(profile: str, make: Any, tmp_path: Path) -> None:
-    made = make("llama")
-    model = copy.deepcopy(getattr(made, "model", made)).half()
+    model = copy.deepcopy(make()).half()
     with pytest.raises(attnedit.UsageError, match="float16"):
         written(model, tmp_path / "out", profile)
 
