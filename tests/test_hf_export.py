@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import gguf
 import pytest
 import torch
 from commands import Captured, answer, refusal
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, GemmaConfig, GemmaForCausalLM, PreTrainedModel
 
 import attnedit
+from attnedit.compiler.licenses import source_license
 from attnedit.compiler.models import load_source
 from attnedit.targets.runtime.hf import export, model_card
 from attnedit.targets.runtime.hf.check import check_same
@@ -95,22 +97,22 @@ LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
-@pytest.mark.parametrize("profile", ["deepseek_v3", "youtu"])
 @pytest.mark.parametrize(
-    ("family", "budget", "options"),
+    ("profile", "family", "budget", "options"),
     [
-        ("llama", 0.5, {}),
-        ("llama", 1.0, {}),
-        ("llama", 0.5, {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
-        ("llama", 0.5, {"rope_parameters": LLAMA3}),
-        ("llama", 0.5, {"rope_parameters": YARN}),
-        ("mistral", 0.5, {"sliding_window": None}),
-        ("smollm3", 0.5, {}),
-        ("granite", 0.5, {}),
+        ("deepseek_v3", "llama", 0.5, {}),
+        ("deepseek_v3", "llama", 1.0, {}),
+        ("deepseek_v3", "llama", 0.5, {"rope_parameters": LLAMA3}),
+        ("deepseek_v3", "smollm3", 0.5, {}),
+        ("youtu", "llama", 0.5, {}),
+        ("youtu", "llama", 0.5, {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+        ("youtu", "llama", 0.5, {"rope_parameters": YARN}),
+        ("youtu", "mistral", 0.5, {"sliding_window": None}),
+        ("youtu", "granite", 0.5, {}),
     ],
 )
 def test_latent_attention_as_deepseek(
-    family: str, budget: float, options: dict[str, Any], profile: str, tmp_path: Path
+    profile: str, family: str, budget: float, options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = compile_tiny(build(family, **options), budget).model
     manifest = written(model, tmp_path / "out", profile)
@@ -265,8 +267,6 @@ def test_trained_gates_as_lfm3(family: str, tmp_path: Path) -> None:
         (lambda: half("qwen2").model, "youtu", "a bias"),
         (lambda: half("mistral").model, "deepseek_v3", "sliding window"),
         (lambda: half("gpt_oss").model, "deepseek_v3", "no latent attention"),
-        (lambda: compile_tiny(build("gpt_oss", layer_types=["full_attention"] * 2), 0.5).model, "youtu", "sink logits"),
-        (lambda: compile_tiny(build("gemma2", layer_types=["full_attention"] * 2), 0.5).model, "youtu", "softcap"),
         (lambda: half("phi3").model, "deepseek_v3", "gate_up_proj"),
         (lambda: compile_tiny(build("granite", logits_scaling=2.0), 0.5).model, "youtu", "logits_scaling"),
         (lambda: half("llama").model, "laguna", "latent attention"),
@@ -278,12 +278,28 @@ def test_trained_gates_as_lfm3(family: str, tmp_path: Path) -> None:
         (lambda: windowed(source("qwen3"), sinks="logit"), "native", "sink logits"),
         (lambda: windowed(source("olmo2")), "lfm3", "projection norm"),
         (lambda: windowed(source("smollm3")), "laguna", "no rotary embedding"),
-        (lambda: windowed(source("glm4")), "laguna", "neighbours"),
     ],
 )
 def test_what_a_class_lacks_is_refused_by_name(make: Any, profile: str, reason: str, tmp_path: Path) -> None:
+    refused(make(), profile, reason, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("make", "profile", "reason"),
+    [
+        (lambda: compile_tiny(build("gpt_oss", layer_types=["full_attention"] * 2), 0.5).model, "youtu", "sink logits"),
+        (lambda: compile_tiny(build("gemma2", layer_types=["full_attention"] * 2), 0.5).model, "youtu", "softcap"),
+        (lambda: windowed(source("glm4")), "laguna", "neighbours"),
+    ],
+)
+def test_what_rarer_classes_lack_is_refused_by_name(make: Any, profile: str, reason: str, tmp_path: Path) -> None:
+    refused(make(), profile, reason, tmp_path)
+
+
+def refused(model: PreTrainedModel, profile: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(attnedit.UsageError, match=reason) as caught:
-        written(make(), tmp_path / "out", profile)
+        written(model, tmp_path / "out", profile)
     assert not list(tmp_path.iterdir())
     assert "\n" not in str(caught.value)
 
@@ -365,6 +381,19 @@ def test_every_directory_has_a_card(tmp_path: Path) -> None:
         assert data["license"] == "apache-2.0"
         assert data["library_name"] == "transformers"
     assert attnedit.load(tmp_path / "saved").report.license == "apache-2.0"
+
+
+def test_a_gguf_tells_its_licence(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_languages(["en", "de"])
+    writer.add_license("mit")
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert source_license(str(tmp_path / "model.gguf")) == "mit"
+    assert source_license(str(tmp_path / "none.gguf")) is None
+    assert source_license(str(tmp_path)) is None
 
 
 def test_a_card_without_a_licence_says_so() -> None:

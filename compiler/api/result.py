@@ -14,11 +14,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.capture import capture_model
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.licenses import source_license
 from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
-from attnedit.targets.runtime.hf.card import CARD_FILE, model_card, source_license
+from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
 RUNTIMES = "attnedit.runtimes"
 BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export", "hf": "attnedit.targets.runtime.hf:export"}

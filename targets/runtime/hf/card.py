@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, metadata_load
-
+from attnedit.compiler.licenses import CARD_FILE
 from attnedit.compiler.report import Report
 
-CARD_FILE = "README.md"
+__all__ = ["CARD_FILE", "NATIVE", "OURS", "REMOTE", "model_card"]
+
 TARGETS = {"mla": "multi-head latent attention (MLA)", "gateswa": "gated sliding-window attention (GateSWA)"}
 PAPER = "https://arxiv.org/abs/2604.05688"
 
@@ -71,23 +70,6 @@ def model_card(
             "",
         ]
     )
-
-
-def source_license(name: str) -> str | None:
-    """Find out the licence of a source: from its README.md in a directory, or on the Hub; None if it says nothing.
-
-    Args:
-        name: a directory, or a name on the Hub.
-    """
-    card = Path(name).expanduser() / CARD_FILE
-    with contextlib.suppress(
-        Exception
-    ):  # a card is a courtesy: no network, no file, damaged metadata are all "unknown"
-        if not card.is_file() and name.count("/") == 1 and not Path(name).exists():
-            card = Path(hf_hub_download(name, CARD_FILE))
-        found = (metadata_load(card) or {}).get("license") if card.is_file() else None
-        return found if isinstance(found, str) else None
-    return None
 
 
 def _display_name(source: str) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE, check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
-from attnedit.targets.runtime.hf.card import CARD_FILE, NATIVE, REMOTE, model_card, source_license
+from attnedit.targets.runtime.hf.card import CARD_FILE, NATIVE, REMOTE, model_card
 from attnedit.targets.runtime.hf.check import Check, check_same
 from attnedit.targets.runtime.hf.gateswa import laguna_checkpoint, lfm3_checkpoint, native_checkpoint
 from attnedit.targets.runtime.hf.mla import latent_checkpoint

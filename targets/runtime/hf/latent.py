@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
+from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.mla import MLA
 from attnedit.targets.attention.mla_graph import MLA_MODULE
 from attnedit.targets.runtime.eager.classes import source_sites
@@ -19,11 +20,27 @@ from attnedit.targets.runtime.hf.native import OTHER
 
 
 @dataclass(frozen=True)
-class LatentLayer:
+class LatentSite:
+    """What a layer's attention asks of a class, and how large it is: no weights.
+
+    Attributes:
+        site: of the source.
+        config: shape of the latent attention.
+        frequencies: radians per position of each slot.
+        rope_scaling: factor that cos and sin come with.
+    """
+
+    site: AttentionSite
+    config: MLAConfig
+    frequencies: tuple[float, ...]
+    rope_scaling: float
+
+
+@dataclass(frozen=True)
+class LatentWeights:
     """One layer's attention; D hidden size, H heads, d query size, r latent, s slots, all matrices float64.
 
     Attributes:
-        name: of the attention module.
         query: [H, d, D], from hidden states.
         latent: [r, D].
         slots: [2 s, D], rows [real | imaginary], before rotation.
@@ -31,12 +48,8 @@ class LatentLayer:
         key_up: [H, n, r]; n is d, or 0 where every key component keeps its rotation.
         value_up: [H, e, r].
         output: [H, D, e].
-        frequencies: radians per position of each slot.
-        rope_scaling: factor that cos and sin come with.
-        scale: of the logits.
     """
 
-    name: str
     query: Tensor
     latent: Tensor
     slots: Tensor
@@ -44,61 +57,59 @@ class LatentLayer:
     key_up: Tensor
     value_up: Tensor
     output: Tensor
-    frequencies: tuple[float, ...]
-    rope_scaling: float
-    scale: float
 
 
-@torch.no_grad()
-def latent_layer(model: PreTrainedModel, site: AttentionSite) -> LatentLayer:
-    """Read one layer.
-
-    Args:
-        model: the rewritten model.
-        site: of its source.
-
-    Raises:
-        UsageError: the layer has something that DeepSeek's attention does not; the message names it.
-    """
-    attention = model.get_submodule(site.name)
-    mla = getattr(attention, MLA_MODULE, None)
-    if not isinstance(mla, MLA) or not isinstance(attention, fx.GraphModule):
-        raise UsageError(f"{site.name} is no latent attention, and the class has no other; compile all layers to mla")
-    _check_expressible(model, site, attention, mla)
-    config = mla.config
-    heads, rank = config.num_attention_heads, config.kv_lora_rank
-    down = mla.kv_a_proj_with_mqa.weight.double()
-    up = mla.kv_b_proj.weight.double().view(heads, config.qk_nope_head_dim + config.v_head_dim, rank)
-    output = attention.get_parameter(site.o_proj.weight).double() * site.o_proj.scale
-    output = output.T if site.o_proj.transposed else output
-    none = down.new_zeros(heads, 0, config.head_dim)
-    frequencies, scaling = _slot_frequencies(model, site, config.rope_columns)
-    return LatentLayer(
-        name=site.name,
-        query=_query(attention, site, down.shape[1]),
-        latent=down[:rank],
-        slots=down[rank:],
-        query_slots=none if mla.q_rope_proj is None else mla.q_rope_proj.double(),
-        key_up=up[:, : config.qk_nope_head_dim],
-        value_up=up[:, config.qk_nope_head_dim :],
-        output=output.unflatten(1, (heads, config.v_head_dim)).transpose(0, 1),
-        frequencies=frequencies,
-        rope_scaling=scaling,
-        scale=config.scale,
-    )
-
-
-def latent_layers(model: PreTrainedModel) -> list[LatentLayer]:
-    """Read all layers of a model whose attention is latent throughout.
+def latent_sites(model: PreTrainedModel) -> list[LatentSite]:
+    """Look at all layers of a model whose attention is latent throughout.
 
     Raises:
         UsageError: a layer has something that DeepSeek's attention does not; the message names it.
     """
-    return [latent_layer(model, site) for site in source_sites(model).values()]
+    found = []
+    for site in source_sites(model).values():
+        attention, mla = _modules(model, site)
+        _check_expressible(model, site, attention, mla.config)
+        found.append(LatentSite(site, mla.config, *_slot_frequencies(model, site, mla.config.rope_columns)))
+    return found
 
 
-def _check_expressible(model: PreTrainedModel, site: AttentionSite, attention: fx.GraphModule, mla: MLA) -> None:
+@torch.no_grad()
+def latent_weights(model: PreTrainedModel, site: AttentionSite) -> LatentWeights:
+    """Read one layer that `latent_sites` has accepted.
+
+    Raises:
+        UsageError: its queries are not linear in the hidden states.
+    """
+    attention, mla = _modules(model, site)
     config = mla.config
+    heads, rank, nope = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
+    down = mla.kv_a_proj_with_mqa.weight.double()
+    up = mla.kv_b_proj.weight.double().view(heads, nope + config.v_head_dim, rank)
+    output = attention.get_parameter(site.o_proj.weight).double() * site.o_proj.scale
+    output = output.T if site.o_proj.transposed else output
+    none = down.new_zeros(heads, 0, config.head_dim)
+    return LatentWeights(
+        query=_query(attention, site, down.shape[1]),
+        latent=down[:rank],
+        slots=down[rank:],
+        query_slots=none if mla.q_rope_proj is None else mla.q_rope_proj.double(),
+        key_up=up[:, :nope],
+        value_up=up[:, nope:],
+        output=output.unflatten(1, (heads, config.v_head_dim)).transpose(0, 1),
+    )
+
+
+def _modules(model: PreTrainedModel, site: AttentionSite) -> tuple[fx.GraphModule, MLA]:
+    attention = model.get_submodule(site.name)
+    mla = getattr(attention, MLA_MODULE, None)
+    if not isinstance(mla, MLA) or not isinstance(attention, fx.GraphModule):
+        raise UsageError(f"{site.name} is no latent attention, and the class has no other; compile all layers to mla")
+    return attention, mla
+
+
+def _check_expressible(
+    model: PreTrainedModel, site: AttentionSite, attention: fx.GraphModule, config: MLAConfig
+) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     facts = {
         f"queries normalised ({site.query_norm} norm)": site.query_norm is not None,

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.runtime.eager.classes import source_config
-from attnedit.targets.runtime.hf.latent import LatentLayer, latent_layers
+from attnedit.targets.runtime.hf.latent import LatentSite, LatentWeights, latent_sites, latent_weights
 from attnedit.targets.runtime.hf.native import Native, decoder_config, neutral_norm, refuse_half, skeleton
 from attnedit.targets.runtime.hf.rope import Table, choose_table
 
@@ -65,7 +65,11 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
     """
     source: Any = source_config(model.config)
     refuse_half(model_type, model.dtype)
-    layers = latent_layers(model)
+    if kernel_dims and getattr(source, "hidden_act", "silu") != "silu":
+        raise UsageError(
+            f"engines have a silu in DeepSeek's MLP, the source {source.hidden_act}; leave --kernel-dims out"
+        )
+    layers = latent_sites(model)
 
     def make(rope: int, parameters: dict[str, Any]) -> PreTrainedConfig:
         return _config(source, model_type, _sizes(layers, rope, kernel_dims), parameters)
@@ -73,25 +77,25 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
     size = KERNEL_DIMS["qk_rope_head_dim"] if kernel_dims else None
     table = choose_table([layer.frequencies for layer in layers], source, make, size)
     config: Any = make(table.size, table.parameters)
-    scaling = float(_first_layer(config).scaling)
-    names = tuple(f"{layer.name}." for layer in layers)
+    sizes, scaling = _sizes(layers, table.size, kernel_dims), float(_first_attention(config).scaling)
+    names = tuple(f"{layer.site.name}." for layer in layers)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(names)}
-    sizes = _sizes(layers, table.size, kernel_dims)
     for layer in layers:
-        state |= _weights(layer, sizes, table, scaling)
+        made = _weights(layer, latent_weights(model, layer.site), sizes, table, scaling)
+        state |= {f"{layer.site.name}.{name}.weight": value.to(model.dtype) for name, value in made.items()}
     if kernel_dims and config.rms_norm_eps != LATENT_EPSILON:
         _scale_residual_stream(state, (LATENT_EPSILON / config.rms_norm_eps) ** 0.5, config.tie_word_embeddings)
         config.rms_norm_eps = LATENT_EPSILON
     return Native(config, state, _notes(config, table))
 
 
-def _sizes(layers: list[LatentLayer], rope: int, kernel_dims: bool) -> Sizes:
+def _sizes(layers: list[LatentSite], rope: int, kernel_dims: bool) -> Sizes:
     # Kernels have no form without a part that meets the latent, so a model that is rotary throughout gets zeros there.
     least = {
-        "kv_lora_rank": max(len(layer.latent) for layer in layers),
+        "kv_lora_rank": max(layer.config.kv_lora_rank for layer in layers),
         "qk_rope_head_dim": rope,
-        "qk_nope_head_dim": max(layer.key_up.shape[1] for layer in layers) or layers[0].query.shape[1],
-        "v_head_dim": max(layer.value_up.shape[1] for layer in layers),
+        "qk_nope_head_dim": max(layer.config.qk_nope_head_dim for layer in layers) or layers[0].config.head_dim,
+        "v_head_dim": max(layer.config.v_head_dim for layer in layers),
     }
     if not kernel_dims:
         return Sizes(**least)
@@ -120,45 +124,47 @@ def _config(source: PreTrainedConfig, model_type: str, sizes: Sizes, rope: dict[
     return decoder_config(source, model_type, **fields)
 
 
-def _first_layer(config: Any) -> Any:
+def _first_attention(config: Any) -> Any:
     small: Any = skeleton(type(config).from_dict({**config.to_dict(), "num_hidden_layers": 1}))
     return small.model.layers[0].self_attn
 
 
-def _weights(layer: LatentLayer, sizes: Sizes, table: Table, scaling: float) -> dict[str, Tensor]:
-    """Weights of one layer by DeepSeek's names."""
+def _weights(
+    layer: LatentSite, weights: LatentWeights, sizes: Sizes, table: Table, scaling: float
+) -> dict[str, Tensor]:
+    """Weights of one layer by DeepSeek's names, in float64."""
     places = table.places(layer.frequencies)
-    assert places is not None
-    heads, _, hidden = layer.query.shape
-    rank, nope, count = len(layer.latent), layer.key_up.shape[1], len(places)
-    # Engines and class scale the logits by the size of the query; what our scale differs goes into the query.
-    query = layer.query * (layer.scale / scaling)
-    rotary = layer.query_slots @ query * (layer.rope_scaling / table.scaling) ** 2
+    if places is None:
+        raise AssertionError("the table has a place for every slot")
+    heads, _, hidden = weights.query.shape
+    rank, nope, count = len(weights.latent), weights.key_up.shape[1], len(places)
+    # Class and engines scale the logits by the size of the query; what our scale differs goes into the query.
+    query = weights.query * (layer.config.scale / scaling)
+    rotary = weights.query_slots @ query * (layer.rope_scaling / table.scaling) ** 2
     at = torch.tensor(places, dtype=torch.long, device=query.device)
     queries = query.new_zeros(heads, sizes.qk_nope_head_dim + sizes.qk_rope_head_dim, hidden)
     queries[:, :nope] = query[:, :nope]
     down = query.new_zeros(sizes.kv_lora_rank + sizes.qk_rope_head_dim, hidden)
     factor, weight = neutral_norm(LATENT_EPSILON)
     # Zeros that pad the latent lower its mean square, which only helps to neutralise the norm.
-    down[:rank] = factor * layer.latent
+    down[:rank] = factor * weights.latent
     for part in (0, 1):
         rows = slice(part * count, (part + 1) * count)
         queries[:, sizes.qk_nope_head_dim + 2 * at + part] = rotary[:, rows]
-        down[sizes.kv_lora_rank + 2 * at + part] = layer.slots[rows]
+        down[sizes.kv_lora_rank + 2 * at + part] = weights.slots[rows]
     up = query.new_zeros(heads, sizes.qk_nope_head_dim + sizes.v_head_dim, sizes.kv_lora_rank)
-    up[:, :nope, :rank] = layer.key_up
-    values = layer.value_up.shape[1]
-    up[:, sizes.qk_nope_head_dim : sizes.qk_nope_head_dim + values, :rank] = layer.value_up
-    output = query.new_zeros(heads, layer.output.shape[1], sizes.v_head_dim)
-    output[..., :values] = layer.output
-    found = {
+    up[:, :nope, :rank] = weights.key_up
+    values = weights.value_up.shape[1]
+    up[:, sizes.qk_nope_head_dim : sizes.qk_nope_head_dim + values, :rank] = weights.value_up
+    output = query.new_zeros(heads, weights.output.shape[1], sizes.v_head_dim)
+    output[..., :values] = weights.output
+    return {
         "q_proj": queries.flatten(0, 1),
         "kv_a_proj_with_mqa": down,
         "kv_a_layernorm": query.new_full((sizes.kv_lora_rank,), weight),
         "kv_b_proj": up.flatten(0, 1),
         "o_proj": output.transpose(0, 1).flatten(1),
     }
-    return {f"{layer.name}.{name}.weight": value for name, value in found.items()}
 
 
 def _scale_residual_stream(state: dict[str, Tensor], factor: float, tied: bool) -> None:
@@ -166,9 +172,9 @@ def _scale_residual_stream(state: dict[str, Tensor], factor: float, tied: bool) 
     for name, value in state.items():
         last = name.removesuffix(".weight").rpartition(".")[2]
         if last in ("embed_tokens", "o_proj", "down_proj") or (tied and last == "lm_head"):
-            state[name] = value.double() * factor
+            state[name] = (value.double() * factor).to(value.dtype)
         elif tied and name == "model.norm.weight":
-            state[name] = value.double() / factor  # the head has shrunk with the embedding
+            state[name] = (value.double() / factor).to(value.dtype)  # the head has shrunk with the embedding
 
 
 def _notes(config: Any, table: Table) -> list[str]:
