@@ -182,6 +182,8 @@ def test_engines_find_what_they_read(kernel_dims: bool, tied: bool, tmp_path: Pa
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
     assert config["q_lora_rank"] is None
     assert config["attention_bias"] is False
+    assert config["rope_interleave"] is True
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert config["first_k_dense_replace"] == config["num_hidden_layers"]
     if kernel_dims:
         sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")

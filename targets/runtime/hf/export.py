@@ -95,7 +95,7 @@ def export(
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with staged(target) as staging:
@@ -106,7 +106,8 @@ def export(
                 written = load_code(staging) if profile == REMOTE_PROFILE else read_native(staging)
                 checks: list[Check] = check_same(model, written.to(model.device))  # type: ignore[arg-type]
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)
 
 

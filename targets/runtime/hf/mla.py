@@ -77,6 +77,8 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
     size = KERNEL_DIMS["qk_rope_head_dim"] if kernel_dims else None
     table = choose_table([layer.frequencies for layer in layers], source, make, size)
     config: Any = make(table.size, table.parameters)
+    if table.type == "default":
+        config.rope_theta = table.parameters["rope_theta"]  # where engines looked before rope_parameters
     sizes, scaling = _sizes(layers, table.size, kernel_dims), float(_first_attention(config).scaling)
     names = tuple(f"{layer.site.name}." for layer in layers)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(names)}

@@ -169,7 +169,7 @@ def _attention_classes(model: PreTrainedModel) -> tuple[list[str], str]:
             raise UsageError(f"{site} is wrapped in a {type(module).__name__}; merge or remove what wraps it")
         body = _class_body(site, module)
         names.setdefault(body, f"{type(module).__name__}{len(names)}")
-        rows.append(f'    "{site}": {names[body]},')
+        rows.append(f"    {site!r}: {names[body]},")
     return [f"class {name}(GraphAttention):\n{body}" for body, name in names.items()], "\n".join(rows)
 
 
