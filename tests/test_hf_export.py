@@ -360,7 +360,7 @@ def test_remote_families(family: str, kind: str, tmp_path: Path) -> None:
     form = {"full_layers": 0, "window": 4, "gate": "head", "sinks": "logit,value,keep:2"}
     model = half(family).model if kind == "mla" else windowed(source(family), **form)
     manifest = written(model, tmp_path / "out", "remote")
-    assert max(check["deviation"] for check in manifest.checks) == 0
+    assert max(check["deviation"] for check in manifest.checks) < 1e-6
     check_same(model, load_code(tmp_path / "out"))
 
 
