@@ -122,15 +122,17 @@ def native_checkpoint(model: PreTrainedModel) -> Native:
     """
     layers = _layers(model, "native", sink_logits=True)
     for layer in layers:
-        if layer.config is not None and layer.config.gate != "none":
-            raise UsageError(
-                f"{layer.site.name} has an output gate, which plain classes do not; use laguna, lfm3 or remote"
-            )
+        gate = _gate(model, layer)
+        if gate is not None and bool(gate.any()):
+            raise UsageError(f"{layer.site.name} has a trained gate, which plain classes do not; use lfm3 or remote")
         if layer.config is not None and layer.config.sink_logit and layer.site.sinks is None:
             raise UsageError(f"{layer.site.name} has sink logits, which its source's class does not; {OTHER}")
     source: Any = copy.deepcopy(source_config(model.config))
     state = {name: value for name, value in model.state_dict().items() if f".{GATESWA_MODULE}." not in name}
     for layer in layers:
+        if _gate(model, layer) is not None:  # all zeros: 1/2
+            name = f"{layer.site.name}.{layer.site.o_proj.weight}"
+            state[name] = state[name] / 2
         if layer.config is not None and layer.config.sink_logit:
             # Two virtual keys without value weigh what one does with the sum of their exponentials.
             own, ours = (f"{layer.site.name}.{name}" for name in (layer.site.sinks, f"{GATESWA_MODULE}.sink_logit"))
