@@ -233,7 +233,7 @@ def _locate(model: str, revision: str | None) -> _Location:
     if not model.strip():
         raise UsageError(f"no model is named; give a hub name, a model directory, a .gguf file or {SMOLLM2}")
     if model == SMOLLM2:
-        file = _embedded_gguf()
+        file = embedded_gguf()
         location = _Location(str(file.parent), SMOLLM2, file.parent, file.name)
     else:
         path = Path(model).expanduser()
@@ -261,7 +261,12 @@ def _locate(model: str, revision: str | None) -> _Location:
     return location
 
 
-def _embedded_gguf() -> Path:
+def embedded_gguf() -> Path:
+    """Return the file of the demo's model.
+
+    Raises:
+        UsageError: the wheel that brings it is not installed.
+    """
     spec = importlib.util.find_spec(SMOLLM2_MODULE)
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise UsageError(

@@ -117,6 +117,7 @@ class Report(BaseModel):
         perplexity: on held-out calibration windows: "source", "start" (no training yet), and after "fit" and "distill".
         recipe: what was asked for, with choices that were measured; see `attnedit.recipe.Recipe`.
         notes: what the user should know.
+        license: of the source, as its model card says; None if not known.
     """
 
     source: str
@@ -139,6 +140,7 @@ class Report(BaseModel):
     perplexity: dict[str, float] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
+    license: str | None = None
 
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite become null."""

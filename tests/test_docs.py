@@ -13,7 +13,7 @@ from test_packaging import ROOT
 
 from attnedit.cli import main
 
-PAGES = ["README.md", "docs/user-guide.md", "docs/onnx.md"]
+PAGES = ["README.md", "docs/user-guide.md", "docs/onnx.md", "docs/export-hf.md"]
 HUB_NAME = "Qwen/Qwen3-0.6B"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

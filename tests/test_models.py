@@ -120,10 +120,10 @@ def test_a_damaged_gguf(tmp_path: Path, content: bytes) -> None:
 
 
 def test_the_embedded_model_cut_off(tmp_path: Path) -> None:
-    from attnedit.compiler.models import _embedded_gguf
+    from attnedit.compiler.models import embedded_gguf
 
     file = tmp_path / "model.gguf"
-    with _embedded_gguf().open("rb") as whole:
+    with embedded_gguf().open("rb") as whole:
         file.write_bytes(whole.read(4_000_000))
     assert "truncated or damaged" in refusal(file)
 

@@ -14,13 +14,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.capture import capture_model
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.licenses import source_license
 from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
+from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
 RUNTIMES = "attnedit.runtimes"
-BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export"}
+BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export", "hf": "attnedit.targets.runtime.hf:export"}
 
 
 @dataclass
@@ -54,7 +56,7 @@ class CompileResult:
         return self._graph
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write weights, configuration, tokenizer, chat template, generation config, report and recipe.
+        """Write weights, configuration, tokenizer, chat template, generation config, report, recipe and model card.
 
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
@@ -62,16 +64,19 @@ class CompileResult:
         files: dict[str, str | Path] = {file.name: file for file in self.files}
         if self.report.recipe:
             files[RECIPE_FILE] = Recipe.model_validate(self.report.recipe).to_yaml()
-        report = self.report.to_json()
-        return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report, files=files)
+        license = self.report.license or source_license(self.report.source)
+        report = self.report.model_copy(update={"license": license})
+        files[CARD_FILE] = model_card(report, license=license)
+        return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report.to_json(), files=files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
-        """Lower to another runtime: "onnx", or a name among the entry points `attnedit.runtimes`.
+        """Lower to another runtime: "onnx", "hf", or a name among the entry points `attnedit.runtimes`.
 
         Args:
             runtime: its name.
             directory: where to; missing or empty.
-            **options: of the runtime; for "onnx" see `attnedit.targets.runtime.onnx.export`.
+            **options: of the runtime; see `attnedit.targets.runtime.onnx.export` and
+                `attnedit.targets.runtime.hf.export`.
 
         Raises:
             UsageError: no runtime of that name is installed, or it lacks a package.
@@ -107,10 +112,19 @@ def load(directory: str | os.PathLike[str]) -> CompileResult:
     """
     path = Path(directory).expanduser()
     model = load_model(path)
-    file = path / REPORT_FILE
-    try:
-        report = Report.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
+    report = read_report(path)
     has_tokenizer = (path / "tokenizer_config.json").exists()
     return CompileResult(model, report, AutoTokenizer.from_pretrained(path) if has_tokenizer else None)
+
+
+def read_report(directory: str | os.PathLike[str]) -> Report:
+    """Read the report in a directory that `CompileResult.save` wrote.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    file = Path(directory).expanduser() / REPORT_FILE
+    try:
+        return Report.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +19,16 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
+from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
-from attnedit.result import find_runtime
+from attnedit.result import CompileResult, find_runtime, read_report
+from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
 
 
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="Runtime: onnx.")],
+    to: Annotated[str, typer.Option(help="Runtime: onnx or hf.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; missing or empty.")],
     flavor: Annotated[
         str | None, typer.Option(help="ort: for ONNX Runtime; genai: for onnxruntime-genai; atc: for Ascend's ATC.")
@@ -38,6 +42,12 @@ def export(
     batch_size: Annotated[int | None, typer.Option(help="atc: rows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="atc: tokens of one prefill call.")] = None,
     capacity: Annotated[int | None, typer.Option(help="atc: tokens that the cache holds.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="hf: deepseek_v3, youtu, laguna, lfm3, native or remote (docs/export-hf.md).")
+    ] = None,
+    kernel_dims: Annotated[
+        bool, typer.Option("--kernel-dims", help="hf: sizes and norms that engines' kernels for latent attention want.")
+    ] = False,
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     json: JsonOption = False,
@@ -47,10 +57,15 @@ def export(
     lower = find_runtime(to)
     given: dict[str, Any] = {"flavor": flavor, "cache": cache, "dtype": dtype, "quantize": quantize, "opset": opset}
     given |= {"batch_size": batch_size, "seq_len": seq_len, "capacity": capacity}
+    given |= {"profile": profile, "kernel_dims": kernel_dims or None}
     options = {name: value for name, value in given.items() if value is not None}
+    check_options(to, lower, options)
     with ProgressBars() as progress:
         with stage("load model", progress):
-            source = load_source(model, revision=revision, dtype="auto", device="cpu", dequantize=dequantize)
+            loaded = load_source(model, revision=revision, dtype="auto", device="cpu", dequantize=dequantize)
+        source: Any = loaded
+        if (Path(model).expanduser() / REPORT_FILE).exists():
+            source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)
         manifest = lower(source, output, progress=progress, **options)
     checks = getattr(manifest, "checks", [])
     worst = max((check["deviation"] for check in checks), default=None)
@@ -60,3 +75,18 @@ def export(
         return
     found = f", {len(checks)} comparisons with the live model: deviation at most {worst:.1e}" if checks else ""
     show(f"{output}: {size / 2**20:,.1f} MiB{found}")
+
+
+def check_options(runtime: str, lower: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that a runtime does not have.
+
+    Raises:
+        UsageError: names the first, and those that there are.
+    """
+    known = inspect.signature(lower).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for name in options:
+        if name not in known:
+            own = ", ".join(f"--{other.replace('_', '-')}" for other in list(known)[2:] if other != "progress")
+            raise UsageError(f"--to {runtime} has no option --{name.replace('_', '-')}; it has {own}")

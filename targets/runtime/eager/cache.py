@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -37,3 +37,18 @@ def bind_cache(model: nn.Module, cache: Any) -> Any:
             if isinstance(module, GateSWA):
                 bounded_layer(cache, module.config)
     return cache
+
+
+class BoundedGeneration:
+    """First base of a model class: `generate` makes caches whose layers with a window are bounded."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Bound the layers before the first forward: assisted generation switches their recording on before it."""
+        parent: Any = super()
+        result = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = bind_cache(cast(PreTrainedModel, self), model_kwargs.get("past_key_values"))
+        if cache is not None and generation_config.is_assistant:
+            cache.activate_past_recording()
+        return result

@@ -16,17 +16,14 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from attnedit.compiler.capture import capture
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
-from attnedit.targets.runtime.eager.cache import bind_cache
+from attnedit.targets.runtime.eager.cache import BoundedGeneration
+from attnedit.targets.runtime.eager.conversions import register_conversions
 from attnedit.targets.runtime.eager.splice import splice
 
 MODEL_TYPE = "attnedit"
@@ -71,23 +68,12 @@ class AttneditConfig(PreTrainedConfig):
         return config_class.from_dict(dict(config_dict), **kwargs)
 
 
-class _Rewritten:
+class _Rewritten(BoundedGeneration):
     """First base of every model class here: builds the source model, then puts the new attention in."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _rebuild(cast(PreTrainedModel, self))
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Bound the layers before the first forward: assisted generation switches their recording on before it."""
-        parent: Any = super()
-        result = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = bind_cache(cast(PreTrainedModel, self), model_kwargs.get("past_key_values"))
-        if cache is not None and generation_config.is_assistant:
-            cache.activate_past_recording()
-        return result
 
 
 def attnedit_classes(
@@ -174,6 +160,11 @@ def source_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return result
 
 
+def source_sites(model: PreTrainedModel) -> Mapping[str, AttentionSite]:
+    """Return the attention sites of a rewritten model's source, by module name, in order."""
+    return _sites(cast(ModelClass, type(model).__bases__[1]), model.config)
+
+
 def _has(model: torch.nn.Module, name: str) -> bool:
     return any(name == existing for existing, _ in model.named_modules())
 
@@ -214,18 +205,8 @@ def _make(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigCla
     )
     _CLASSES[key] = (new_config, new_model)
     AutoModelForCausalLM.register(new_config, new_model, exist_ok=True)
-    _register_conversions(config_class, model_class, new_model)
+    register_conversions(config_class, model_class, new_model)
     return new_config, new_model
-
-
-def _register_conversions(config_class: ConfigClass, model_class: ModelClass, new_model: ModelClass) -> None:
-    """Give the new class the source's conversions between stored and live weights (stacked experts, renamings)."""
-    find: Any = get_checkpoint_conversion_mapping
-    conversions = find(model_class.__name__)
-    if conversions is None:
-        conversions = find(config_class.model_type)
-    if conversions is not None:
-        register_checkpoint_conversion_mapping(new_model.__name__, conversions, overwrite=True)
 
 
 def _rebuild(model: PreTrainedModel) -> None:

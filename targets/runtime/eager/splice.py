@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from attnedit.compiler.errors import UsageError
 
@@ -43,7 +43,7 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     return alias
 
 
-def splice(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> None:
+def splice(model: nn.Module, graphs: Mapping[str, nn.Module]) -> None:
     """Put each graph in place of the attention module of its name, in place.
 
     Whatever the replaced module had and the graph does not use is gone, from ``state_dict`` too. Plain attributes

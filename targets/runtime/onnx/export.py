@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
+from attnedit.compiler.errors import UsageError, VerificationError
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.checkpoint import check_free
@@ -29,6 +26,7 @@ from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, FixedSizes, Manif
 from attnedit.targets.runtime.onnx.program import Signature, export_program, takes_positions
 from attnedit.targets.runtime.onnx.quantize import quantize_weights
 from attnedit.targets.runtime.onnx.runner import OnnxModel
+from attnedit.targets.runtime.staging import check_choice, staged
 
 EXTERNAL_ABOVE = 2**31 - 2**26
 """Bytes of weights from which they go into a file of their own: protobuf ends at 2 GiB, and the graph needs room."""
@@ -134,10 +132,10 @@ def _check_flavor(
     flavor: str, cache: str, quantize: str | None, opset: int | None, sizes: Mapping[str, int | None]
 ) -> FixedSizes | None:
     """Refuse options that contradict each other; return the sizes of a model that has them all fixed."""
-    _check_choice("--flavor", flavor, ("ort", "genai", "atc"))
-    _check_choice("--cache", cache, ("dynamic", "static"))
+    check_choice("--flavor", flavor, ("ort", "genai", "atc"))
+    check_choice("--cache", cache, ("dynamic", "static"))
     if quantize is not None:
-        _check_choice("--quantize", quantize, ("int8", "int4"))
+        check_choice("--quantize", quantize, ("int8", "int4"))
     if flavor != "ort" and cache != "dynamic":
         raise UsageError(f"--flavor {flavor} has a cache of its own form; leave --cache {cache} out")
     given = {name: size for name, size in sizes.items() if size is not None}
@@ -155,37 +153,6 @@ def save_program(program: ir.Model, file: Path) -> None:
     size = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
     external = f"{file.name}.data" if size > EXTERNAL_ABOVE else None
     ir.save(program, file, external_data=external)
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Give a directory beside `target` to write into, which takes its place if the block ends well.
-
-    Raises:
-        UsageError: nothing can be written there.
-    """
-    made = [folder for folder in target.parents if not folder.exists()]  # innermost first
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
-    try:
-        staging.chmod(0o755)
-        yield staging
-        staging.rename(target)  # takes the place of an empty directory too
-    except OSError as error:
-        raise AttneditError(f"could not write {target}: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not target.exists():
-            for folder in made:
-                folder.rmdir()
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{option} {value!r} is not known; give {' or '.join(choices)}")
 
 
 def _check_file(file: Path) -> None:

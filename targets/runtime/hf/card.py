@@ -1,0 +1,134 @@
+"""The model card (README.md) of a directory: what was done to which model, what it cost, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attnedit.compiler.licenses import CARD_FILE
+from attnedit.compiler.report import Report
+
+__all__ = ["CARD_FILE", "NATIVE", "OURS", "REMOTE", "model_card"]
+
+TARGETS = {"mla": "multi-head latent attention (MLA)", "gateswa": "gated sliding-window attention (GateSWA)"}
+PAPER = "https://arxiv.org/abs/2604.05688"
+
+NATIVE = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")"""
+REMOTE = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_remote_code=True)"""
+OURS = """import attnedit
+
+result = attnedit.load("path/to/this/directory")
+result.model  # a transformers model; after the import AutoModelForCausalLM loads the directory too"""
+
+
+def model_card(
+    report: Report | None,
+    *,
+    loading: str = OURS,
+    form: str | None = None,
+    notes: Iterable[str] = (),
+    license: str | None = None,
+) -> str:
+    """Write a model card: YAML metadata as the Hugging Face Hub reads it, then Markdown.
+
+    Args:
+        report: of the compilation; None where it is not known.
+        loading: Python that loads the directory.
+        form: name of the class or kind of checkpoint; None for attnedit's own.
+        notes: further sentences on this form.
+        license: of the source, as the Hub names licences; None if not known.
+    """
+    source = "a source model" if report is None else _display_name(report.source)
+    return "\n".join(
+        [
+            *_metadata(report, license),
+            "",
+            f"# {source}, {_method(report)}",
+            "",
+            f"[attnedit]({PAPER}) has replaced the attention of {source} in this model by {_method(report)}, which "
+            "needs a smaller key/value cache.",
+            "",
+            *(_figures(report) if report is not None else ()),
+            "## How to load it",
+            "",
+            *([f"The files hold a {form}.", ""] if form else ()),
+            "```python",
+            loading,
+            "```",
+            "",
+            *(f"- {note}" for note in notes),
+            *([""] if notes else ()),
+            "## Licence",
+            "",
+            _licence(source, license),
+            "",
+        ]
+    )
+
+
+def _display_name(source: str) -> str:
+    return Path(source).name if Path(source).expanduser().exists() else source
+
+
+def _method(report: Report | None) -> str:
+    if report is None:
+        return "another attention"
+    return " and ".join(TARGETS.get(target, target) for target in report.target.split("+"))
+
+
+def _metadata(report: Report | None, license: str | None) -> Iterator[str]:
+    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    tags = ["attnedit", *(report.target.split("+") if report is not None else ())]
+    if license is not None:
+        values["license"] = license
+    if report is not None and report.source.count("/") == 1 and not Path(report.source).expanduser().exists():
+        values["base_model"] = report.source
+    yield "---"
+    for key, value in values.items():
+        yield f"{key}: {json.dumps(value)}"
+    yield "tags:"
+    yield from (f"- {json.dumps(tag)}" for tag in tags)
+    yield "---"
+
+
+def _figures(report: Report) -> list[str]:
+    """Budget, data and measurements as the report has them."""
+    asked = "" if report.kv_budget_asked is None else f" (asked for: {report.kv_budget_asked:.4g})"
+    rows: dict[str, str] = {
+        "layers rewritten": f"{report.sites_rewritten} of {report.sites_matched}",
+        "key/value cache": f"{report.kv_bytes_before:,.0f} -> {report.kv_bytes_after:,.0f} bytes per token at "
+        f"{report.context_length:,} tokens",
+        "cached values, of the source's": f"{report.kv_budget_achieved:.4g}{asked}",
+        "calibration data": f"{report.calibration_tokens:,} tokens of {_display_name(report.calibration)}"
+        if report.calibration
+        else "none needed",
+    }
+    for stage in report.stages:
+        rows[f"training: {stage.name}"] = (
+            f"{stage.steps:,} steps, {stage.tokens:,} tokens; held-out loss {stage.before:.4g} -> {stage.best:.4g}"
+        )
+    if report.perplexity:
+        rows["perplexity on held-out calibration text"] = _listed(report.perplexity)
+    for check in report.verification:
+        error = "" if check.error is None else f", off by {check.error:.1e} of the largest logit"
+        rows[f"verified: {check.what}"] = f"{check.contract}{error}"
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+    if not report.perplexity:
+        lines += ["Quality was not measured: `attnedit eval` compares this model with its source on any text.", ""]
+    return lines + [f"- {note}" for note in report.notes] + ([""] if report.notes else [])
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+
+
+def _licence(source: str, license: str | None) -> str:
+    if license is None:
+        return f"The weights are derived from {source} and stand under its licence, which attnedit could not find out."
+    return f"The weights are derived from {source} and stand under its licence: {license}."

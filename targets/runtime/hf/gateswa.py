@@ -1,0 +1,302 @@
+"""Gated sliding windows as classes of transformers have them: Laguna, LFM3, and plain classes with ``layer_types``.
+
+Gates: LFM3's is a sigmoid per head, as ours may be; Laguna's a softplus. A gate whose weights are 0 is a constant (1/2
+and ln 2) for which the output projection makes up. Both classes normalise queries and keys; where the source does not,
+the norms are neutralised (`neutral_norm`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.sites import AttentionSite, Projection
+from attnedit.targets.attention.config import GateSWAConfig
+from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
+from attnedit.targets.runtime.eager.classes import source_config, source_sites
+from attnedit.targets.runtime.hf.native import OTHER, Native, decoder_config, neutral_norm, refuse_half
+from attnedit.targets.runtime.hf.rope import flat_rope
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# LFM3's names of what other decoders call by Llama's.
+LFM3_NAMES = (
+    (r"\.input_layernorm\.", ".operator_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.mlp\.gate_proj\.", ".feed_forward.w1."),
+    (r"\.mlp\.up_proj\.", ".feed_forward.w3."),
+    (r"\.mlp\.down_proj\.", ".feed_forward.w2."),
+    (r"^model\.norm\.", "model.embedding_norm."),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its source, its configuration where it got a window, and the window that it has."""
+
+    site: AttentionSite
+    config: GateSWAConfig | None
+
+    @property
+    def window(self) -> int | None:
+        """Tokens a query sees; None for all."""
+        return self.site.window if self.config is None else self.config.sliding_window
+
+
+def laguna_checkpoint(model: PreTrainedModel) -> Native:
+    """Bring a model with sliding windows into the form of `LagunaForCausalLM`.
+
+    Raises:
+        UsageError: the class cannot express the model; the message says what of it.
+    """
+    layers = _layers(model, "laguna")
+    for layer in layers:
+        gate = _gate(model, layer)
+        if gate is not None and bool(gate.any()):
+            raise UsageError(
+                f"{layer.site.name} has a trained gate, a sigmoid; Laguna's is a softplus: use lfm3 or remote"
+            )
+    source: Any = source_config(model.config)
+    fields = _fields(layers, source, model) | {
+        "gating": True,
+        "mlp_layer_types": ["dense"] * len(layers),
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+    }
+    config = decoder_config(source, "laguna", **fields)
+    gain = 1 / math.log(2)
+    state = _state(model, layers, lambda layer: gain if _gate(model, layer) is None else gain / 2)
+    for layer in layers:
+        heads = layer.site.num_attention_heads
+        state[f"{layer.site.name}.g_proj.weight"] = torch.zeros(heads, source.hidden_size)
+    return Native(config, state, _notes(layers))
+
+
+def lfm3_checkpoint(model: PreTrainedModel) -> Native:
+    """Bring a model with sliding windows into the form of `Lfm3ForCausalLM`.
+
+    Raises:
+        UsageError: the class cannot express the model; the message says what of it.
+    """
+    layers = _layers(model, "lfm3")
+    gates = {layer.site.name: _gate(model, layer) for layer in layers}
+    gated = any(gate is not None for gate in gates.values())
+    for layer in layers:
+        config, gate = layer.config, gates[layer.site.name]
+        if config is not None and config.gate == "element" and gate is not None and bool(gate.any()):
+            raise UsageError(f"{layer.site.name} has a gate per element, LFM3's is per head; {OTHER}")
+        rope = layer.site.rope
+        if rope is not None and 2 * len(rope.pairs) != layer.site.head_dim:
+            raise UsageError(
+                f"{layer.site.name} rotates {2 * len(rope.pairs)} dims of a head, LFM3 all of them; {OTHER}"
+            )
+    source: Any = source_config(model.config)
+    if getattr(source, "hidden_act", "silu") not in ("silu", "swish"):
+        raise UsageError(f"lfm3 has a silu in its MLP, the source {source.hidden_act}; {OTHER}")
+    fields = _fields(layers, source, model) | {"use_sandwich_norm": False, "use_attention_gate": gated}
+    made: Any = decoder_config(source, "lfm3", **fields)
+    state = _state(model, layers, lambda layer: 2.0 if gated and gates[layer.site.name] is None else 1.0)
+    for layer in layers if gated else ():
+        gate, heads = gates[layer.site.name], layer.site.num_attention_heads
+        per_head = gate is not None and len(gate) == heads
+        zeros = torch.zeros(heads, source.hidden_size)
+        state[f"{layer.site.name}.g_proj.weight"] = gate if gate is not None and per_head else zeros
+    return Native(made, {_renamed(name): value for name, value in state.items()}, _notes(layers))
+
+
+def native_checkpoint(model: PreTrainedModel) -> Native:
+    """Bring a model with plain sliding windows into its source's own class; Qwen2's, where that knows no windows.
+
+    Raises:
+        UsageError: the class cannot express the model; the message says what of it.
+    """
+    layers = _layers(model, "native", sink_logits=True)
+    for layer in layers:
+        gate = _gate(model, layer)
+        if gate is not None and bool(gate.any()):
+            raise UsageError(f"{layer.site.name} has a trained gate, which plain classes do not; use lfm3 or remote")
+        if layer.config is not None and layer.config.sink_logit and layer.site.sinks is None:
+            raise UsageError(f"{layer.site.name} has sink logits, which its source's class does not; {OTHER}")
+    source: Any = copy.deepcopy(source_config(model.config))
+    state = {name: value for name, value in model.state_dict().items() if f".{GATESWA_MODULE}." not in name}
+    for layer in layers:
+        if _gate(model, layer) is not None:  # all zeros: 1/2
+            name = f"{layer.site.name}.{layer.site.o_proj.weight}"
+            state[name] = state[name] / 2
+        if layer.config is not None and layer.config.sink_logit:
+            # Two virtual keys without value weigh what one does with the sum of their exponentials.
+            own, ours = (f"{layer.site.name}.{name}" for name in (layer.site.sinks, f"{GATESWA_MODULE}.sink_logit"))
+            state[own] = torch.logaddexp(state[own].double(), model.get_parameter(ours).double())
+    if getattr(source, "layer_types", None) is None:
+        return _as_qwen2(source, layers, state)
+    source.sliding_window = _window(layers)
+    source.layer_types = [FULL if layer.window is None else SLIDING for layer in layers]
+    if hasattr(source, "use_sliding_window"):
+        source.use_sliding_window = True
+    return Native(source, state, _notes(layers))
+
+
+def _as_qwen2(source: Any, layers: list[Layer], state: dict[str, Tensor]) -> Native:
+    """Qwen2 is Llama with biases on queries, keys and values, and windows in some layers."""
+    sizes = {"layer_types": [FULL if layer.window is None else SLIDING for layer in layers]}
+    first = layers[0].site
+    config: Any = decoder_config(
+        source,
+        "qwen2",
+        num_key_value_heads=first.num_key_value_heads,
+        rope_parameters=_rope(source),
+        use_sliding_window=True,
+        sliding_window=_window(layers),
+        **sizes,
+    )
+    config.head_dim = first.head_dim
+    for layer in layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = state.get(f"{layer.site.name}.{name}.weight")
+            if weight is not None:
+                state.setdefault(f"{layer.site.name}.{name}.bias", weight.new_zeros(len(weight)))
+    note = f"{type(source).__name__} knows no windows in some layers only, so the class is Qwen2's, its biases 0."
+    return Native(config, state, [note, *_notes(layers)])
+
+
+def _layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> list[Layer]:
+    """Read the layers, and refuse what none of the classes has."""
+    layers = []
+    for site in source_sites(model).values():
+        module = getattr(model.get_submodule(site.name), GATESWA_MODULE, None)
+        config = module.config if isinstance(module, GateSWA) else None
+        if config is None and getattr(model.get_submodule(site.name), "mla", None) is not None:
+            raise UsageError(f"{site.name} is latent attention, which {profile} does not have; {OTHER}")
+        if config is not None:
+            found = {
+                f"{config.sink_tokens} kept sink tokens (compile with --sinks none)": config.sink_tokens > 0,
+                "sink logits": config.sink_logit and not sink_logits,
+                "a sink value": config.sink_value,
+                "a gate with a bias": config.gate_bias,
+            }
+            if fact := next((fact for fact, holds in found.items() if holds), None):
+                raise UsageError(f"{site.name} has {fact}, which {profile} does not; {OTHER}")
+        layers.append(Layer(site, config))
+    _window(layers)
+    return layers
+
+
+def _window(layers: list[Layer]) -> int:
+    windows = sorted({layer.window for layer in layers if layer.window is not None})
+    if len(windows) != 1:
+        raise UsageError(f"the class has one sliding window, the model {windows or 'none'}; {OTHER}")
+    return windows[0]
+
+
+def _gate(model: PreTrainedModel, layer: Layer) -> Tensor | None:
+    """Weight of the layer's gate [H or H e, D]; None without."""
+    if layer.config is None or layer.config.gate == "none":
+        return None
+    return model.get_parameter(f"{layer.site.name}.{GATESWA_MODULE}.g_proj.weight").detach()
+
+
+def _rope(source: Any) -> dict[str, Any]:
+    """Rope parameters of the source, those of all its layers."""
+    own = flat_rope(source)
+    if not own:
+        raise UsageError(f"layers of {type(source).__name__} rotate each type in a way of its own; {OTHER}")
+    return own
+
+
+def _fields(layers: list[Layer], source: Any, model: PreTrainedModel) -> dict[str, Any]:
+    """Fields that Laguna and LFM3 have in common."""
+    for layer in layers:
+        site = layer.site
+        found = {
+            "an output gate of its own": site.output_gate,
+            "sink logits": site.sinks is not None,
+            f"a softcap of {site.softcap}": site.softcap is not None,
+            "no rotary embedding": site.rope is None,
+            "rotary dims that are neighbours": site.rope is not None and site.rope.style != "half",
+            f"a {site.query_norm} norm on queries": site.query_norm not in (None, "per_head"),
+            f"a {site.key_norm} norm on keys": site.key_norm not in (None, "per_head"),
+            "one projection for queries, keys and values": not _plain(site),
+        }
+        if fact := next((fact for fact, holds in found.items() if holds), None):
+            raise UsageError(f"{site.name} has {fact}, which the class does not; {OTHER}")
+    if any(norm is None for layer in layers for norm in (layer.site.query_norm, layer.site.key_norm)):
+        refuse_half("the class", model.dtype)
+    first = layers[0].site
+    rope = _rope(source)
+    return {
+        "num_key_value_heads": first.num_key_value_heads,
+        "head_dim": first.head_dim,
+        "layer_types": [FULL if layer.window is None else SLIDING for layer in layers],
+        "sliding_window": _window(layers),
+        "rope_parameters": {SLIDING: dict(rope), FULL: dict(rope)},
+        "attention_bias": any(bool(bias.any()) for bias in _biases(model, layers).values()),
+    }
+
+
+def _plain(site: AttentionSite) -> bool:
+    parts = (site.q_proj, site.k_proj, site.v_proj, site.o_proj)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    return all(
+        isinstance(part, Projection) and part.module == name and not part.transposed and part.scale == 1
+        for part, name in zip(parts, names, strict=True)
+    )
+
+
+def _biases(model: PreTrainedModel, layers: list[Layer]) -> dict[str, Tensor]:
+    prefixes = tuple(f"{layer.site.name}." for layer in layers)
+    parameters = model.state_dict()
+    return {name: value for name, value in parameters.items() if name.startswith(prefixes) and name.endswith("bias")}
+
+
+def _state(model: PreTrainedModel, layers: list[Layer], gain: Callable[[Layer], float]) -> dict[str, Tensor]:
+    """Weights by Llama's names with ``q_norm`` and ``k_norm``: those of Laguna, but for the gate.
+
+    Args:
+        model: the rewritten model.
+        layers: its layers.
+        gain: of a layer's output projection, which makes up for a gate.
+    """
+    biases = _biases(model, layers)
+    own = f".{GATESWA_MODULE}."
+    state = {name: value for name, value in model.state_dict().items() if own not in name and name not in biases}
+    biased = any(bool(bias.any()) for bias in biases.values())
+    for layer in layers:
+        site, prefix = layer.site, f"{layer.site.name}."
+        o_proj = f"{prefix}o_proj.weight"
+        state[o_proj] = state[o_proj].double() * gain(layer)
+        scale = layer.config.scale if layer.config is not None else site.scale
+        query_gain = scale * site.head_dim**0.5
+        for part, norm, extra in (("q_proj", "q_norm", query_gain), ("k_proj", "k_norm", 1.0)):
+            if (site.query_norm if part == "q_proj" else site.key_norm) is not None:
+                state[f"{prefix}{norm}.weight"] = state[f"{prefix}{norm}.weight"].double() * extra
+                continue
+            factor, weight = neutral_norm(float(model.config.rms_norm_eps))
+            state[f"{prefix}{part}.weight"] = state[f"{prefix}{part}.weight"].double() * factor * extra
+            state[f"{prefix}{norm}.weight"] = torch.full((site.head_dim,), weight)
+            if f"{prefix}{part}.bias" in biases:
+                biases[f"{prefix}{part}.bias"] = biases[f"{prefix}{part}.bias"].double() * factor * extra
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj") if biased else ():
+            rows = len(state[f"{prefix}{part}.weight"])
+            state[f"{prefix}{part}.bias"] = biases.get(f"{prefix}{part}.bias", torch.zeros(rows))
+    return state
+
+
+def _renamed(name: str) -> str:
+    for pattern, new in LFM3_NAMES:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _notes(layers: list[Layer]) -> list[str]:
+    count = sum(layer.window is not None for layer in layers)
+    return [f"{count} of {len(layers)} layers attend to the last {_window(layers)} tokens, the token itself included."]

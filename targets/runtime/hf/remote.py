@@ -1,0 +1,184 @@
+"""A checkpoint that carries its own code: transformers' ``trust_remote_code`` loads any result, attnedit or not.
+
+Nothing is implemented twice. The attention modules are copies of our own files, their imports made relative; the
+graphs of rewritten layers are what `torch.fx` prints of them, one class for each that differs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import types
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+from transformers import PreTrainedModel
+
+from attnedit.compiler.errors import UsageError, VerificationError
+from attnedit.targets.attention.kinds import KINDS
+from attnedit.targets.runtime.eager.checkpoint import CONFIG_FILE
+
+MODELING = "modeling_attnedit"
+ROOTS = (
+    "attnedit.targets.runtime.eager.cache",
+    "attnedit.targets.runtime.eager.conversions",
+    "attnedit.targets.runtime.hf.parts",
+)
+OUR_IMPORT = re.compile(r"^from (attnedit(?:\.\w+)+) import", re.MULTILINE)
+
+HEAD = '''"""{model} with other attention in the layers that config.json names. Written by attnedit; do not edit.
+
+Every forward here is a graph as torch.fx prints it; attnedit_*.py are attnedit's own modules.
+"""
+
+from math import inf, nan  # noqa: F401
+
+import torch  # noqa: F401
+from torch import device  # noqa: F401
+from transformers import {config}, {model}
+
+from .attnedit_cache import BoundedGeneration
+from .attnedit_conversions import register_conversions
+from .attnedit_parts import GraphAttention, put_attention_in
+
+
+'''
+
+TAIL = '''ATTENTION = {{
+{table}
+}}
+
+
+class Attnedit{config}({config}):
+    """`{config}` of a model with other attention."""
+
+    model_type = "attnedit"
+
+
+class Attnedit{model}(BoundedGeneration, {model}):
+    """`{model}` with other attention."""
+
+    config_class = Attnedit{config}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        put_attention_in(self, ATTENTION)
+
+
+register_conversions({config}, {model}, Attnedit{model})
+'''
+
+
+def write_code(model: PreTrainedModel, directory: Path) -> None:
+    """Add to a saved result the code that loads it without attnedit, and point its configuration there.
+
+    Args:
+        model: the rewritten model.
+        directory: where it was saved.
+
+    Raises:
+        UsageError: the source's class is not among transformers' own.
+    """
+    source_config, source_model = type(model.config).__bases__[0].__name__, type(model).__bases__[1].__name__
+    transformers = importlib.import_module("transformers")
+    for name in (source_config, source_model):
+        if not hasattr(transformers, name):
+            raise UsageError(f"{name} is not one of transformers' own classes, so the code cannot import it")
+    for name, text in copied_modules().items():
+        (directory / f"{name}.py").write_text(text, encoding="utf-8")
+    names = {"config": source_config, "model": source_model}
+    classes, table = _attention_classes(model)
+    code = HEAD.format(**names) + "\n\n\n".join([*classes, TAIL.format(table=table, **names)])
+    (directory / f"{MODELING}.py").write_text(code, encoding="utf-8")
+    file = directory / CONFIG_FILE
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["auto_map"] = {
+        "AutoConfig": f"{MODELING}.Attnedit{source_config}",
+        "AutoModelForCausalLM": f"{MODELING}.Attnedit{source_model}",
+    }
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copied_modules() -> dict[str, str]:
+    """Return our own modules that the code needs, by file name without ending, their imports relative."""
+    names, found = list(ROOTS), {}
+    while names:
+        name = names.pop()
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise AssertionError(f"{name} is one of our files")
+        text = Path(spec.origin).read_text(encoding="utf-8")
+        found[_file_name(name)] = OUR_IMPORT.sub(lambda match: f"from .{_file_name(match[1])} import", text)
+        names += [other for other in OUR_IMPORT.findall(text) if _file_name(other) not in found]
+    return found
+
+
+def load_code(directory: Path) -> PreTrainedModel:
+    """Load a directory through its own code, as transformers would, but past its cache of modules.
+
+    Raises:
+        VerificationError: a weight is missing or left over.
+    """
+    with _package(directory) as package:
+        code = importlib.import_module(f"{package}.{MODELING}")
+        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["auto_map"]
+        cls: Any = getattr(code, values["AutoModelForCausalLM"].rpartition(".")[2])
+        model, info = cls.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in info.get(kind) or ()):
+            raise VerificationError(f"the written checkpoint has {kind.replace('_', ' ')}, first {keys[0]}")
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+@contextmanager
+def _package(directory: Path) -> Iterator[str]:
+    """Make the modules of a directory importable under a name of their own while inside."""
+    name = f"attnedit_remote_{uuid.uuid4().hex}"
+    package = types.ModuleType(name)
+    package.__path__ = [str(directory)]
+    sys.modules[name] = package
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield name
+    finally:
+        sys.dont_write_bytecode = written
+        for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
+            del sys.modules[module]
+
+
+def _file_name(module: str) -> str:
+    return f"attnedit_{module.rpartition('.')[2]}"
+
+
+def _attention_classes(model: PreTrainedModel) -> tuple[list[str], str]:
+    """Print the graphs of the rewritten layers: classes, and the rows of the table from layers to them."""
+    config: Any = model.config
+    names: dict[str, str] = {}
+    rows = []
+    for site in config.attnedit["sites"]:
+        module = model.get_submodule(site)
+        if not isinstance(module, fx.GraphModule):
+            raise UsageError(f"{site} is wrapped in a {type(module).__name__}; merge or remove what wraps it")
+        body = _class_body(site, module)
+        names.setdefault(body, f"{type(module).__name__}{len(names)}")
+        rows.append(f"    {site!r}: {names[body]},")
+    return [f"class {name}(GraphAttention):\n{body}" for body, name in names.items()], "\n".join(rows)
+
+
+def _class_body(site: str, module: fx.GraphModule) -> str:
+    used = [str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")]
+    parts = tuple(dict.fromkeys(name for name in used if name not in KINDS))
+    known = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_modules()}
+    if constant := next((name for name in parts if name not in known), None):
+        raise UsageError(f"{site}: the graph holds the tensor {constant}, which is no weight and cannot be printed")
+    forward = module.graph.python_code("self").src.strip()
+    lines = [f"    {line}".rstrip() for line in forward.splitlines()]
+    return "\n".join(['    """The graph of an attention module."""', "", f"    parts = {parts!r}", "", *lines])
