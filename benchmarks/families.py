@@ -12,6 +12,8 @@ import argparse
 import multiprocessing
 import os
 import re
+import resource
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +34,9 @@ from attnedit.targets.runtime.eager import share_copy, splice
 
 SECONDS = 180
 """Time that one class may take."""
+
+MEMORY = 12 * 2**30
+"""Address space that one class may take."""
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM, LAYERS, VOCABULARY, POSITIONS = 32, 4, 2, 8, 2, 64, 128
 
@@ -146,6 +151,7 @@ def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
 def work(config_class: type[PreTrainedConfig], connection: Any) -> None:
     """Examine one class, and send what was found."""
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # some configurations stay large
     found: dict[str, str] = {}
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -228,7 +234,8 @@ def main() -> None:
     rows = {}
     for model_type, config_class in track(chosen.items(), "families", disable=options.output is None):
         found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-        rows[f"{found.__name__} (`{model_type}`)"] = survey(config_class)
+        row = rows[f"{found.__name__} (`{model_type}`)"] = survey(config_class)
+        print(f"{model_type}: {outcome(row)}; {row.get('refused') or row.get('fails') or row}", file=sys.stderr)
     page = table(rows)
     if options.output is None:
         print(page)
