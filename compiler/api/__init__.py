@@ -3,7 +3,7 @@
 >>> import attnedit
 >>> sorted(attnedit.__all__)
 ['AttneditError', 'CaptureError', 'CompileResult', 'Report', 'UsageError', 'VerificationError',
- 'calibrate', 'compile', 'load']
+ 'calibrate', 'compile', 'compile_checkpoint', 'load']
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import attnedit.targets.runtime.eager  # noqa: F401
 # Now rather than at first use: whoever imports the modules of these names later would get them in the functions' place.
 from attnedit.calibrate import calibrate
 from attnedit.compile import compile
+from attnedit.compile_checkpoint import compile_checkpoint
 from attnedit.compiler.errors import AttneditError, CaptureError, UsageError, VerificationError
 from attnedit.compiler.report import Report
 from attnedit.result import CompileResult, load
@@ -30,5 +31,6 @@ __all__ = [
     "VerificationError",
     "calibrate",
     "compile",
+    "compile_checkpoint",
     "load",
 ]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedModel
+
+from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_WINDOW_TOKENS
+from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage
 from attnedit.compiler.sites import AttentionSite
@@ -147,6 +151,12 @@ def check_arguments(
         gate=DEFAULT_GATE if gate is None else gate,  # type: ignore[arg-type]  # refused if it is none
         sinks=Sinks.parse(DEFAULT_SINKS if sinks is None else sinks),
     )
+
+
+def window_length(model: PreTrainedModel, options: GateSWAOptions) -> int:
+    """Tokens per calibration window for windowed layers: several of the attention's windows."""
+    wanted = max(DEFAULT_WINDOW_TOKENS, 4 * options.cached_tokens)
+    return min(wanted, context_length(model), position_limit(model) or wanted)
 
 
 def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[str]]:

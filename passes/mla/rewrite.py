@@ -58,25 +58,24 @@ def latent_layers(
     """
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, Fit] = {}
-
-    def keep_all(site: AttentionSite) -> None:
-        shape = shapes[site.name]
-        graphs[site.name] = build(result, site, shape, exact_factors(site, shape, output_weight(source, site)[0]))
-
     if windows is None:
         for site in track(sites, "build layers", progress):
-            keep_all(site)
+            graphs[site.name] = exact_layer(result, site, shapes[site.name])
         return Latent(graphs, fits)
-    queries = max(1, options.output_queries // len(windows))
 
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
         shape = shapes[site.name]
         if shape.exact:
-            keep_all(site)
+            graphs[site.name] = exact_layer(result, site, shape)
             return
-        fit = fit_layer(take_sample(source, site, inputs, queries, seed), shape, options)
-        fits[site.name] = fit
-        graphs[site.name] = build(result, site, shape, fit.factors)
+        sample = take_sample(source, site, inputs, options.queries(len(windows)), seed)
+        fits[site.name] = fit_layer(sample, shape, options)
+        graphs[site.name] = build(result, site, shape, fits[site.name].factors)
 
     stream(source, sites, windows, visit, progress=progress, stage="fit layers", exact=options.exact_stream)
     return Latent(graphs, fits)
+
+
+def exact_layer(model: PreTrainedModel, site: AttentionSite, shape: Shape) -> fx.GraphModule:
+    """One layer of the lossless shape, which needs no data; see `build` for the arguments."""
+    return build(model, site, shape, exact_factors(site, shape, output_weight(model, site)[0]))

@@ -49,12 +49,13 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_source
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
+from attnedit.compiler.report import Report
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
 from attnedit.recipe import RECIPE_FILE, Recipe
-from attnedit.targets.runtime.eager.checkpoint import check_free
+from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
 
 OptionalModelArgument = Annotated[
     str | None,
@@ -76,6 +77,15 @@ SinksOption = Annotated[
     str | None,
     typer.Option(
         help=f"GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; {DEFAULT_SINKS}."
+    ),
+]
+
+LowMemoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="Read, rewrite and write layer by layer: memory for a layer, not for the model; killed, the same command "
+        "goes on. Needs safetensors and --calibration.",
     ),
 ]
 
@@ -112,6 +122,7 @@ def compile_model(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    low_memory: LowMemoryOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -122,6 +133,12 @@ def compile_model(
     arguments = wanted.arguments()
     check_arguments(*(arguments[name] for name in ("target", "kv_budget", "window", "full_layers", "gate", "sinks")))
     trained = CalibrationOptions.of(**wanted.training).steps > 0
+    if low_memory:
+        if trained or dequantize:
+            needless = "training needs" if trained else "--dequantize needs"
+            raise UsageError(f"{needless} the whole model in memory; leave it out, or --low-memory")
+        _show(output, _compile_in_parts(wanted, output, device=device, overwrite=overwrite), json=json)
+        return
     if trained:
         open_run(output, {"command": "compile", **wanted.model_dump(mode="json")}, overwrite=overwrite)
     else:
@@ -149,12 +166,33 @@ def compile_model(
         result.report = result.report.model_copy(update={"recipe": {**result.report.recipe, **named}})
         with stage("save", progress):
             result.save(output, overwrite=overwrite or trained)
+    _show(output, result.report, json=json)
+
+
+def _compile_in_parts(wanted: Recipe, output: Path, *, device: str, overwrite: bool) -> Report:
+    if overwrite or not (output.expanduser() / RUN_FILE).exists():
+        check_output(output, overwrite=overwrite)
+    arguments = {name: value for name, value in wanted.arguments().items() if name not in wanted.training}
+    with ProgressBars() as progress:
+        return attnedit.compile_checkpoint(
+            str(wanted.model),
+            output,
+            **arguments,
+            dtype=wanted.dtype,
+            revision=wanted.revision,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def _show(output: Path, report: Report, *, json: bool) -> None:
     if json:
-        print_json({"output": str(output), **result.report.to_dict()})
+        print_json({"output": str(output), **report.to_dict()})
     else:
-        show(result.report)
+        show(report)
         show(f"saved in {output}, with {RECIPE_FILE}:")
-        show(Recipe.model_validate(result.report.recipe).to_yaml().rstrip())
+        show(Recipe.model_validate(report.recipe).to_yaml().rstrip())
 
 
 def _recipe(context: typer.Context, file: Path | None, calibration: str | dict[str, float] | None) -> Recipe:
