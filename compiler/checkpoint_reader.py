@@ -40,11 +40,9 @@ def checkpoint_directory(model: str, revision: str | None = None) -> Path:
     """The directory of a checkpoint that can be read in parts; one of the hub is fetched.
 
     Raises:
-        UsageError: it holds no safetensors, or cannot be fetched.
+        UsageError: it cannot be fetched.
     """
     path = Path(model).expanduser()
-    if path.is_file() or (model.count("/") == 0 and not path.is_dir()):
-        raise UsageError(f"{model} is no checkpoint of safetensors, which alone can be read layer by layer")
     if not path.is_dir():
         try:
             path = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))

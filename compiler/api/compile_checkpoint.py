@@ -18,7 +18,7 @@ from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_dir
 from attnedit.compiler.data import token_windows
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
-from attnedit.compiler.models import load_config_only, load_tokenizer, parse_dtype, resolve_device
+from attnedit.compiler.models import SMOLLM2, load_config_only, load_tokenizer, parse_dtype, resolve_device
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report, Verification, kv_fields, peak_memory_bytes, timed
@@ -209,6 +209,8 @@ def _open(
 ) -> tuple[PreTrainedModel, CheckpointReader]:
     """The model on meta, in the dtype asked for, and its checkpoint."""
     dtype = parse_dtype(dtype)
+    if model == SMOLLM2 or Path(model).expanduser().is_file():
+        raise UsageError(f"{model} is no checkpoint of safetensors, which alone can be read layer by layer")
     source = load_config_only(model, revision=revision, dequantize=False, dtype=dtype)
     directory = checkpoint_directory(model, revision)
     if dtype == "auto" and source.config.dtype is None:
