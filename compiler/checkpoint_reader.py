@@ -71,9 +71,9 @@ class CheckpointReader:
     """
 
     def __init__(self, directory: Path, model: PreTrainedModel, *, device: torch.device, name: str) -> None:
-        self._model, self._device, self._name = model, device, name
+        self._model, self._name = model, name
         self._files = weight_files(directory, name)
-        mapping = get_model_conversion_mapping(model)
+        mapping: Any = get_model_conversion_mapping(model)
         self._keys = _keys_by_weight(model, mapping, sorted(self._files))
         self.conversions = [conversion for conversion in mapping if conversion.was_used()]
         self._config = LoadStateDictConfig(
@@ -173,8 +173,8 @@ class CheckpointReader:
                 f"the checkpoint of {self._name} has {weight} as {tuple(found)}, its configuration as {tuple(expected)}"
             )
         if info.conversion_errors:
-            weight, error = next(iter(info.conversion_errors.items()))
-            raise UsageError(f"the checkpoint of {self._name} has {weight} in a form that cannot be converted: {error}")
+            weight, reason = next(iter(info.conversion_errors.items()))
+            raise UsageError(f"the checkpoint of {self._name} has {weight} in an unknown form: {reason}")
         for holder in holders:
             if _get(self._model, holder).is_meta:
                 raise UsageError(f"the checkpoint of {self._name} lacks {holder}; it is incomplete")

@@ -198,7 +198,7 @@ def load_tokenizer(model: PreTrainedModel, *, revision: str | None = None) -> Pr
     Raises:
         UsageError: it cannot be read, or does not fit the model.
     """
-    location = _locate(model.config.name_or_path, revision)
+    location = _locate(str(model.config.name_or_path), revision)
     tokenizer = _read_tokenizer(location, revision, model.config)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, location.name)

@@ -246,7 +246,10 @@ def _one_shot(
             configs,
             after,
             energy_kept={name: fit.energy_kept for name, fit in latent.fits.items()},
-            output_error={name: fit.output_error for name, fit in {**windowed.fits, **latent.fits}.items()},
+            output_error={
+                **{name: fit.output_error for name, fit in windowed.fits.items()},
+                **{name: fit.output_error for name, fit in latent.fits.items()},
+            },
             loss_increase=windowed.loss_increases,
         ),
         verification=checks,

@@ -123,7 +123,7 @@ def compile_checkpoint(
     output, where = Path(directory).expanduser().resolve(), resolve_device(device)
     check_run(output, run, overwrite=overwrite)
     source, reader = _open(fspath(model), revision, dtype, where)
-    name = source.config.name_or_path
+    name = str(source.config.name_or_path)
     tokenizer = tokenizer or load_tokenizer(source, revision=revision)
     with timed(seconds, "capture"), stage("capture", progress):
         sites = _capture(source, name)

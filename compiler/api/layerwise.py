@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -155,7 +156,8 @@ class LayerwiseRewrite:
         self._state.mkdir(exist_ok=True)
         self._keep_windows()
         rewritten = Rewritten.load(self._state)
-        self._model._weight_conversions = self._reader.conversions
+        live: Any = self._model  # an attribute of no tensor or module, for writing shards
+        live._weight_conversions = self._reader.conversions
         stream: Stream | None = None
         report("rewrite layers", rewritten.done, len(self.shards))
         for shard in self.shards[rewritten.done :]:
