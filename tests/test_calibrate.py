@@ -84,6 +84,19 @@ def test_own_samples_are_kept_for_the_next_time(tmp_path: Path, monkeypatch: pyt
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
+def test_more_samples_begin_with_those_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("attnedit.compiler.sampling.CHUNK", 4)
+    steps: list[tuple[int, int]] = []
+    few = own_windows(source("llama"), None, count=4, length=9)
+    more = own_windows(source("llama"), None, count=10, length=9, progress=lambda _, *step: steps.append(step))
+    assert torch.equal(more[:4], few)
+    assert len({tuple(row) for row in more.tolist()}) == 10
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
+
+
 def test_long_windows_are_packed_from_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
     monkeypatch.setattr("attnedit.compiler.sampling.SAMPLE_LENGTH", 8)

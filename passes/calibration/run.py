@@ -175,10 +175,8 @@ def _distill(
         for part in processes().share(rows).chunk(options.accumulation):
             share = len(part) / len(rows)
             with mixed_precision(teacher):
-                divergence, features = step_losses(part.to(device))
-            ((divergence + weight * features) * share).backward()
-            losses = {"loss": divergence.detach(), "features": features.detach()}
-            found.append((share, losses if layers else {"loss": losses["loss"]}))
+                divergence, features = step_losses.losses(part.to(device), share, weight)
+            found.append((share, {"loss": divergence, "features": features} if layers else {"loss": divergence}))
         return weighted_sum(found)
 
     @torch.no_grad()
@@ -186,7 +184,7 @@ def _distill(
         found = []
         for part in _held_out(batches, options):
             with mixed_precision(teacher):
-                found.append((len(part) / len(batches.held_out), {"loss": step_losses(part.to(device))[0]}))
+                found.append((len(part) / len(batches.held_out), {"loss": step_losses.losses(part.to(device))[0]}))
         return weighted_sum(found).get("loss", 0.0)
 
     stage = Stage(
