@@ -25,7 +25,7 @@ _LARGE_BATCH = 2048
 SAMPLE_LENGTH = 512
 """Longer windows are packed from samples of about this length: decoding takes a step per token, however many side by
 side."""
-MOST_TOKENS = 1 << 22
+MOST_TOKENS = 1 << 21
 """Of own samples for training; later epochs see them again."""
 CHUNK = 512
 """Windows that are sampled and kept together: who was stopped, or asks for more, samples only what is missing."""

@@ -26,14 +26,14 @@ class CalibrationOptions:
         seq_len: tokens per window; the model's positions if those are fewer.
         accumulation: parts that a batch is computed in, one after the other; less memory, same result.
         fit_learning_rate: highest rate of fitting, as a fraction of each weight's root mean square; linear warm-up,
-            then half a cosine to a tenth.
+            then half a cosine to nothing.
         distill_learning_rate: the same of distillation.
         train: what distillation changes: "attention", "norms" (attention and norms), or "all".
         feature_weight: of one minus the cosine between hidden states of the two models, beside the divergence.
         feature_layers: how many decoder layers that is taken at, evenly spread.
         self_generated: fraction of the training windows that the source samples itself, 0 to 1.
         checkpoint_every: steps between two checkpoints, where there is a directory for them.
-        evaluate_every: steps between two looks at held-out windows; a twentieth of a stage if 0.
+        evaluate_every: steps between two looks at held-out windows; a twelfth of a stage if 0.
         patience: looks without a better one after which a stage ends.
         memory_limit: bytes that fitting may take for weights and optimiser; layers are then fitted a few at a time,
             with hidden states on disk. None for no limit.
@@ -42,11 +42,11 @@ class CalibrationOptions:
 
     fit_steps: int = 0
     distill_steps: int = 0
-    batch_size: int = 16
+    batch_size: int = 8
     seq_len: int = 1024
     accumulation: int = 1
     fit_learning_rate: float = 0.01
-    distill_learning_rate: float = 0.006
+    distill_learning_rate: float = 0.004
     train: Train = "attention"
     feature_weight: float = 0.0
     feature_layers: int = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,12 +22,10 @@ from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import restore, snapshot
 
-FRESH_SIZE = 0.02
+FRESH_SIZE = 2**-5.5
 """Root mean square that a weight of zeros is taken to have."""
 WARM_UP = 8
 """Steps at least, or half of a run that has fewer than twice as many."""
-LOWEST_RATE = 0.1
-"""Of the highest, at the end."""
 CLIP = 1.0
 """Largest norm of the gradient."""
 SPIKE = 3.0
@@ -159,8 +158,11 @@ class _Run:
         if saved:
             self.state, self._best, self._sizes = StageState(**saved["state"]), saved["best"], saved["sizes"]
             restore(stage.parameters, saved["parameters"])
+        groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in stage.parameters.items():
+            groups[self._sizes[name]].append(parameter)
         self._optimiser = torch.optim.AdamW(
-            [{"params": [parameter], "size": self._sizes[name]} for name, parameter in stage.parameters.items()],
+            [{"params": parameters, "size": size} for size, parameters in groups.items()],
             lr=stage.rate,
             betas=(0.9, 0.95),
             weight_decay=0.0,
@@ -249,7 +251,7 @@ def mixed_precision(model: nn.Module) -> Iterator[None]:
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Fraction of the highest rate: linear warm-up, then half a cosine.
+    """Fraction of the highest rate: linear warm-up, then half a cosine to nothing.
 
     Adam's first steps are as large as the rate allows wherever the gradient points, and the closed-form start is good:
     a run too short for a warm-up would throw it away.
@@ -258,7 +260,7 @@ def _schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     angle = math.pi * (step - warm) / max(1, steps - warm)
-    return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
+    return (1 + math.cos(angle)) / 2
 
 
 def _evaluate(stage: Stage) -> float:
@@ -270,9 +272,10 @@ def _size(parameter: nn.Parameter) -> float:
     """Root mean square of a weight, which its steps are measured by; of one that is zero, what it is made with.
 
     Sizes differ a hundredfold between the factors of a latent attention, and so would relative steps under one rate
-    (Adafactor, arXiv 1804.04235, section 8).
+    (Adafactor, arXiv 1804.04235, section 8). Rounded to half powers of two: weights of one size are updated together.
     """
-    return float(parameter.float().square().mean().sqrt()) or FRESH_SIZE
+    size = float(parameter.float().square().mean().sqrt()) or FRESH_SIZE
+    return float(2 ** (round(2 * math.log2(size)) / 2))
 
 
 def _clip(parameters: Sequence[nn.Parameter]) -> float:
