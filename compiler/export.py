@@ -120,7 +120,8 @@ def bind(call: AttentionCall) -> inspect.BoundArguments:
     return inspect.signature(call.module.forward).bind(*call.args, **call.kwargs)
 
 
-def _record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]]:
+def record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]]:
+    """Note every call of a child module from now on; returns the calls so far, and hooks to remove."""
     calls: list[ChildCall] = []
     counts: dict[str, int] = {}
     handles = []
@@ -155,7 +156,7 @@ def export_attention(call: AttentionCall) -> Exported:
     structure = _Structure(leaves, spec)
     flat = _Flat(copied, structure).eval()
     inputs = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    children, handles = _record_children(copied)
+    children, handles = record_children(copied)
     dynamic = (tuple(_dynamic(tensor) for tensor in inputs),)
     try:
         program = export_program(flat, inputs, dynamic)

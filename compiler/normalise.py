@@ -102,10 +102,10 @@ def retarget_sizes(graph: fx.Graph) -> None:
                     graph.erase_node(node)
                     break
         elif node.target is aten._to_copy.default:
-            _cast(graph, node, hidden)
+            follow_dtype(graph, node, hidden)
 
 
-def _cast(graph: fx.Graph, node: fx.Node, hidden: fx.Node) -> None:
+def follow_dtype(graph: fx.Graph, node: fx.Node, hidden: fx.Node) -> None:
     """`_to_copy` with only a dtype becomes `to`; a cast back to the dtype of the hidden states becomes `type_as`."""
     dtype = node.kwargs.get("dtype")
     source = node.args[0]

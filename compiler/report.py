@@ -69,6 +69,32 @@ class Verification(BaseModel):
     tolerance: float | None = None
 
 
+class RuleReport(BaseModel):
+    """What one rewrite, or one pass of our own, did.
+
+    Attributes:
+        name: of the rewrite.
+        place: file and line of its pattern; empty for a pass of our own.
+        contract: what it promises.
+        matched: places where it could apply.
+        rewritten: of those, how many it changed.
+        rejected: of the others, how many by reason.
+        nearest_miss: where nothing matched: the place that came closest, and what differs there.
+        seconds: spent on matching, rewriting, fitting and verifying.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    place: str = ""
+    contract: str
+    matched: int
+    rewritten: int
+    rejected: dict[str, int] = Field(default_factory=dict)
+    nearest_miss: str | None = None
+    seconds: float
+
+
 class StageReport(BaseModel):
     """One stage of training.
 
@@ -102,6 +128,7 @@ class Report(BaseModel):
         sites_matched: attention sites found.
         sites_rewritten: of those, how many were replaced.
         layers: one row per site.
+        rules: what each rewrite did, in order.
         verification: contracts checked, with their errors.
         kv_budget_asked: as given; None where none was.
         kv_budget_achieved: cached values per token and layer of the result, as a fraction of the source's.
@@ -125,6 +152,7 @@ class Report(BaseModel):
     sites_matched: int
     sites_rewritten: int
     layers: list[LayerReport]
+    rules: list[RuleReport] = Field(default_factory=list)
     verification: list[Verification] = Field(default_factory=list)
     kv_budget_asked: float | None = None
     kv_budget_achieved: float
@@ -184,6 +212,8 @@ class Report(BaseModel):
             "output error": ["-" if row.output_error is None else f"{row.output_error:.2e}" for row in self.layers],
         }
         unused = {"window", "loss"} if self.full_layers is None else {"rank", "rotary", "energy kept", "loss"}
+        if not any(row.kv_lora_rank for row in self.layers):
+            unused |= {"rank", "rotary", "energy kept"}
         shown = {name: cells for name, cells in columns.items() if name not in unused or set(cells) - {"-"}}
         for heading in shown:
             table.add_column(heading, justify="right")
@@ -208,6 +238,12 @@ class Report(BaseModel):
         if self.perplexity:
             found = ", ".join(f"{when} {value:.2f}" for when, value in self.perplexity.items())
             lines.append(f"perplexity {found} on held-out windows")
+        for rule in self.rules:
+            place = f" ({rule.place})" if rule.place else ""
+            counts = f"{rule.matched} matched, {rule.rewritten} rewritten"
+            rejected = "".join(f", {count} rejected: {reason}" for reason, count in rule.rejected.items())
+            missed = f", nearest miss: {rule.nearest_miss}" if rule.nearest_miss else ""
+            lines.append(f"rule       {rule.name}{place}: {counts} in {rule.seconds:.1f} s{rejected}{missed}")
         for check in self.verification:
             error = "" if check.error is None else f", error {check.error:.1e}"
             allowed = "" if check.tolerance is None else f" (allowed {check.tolerance:.1e})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +181,43 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope | R
     result[..., real] = x[..., real] * cos[..., a] - x[..., imag] * sin[..., a]
     result[..., imag] = x[..., imag] * cos[..., b] + x[..., real] * sin[..., b]
     return result
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """`rotate` for code that is traced: slices where they do, no index tensors, nothing in place.
+
+    Args:
+        x: [B, heads, T, d].
+        cos: [B or 1, T, columns].
+        sin: like `cos`.
+        rope: which dims turn, by which columns.
+
+    >>> rope = Rope(((0, 1),), (0,), (0,), "cos", "sin", "half")
+    >>> x = torch.tensor([1.0, 2.0, 5.0]).view(1, 1, 1, 3)
+    >>> rotated(x, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), rope).flatten().tolist()
+    [-2.0, 1.0, 5.0]
+    """
+    real, imaginary = ([pair[part] for pair in rope.pairs] for part in (0, 1))
+    still = [dim for dim in range(x.shape[-1]) if dim not in {*real, *imaginary}]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = pick(x, real), pick(x, imaginary)
+    new_first = first * pick(cos, rope.columns) - second * pick(sin, rope.columns)
+    new_second = second * pick(cos, rope.imaginary_columns) + first * pick(sin, rope.imaginary_columns)
+    if rope.style == "interleaved":
+        turned = torch.stack((new_first, new_second), dim=-1).flatten(-2)
+        return torch.cat((turned, pick(x, still)), dim=-1) if still else turned
+    joined = torch.cat((new_first, new_second, *([pick(x, still)] if still else [])), dim=-1)
+    order = [*real, *imaginary, *still]
+    return pick(joined, [order.index(dim) for dim in range(x.shape[-1])])
+
+
+def pick(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """The given entries of the last dim: a slice where they are evenly spaced."""
+    step = dims[1] - dims[0] if len(dims) > 1 else 1
+    if step > 0 and list(dims) == list(range(dims[0], dims[0] + step * len(dims), step)):
+        whole = len(dims) == x.shape[-1]
+        return x if whole else x[..., dims[0] : dims[-1] + 1 : step]
+    return torch.stack([x[..., dim] for dim in dims], dim=-1)
 
 
 def combine(query: Rotation, key: Rotation, anchor: fx.Node) -> Rope:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.compiler.capture import capture_model
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.licenses import source_license
+from attnedit.compiler.registry import RUNTIMES, registered
+from attnedit.compiler.registry import load as load_entry
 from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
-RUNTIMES = "attnedit.runtimes"
 BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export", "hf": "attnedit.targets.runtime.hf:export"}
 
 
@@ -88,19 +88,12 @@ def find_runtime(name: str) -> Callable[..., Any]:
     """Return the export function of a runtime: ``export(result, directory, **options)``.
 
     Raises:
-        UsageError: no runtime of that name is installed, or it lacks a package.
+        UsageError: no runtime of that name is installed, it lacks a package, or two packages register one name.
     """
-    # Our own are known without their entry points, which an installation older than the sources does not list.
-    known = {point.name: point for point in entry_points(group=RUNTIMES)}
-    known |= {own: EntryPoint(own, place, RUNTIMES) for own, place in BUILT_IN.items()}
+    known = registered(RUNTIMES, BUILT_IN)
     if name not in known:
         raise UsageError(f"no runtime {name!r} to export to; installed: {', '.join(sorted(known))}")
-    try:
-        export: Callable[..., Any] = known[name].load()
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"export to {name} needs the package {error.name}; install it: pip install 'attnedit[{name}]'"
-        ) from error
+    export: Callable[..., Any] = load_entry(known[name], "export to")
     return export
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from attnedit.compiler import provenance
 from attnedit.compiler.capture import graph_module
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
@@ -109,17 +109,19 @@ def _rewrite(
     nodes = {node.name: node for node in graph.nodes}
     anchor = nodes[site.anchor]
     with graph.inserting_before(anchor):
-        call = AnchorCall(graph, nodes.__getitem__, _named(anchor), _cache_argument(graph, site))
+        call = AnchorCall(graph, nodes.__getitem__, _named(anchor), cache_argument(graph, site))
         node = graph.call_module(name, arguments(call))
-    for fresh in set(graph.nodes) - set(nodes.values()):
-        fresh.meta["from_node"] = [NodeSource(anchor, f"attnedit.{name}", NodeSourceAction.REPLACE)]
-        if "stack_trace" in anchor.meta:
-            fresh.meta["stack_trace"] = anchor.meta["stack_trace"]
+    provenance.mark(set(graph.nodes) - set(nodes.values()), anchor, f"attnedit.{name}")
     anchor.replace_all_uses_with(node)
     graph.erase_node(anchor)
 
 
-def _cache_argument(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+def cache_argument(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+    """The placeholder of the cache.
+
+    Raises:
+        CaptureError: there is none.
+    """
     node: fx.Node
     for node in graph.nodes:
         if node.op == "placeholder" and node.target in _CACHE_ARGUMENTS:

@@ -1,0 +1,321 @@
+"""Ordinary attention in a graph that rewrites have edited: how it meets the model's cache and attention implementation.
+
+While rewrites go over it a graph is pure: `attnedit::attention` and `attnedit::cache` stand in it. `lower` puts modules
+in their place that use the cache and whatever attention implementation the model is set to; `pure` takes them out again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from attnedit.compiler import provenance
+from attnedit.compiler.anchor import reference_attention
+from attnedit.compiler.apply import apply
+from attnedit.compiler.capture import graph_module
+from attnedit.compiler.dataflow import anchors
+from attnedit.compiler.errors import RewriteError, UsageError
+from attnedit.compiler.fuel import Fuel
+from attnedit.compiler.graft import CACHE_OP, SiteGraph
+from attnedit.compiler.normalise import prune
+from attnedit.compiler.pattern import ANCHOR_OP, Pattern
+from attnedit.compiler.rewrite import Rewrite, rewrite_from
+from attnedit.compiler.sites import AttentionSite
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.site_graph import cache_argument
+
+KV_CACHE_MODULE = "kv_cache"
+ATTEND_MODULE = "attend"
+LOWERING = "attnedit.lower"
+
+
+@dataclass(frozen=True)
+class RewrittenConfig(SiteConfig):
+    """What was done to the graph of one attention module; plain JSON values only.
+
+    Attributes:
+        layer_idx: the layer of the cache that this attention writes.
+        rewrites: in order: "rewrite" (``module:Class``), "options" (its fields), and "decisions" (of every match in
+            turn, whether it was rewritten).
+
+    Raises:
+        UsageError: an entry has another form.
+
+    >>> entry = {"rewrite": "package.module:Gate", "options": {}, "decisions": [True]}
+    >>> config = RewrittenConfig(0, (entry,))
+    >>> RewrittenConfig.from_dict(config.to_dict()) == config
+    True
+    """
+
+    layer_idx: int
+    rewrites: tuple[Mapping[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what `attnedit.rewrite` would not have written."""
+        object.__setattr__(self, "rewrites", tuple(self.rewrites))
+        forms: dict[str, type] = {"rewrite": str, "options": dict, "decisions": list}
+        for entry in self.rewrites:
+            if not (
+                isinstance(entry, Mapping)
+                and set(entry) == set(forms)
+                and all(isinstance(entry[name], form) for name, form in forms.items())
+            ):
+                raise UsageError(f"RewrittenConfig of layer {self.layer_idx}: {entry!r} describes no rewrite")
+
+
+class KVCache(nn.Module):
+    """Appends to the model's cache what an attention caches.
+
+    Args:
+        config: of the site.
+        explicit: the replacement called `attnedit.cache` itself.
+    """
+
+    def __init__(self, config: RewrittenConfig, explicit: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.explicit = explicit
+
+    def extra_repr(self) -> str:
+        """Name the rewrites."""
+        return ", ".join(entry["rewrite"].rpartition(":")[2] for entry in self.config.rewrites)
+
+    def forward(self, key: Tensor, value: Tensor, past_key_values: Any = None) -> tuple[Tensor, Tensor]:
+        """Append.
+
+        Args:
+            key: [B, G, T, ..], any dtype.
+            value: [B, G, T, ..].
+            past_key_values: a transformers cache, or None.
+
+        Returns:
+            All that is cached, [B, G, S, ..] each.
+        """
+        if past_key_values is None:
+            return key, value
+        keys, values = past_key_values.update(key, value, self.config.layer_idx)
+        return keys, values
+
+
+class Attend(nn.Module):
+    """Attention by the implementation that the model's configuration names, as the source's own modules call it.
+
+    Args:
+        config: the model's.
+        layer_idx: of the layer.
+        scale: factor on the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        window: the sliding window that the implementation is told of; the mask shows it too.
+    """
+
+    is_causal = True
+
+    def __init__(
+        self, config: Any, layer_idx: int, scale: float, softcap: float | None = None, window: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.scale, self.softcap, self.window = scale, softcap, window
+        self.num_key_value_groups = 1
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [B, H, T, d].
+            key: [B, G, S, d].
+            value: [B, G, S, v].
+            attention_mask: whatever the model makes for its implementation.
+            sinks: [H], or None.
+
+        Returns:
+            [B, T, H, v].
+        """
+        groups = query.shape[1] // key.shape[1]
+        if self.num_key_value_groups != groups:
+            self.num_key_value_groups = groups  # implementations read it off the module
+        given = {"softcap": self.softcap, "sliding_window": self.window, "s_aux": sinks}
+        settings = {name: setting for name, setting in given.items() if setting is not None}
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
+        output: Tensor = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scale, **settings
+        )[0]
+        return output
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    output = reference_attention(query, key, value, attention_mask, scaling, softcap, s_aux, sliding_window)
+    return output, None
+
+
+def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: RewrittenConfig) -> fx.GraphModule:
+    """Put modules that use the model's cache and attention implementation in place of the ops of a pure graph.
+
+    Args:
+        root: the pure graph; left as it was.
+        site: its site.
+        model_config: the model's configuration.
+        config: what was done to the graph.
+
+    Raises:
+        RewriteError: nothing, or more than one thing, would be cached.
+        CaptureError: the attention module is not given the cache.
+    """
+    graph: fx.Graph = copy.deepcopy(root.graph)
+    result = fx.GraphModule(root, graph, class_name=f"Rewritten{root._get_name().removeprefix('Rewritten')}")
+    attentions, caches = anchors(graph), [node for node in graph.nodes if node.target is CACHE_OP]
+    names = ", ".join(entry["rewrite"].rpartition(":")[2] for entry in config.rewrites)
+    if len(caches) > 1 or (not caches and len(attentions) != 1):
+        found = f"{len(caches)} calls of cache()" if caches else f"{len(attentions)} of attention() and none of cache()"
+        raise RewriteError(
+            f"{site.name} after {names}: {found}, so it is not clear what the layer caches; call cache(key, value) "
+            "once, and attend to what it returns"
+        )
+    past = cache_argument(graph, site)
+    result.add_module(KV_CACHE_MODULE, KVCache(config, bool(caches)))
+    for anchor in attentions:
+        query, key, value, mask, scale, softcap, sinks, window, _ = anchor.args
+        name = _free_name(result, ATTEND_MODULE)
+        result.add_module(name, Attend(model_config, site.layer_idx, float(scale), softcap, window))  # type: ignore[arg-type]
+        fresh: list[fx.Node] = []
+        with graph.inserting_before(anchor):
+            if not caches:
+                both = graph.call_module(KV_CACHE_MODULE, (key, value, past))
+                both.meta["val"] = tuple(node.meta.get("val") for node in (key, value) if isinstance(node, fx.Node))
+                keys, values = (graph.call_function(operator.getitem, (both, index)) for index in (0, 1))
+                for node, source in ((keys, key), (values, value)):
+                    node.meta["val"] = source.meta.get("val") if isinstance(source, fx.Node) else None
+                fresh, key, value = [both, keys, values], keys, values
+            node = graph.call_module(name, (query, key, value, mask, sinks))
+        node.meta.update({key: value for key, value in anchor.meta.items() if key in ("val", "stack_trace")})
+        provenance.mark([*fresh, node], anchor, LOWERING)
+        anchor.replace_all_uses_with(node)
+        graph.erase_node(anchor)
+    for cache in caches:
+        with graph.inserting_before(cache):
+            node = graph.call_module(KV_CACHE_MODULE, (*cache.args[:2], past))
+        node.meta.update({key: value for key, value in cache.meta.items() if key in ("val", "stack_trace")})
+        provenance.mark([node], cache, LOWERING)
+        cache.replace_all_uses_with(node)
+        graph.erase_node(cache)
+    graph.lint()
+    result.recompile()
+    result.train(root.training)
+    return result
+
+
+def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
+    """The pure graph of a module that `lower` made, with the same parts.
+
+    Raises:
+        UsageError: its nodes say no longer what they compute, as after pickling.
+    """
+    graph: fx.Graph = copy.deepcopy(module.graph)
+    kv_cache: Any = module.get_submodule(KV_CACHE_MODULE)
+    for node in list(graph.nodes):
+        target = str(node.target)
+        part: Any = module.get_submodule(target) if node.op == "call_module" else None
+        if isinstance(part, Attend):
+            query, key, value, mask, sinks = node.args
+            if not kv_cache.explicit:
+                key, value = (n.args[0].args[n.args[1]] for n in (key, value))  # type: ignore[union-attr]
+            with graph.inserting_before(node):
+                settings = (mask, part.scale, part.softcap, sinks, part.window, site.layer_idx)
+                new = graph.call_function(ANCHOR_OP, (query, key, value, *settings))
+        elif isinstance(part, KVCache) and part.explicit:
+            with graph.inserting_before(node):
+                new = graph.call_function(CACHE_OP, (*node.args[:2], None, site.layer_idx))
+        else:
+            continue
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    prune(graph)
+    if any("val" not in node.meta for node in anchors(graph)):
+        raise UsageError(f"{site.name}: its graph lost what is known of its nodes (pickle drops it); save and load instead")
+    graph.lint()
+    return fx.GraphModule(module, graph, class_name=module._get_name())
+
+
+def rewritten_graph(model: nn.Module, site: AttentionSite, config: RewrittenConfig) -> fx.GraphModule:
+    """Apply the rewrites of a saved result again; the parts get the values of `Rewrite.parts`.
+
+    Args:
+        model: the live model that ``site`` was captured from, or one of the same shape.
+        site: the attention site.
+        config: what was done to it.
+
+    Raises:
+        UsageError: a rewrite cannot be imported, or does something else now.
+    """
+    module = model.get_submodule(site.name)
+    state = SiteGraph(site, module, graph_module(model, site))
+    for entry in config.rewrites:
+        rewrite = rewrite_from(entry["rewrite"], entry["options"])
+        options = json.dumps(entry["options"], sort_keys=True)
+        decisions = list(entry["decisions"])
+        try:
+            pattern = _pattern(type(rewrite), options, site.kind, _Site(site))
+            outcome = apply(rewrite, pattern, state, Fuel(), replay=decisions)
+        except RewriteError as error:
+            raise UsageError(f"{entry['rewrite']} no longer fits this model: {error}") from error
+        if outcome.decisions != decisions:
+            raise UsageError(
+                f"{site.name}: {entry['rewrite']} matched {len(decisions)} times when this model was rewritten, "
+                f"{len(outcome.decisions)} times now; install the version of it that was used"
+            )
+    return lower(state.root, site, config_of(model, module), config)
+
+
+def config_of(model: nn.Module, module: nn.Module) -> Any:
+    """The configuration that names the attention implementation of an attention module."""
+    return getattr(module, "config", None) or getattr(model, "config", None)
+
+
+class _Site:
+    """A site as an argument that the memory below does not look at."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.site = site
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Site)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.lru_cache(maxsize=32)
+def _pattern(cls: type[Rewrite], options: str, kind: str, site: _Site) -> Pattern:
+    """The pattern of a rewrite, traced once for each kind of site."""
+    return Pattern.of(cls(**json.loads(options)).pattern, site.site)
+
+
+def _free_name(root: nn.Module, name: str) -> str:
+    taken = (f"{name}_{number}" for number in range(1, 1000))
+    return name if not hasattr(root, name) else next(other for other in taken if not hasattr(root, other))
+
+
+__all__ = ["KV_CACHE_MODULE", "Attend", "KVCache", "RewrittenConfig", "config_of", "lower", "pure", "rewritten_graph"]
