@@ -14,6 +14,7 @@ from attnedit.compiler.dataflow import where
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import SiteGraph, cut, graft
+from attnedit.compiler.masks import dense_mask
 from attnedit.compiler.pattern import Binding, Miss, Pattern
 from attnedit.compiler.rewrite import Batch, Match, Reject, Rewrite, make_parts, match_of, with_parts
 from attnedit.compiler.tracing import place_of
@@ -36,6 +37,10 @@ class Applied:
     @torch.no_grad()
     def run(self, args: tuple[Any, ...], kwargs: Any) -> Batch:
         """Both on one call of the attention module."""
+        name, site = self.match.site.mask, self.match.site
+        if name in kwargs and kwargs[name] is None:
+            hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() == 3)
+            kwargs = {**kwargs, name: dense_mask(None, hidden, hidden.shape[1], site.window)}
         return Batch(list(self.before(*args, **kwargs)), list(self.after(*args, **kwargs)))
 
 
@@ -63,7 +68,9 @@ class Outcome:
         return self.nearest.reason if self.nearest is not None else "no match"
 
 
-def apply(rewrite: Rewrite, pattern: Pattern, state: SiteGraph, fuel: Fuel, replay: list[bool] | None = None) -> Outcome:
+def apply(
+    rewrite: Rewrite, pattern: Pattern, state: SiteGraph, fuel: Fuel, replay: list[bool] | None = None
+) -> Outcome:
     """Rewrite every match in a site's graph, which changes in place.
 
     Args:

@@ -10,6 +10,7 @@ import re
 from html import escape
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -65,7 +66,7 @@ def _layout(nodes: list[fx.Node]) -> tuple[dict[fx.Node, tuple[float, float]], f
         for index, node in enumerate(layer):
             rank[node] = (index + 0.5) / len(layer)
     width = max((len(layer) for layer in layers), default=1) * (_WIDTH + _GAP_X) + _GAP_X
-    places = {}
+    places: dict[fx.Node, tuple[float, float]] = {}
     for row, layer in enumerate(layers):
         for node in layer:
             places[node] = (rank[node] * (width - _GAP_X) + (_GAP_X - _WIDTH) / 2, row * (_HEIGHT + _GAP_Y))
@@ -81,7 +82,7 @@ def _edge(source: tuple[float, float], node: tuple[float, float]) -> str:
 
 
 def _box(node: fx.Node, name: str, x: float, y: float) -> str:
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     shape = f" {[str(size) for size in value.shape]}".replace("'", "") if hasattr(value, "shape") else ""
     target = "" if node.op in ("placeholder", "output") else target_text(node.target)
     made = [rule for rule in provenance.rules(node) if ":" in rule or rule.startswith("attnedit.")]
@@ -136,5 +137,3 @@ class Dump:
 
 def _without_layer(text: str) -> str:
     return re.sub(r"(attnedit\.\w+\.default\(.*), -?\d+\)", r"\1)", text)
-
-

@@ -1,4 +1,4 @@
-"""Fuel: stop after so many rewrites, so that the one that breaks a model is found by bisecting (GCC, Lightning Thunder)."""
+"""Fuel: stop after so many rewrites, so that the one that breaks a model is found by bisecting."""
 
 from __future__ import annotations
 

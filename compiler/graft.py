@@ -85,7 +85,9 @@ def graft(
         if isinstance(node, fx.Node) and node not in behind and behind & value_ancestors(node):
             raise RewriteError(f"{where_}: {name.lstrip('_')} depends on the very value that is replaced")
     for name, part in (*new.named_children(), *new.named_parameters(recurse=False), *new.named_buffers(recurse=False)):
-        setattr(root, name, part) if not isinstance(part, Tensor) or isinstance(part, nn.Parameter) else root.register_buffer(name, part)
+        setattr(root, name, part) if not isinstance(part, Tensor) or isinstance(
+            part, nn.Parameter
+        ) else root.register_buffer(name, part)
     fresh, results = _insert(root, traced, placed, outputs, rewrite)
     layer = next((node.args[8] for node in anchors(state.root.graph)), state.site.layer_idx)
     changed = _finish(root.graph, fresh, state.site, layer)
@@ -179,7 +181,7 @@ def _trace(
         return code(seen.watch(with_parts(match, parts, facts)), **captures)
 
     shapes = [(name, tensor.shape, tensor.dtype, tuple(dynamic[name])) for name, tensor in tensors.items()]
-    made = [(name, type(part)) for name, part in new.named_modules()]
+    made: list[Any] = [(name, type(part)) for name, part in new.named_modules()]
     made += [(name, (tensor.shape, tensor.dtype)) for name, tensor in (*new.named_parameters(), *new.named_buffers())]
     key = (repr(shapes), repr(made), repr(same), repr(constants))
     if key not in memo:
@@ -240,7 +242,10 @@ def _check_settings(traced: Traced, binding: Binding, where_: str) -> None:
     if binding.anchor is None or not binding.uses:
         return
     values = dict(zip(SETTINGS, binding.anchor.args[3:8], strict=True))
+    given = set(binding.uses[0].captured)
     for name in _DROPPED:
+        if name == "window" and "mask" in given:
+            continue  # masks show the window
         if values[name] is not None and name in binding.uses[0].open and not traced.uses:
             raise RewriteError(
                 f"{where_}: the matched attention has {name}={values[name]}, which the pattern leaves open and the "
@@ -308,7 +313,8 @@ def _finish(graph: fx.Graph, fresh: list[fx.Node], site: AttentionSite, layer: A
         elif node.target is aten._to_copy.default:
             before = set(graph.nodes)
             follow_dtype(graph, node, hidden)
-            changed |= {node: new for new in set(graph.nodes) - before}
+            for new in set(graph.nodes) - before:
+                changed[node] = new
         elif not is_size(node):
             for name, fixed in (("device", torch.device("meta")), ("dtype", PROBE_DTYPE)):
                 if node.kwargs.get(name) == fixed:

@@ -151,7 +151,8 @@ def attention(
     speech.uses.append(AttentionUse(left, captured))
     same = speech.same or {"mask": None, "scale": 1.0, "softcap": None, "sinks": None, "window": None}
     values = {name: same[name] if name in left else value for name, value in given.items()}
-    return anchor_op(query_BHTd, key_BGSd, value_BGSv, *(values[name] for name in SETTINGS), -1)
+    output: Tensor = anchor_op(query_BHTd, key_BGSd, value_BGSv, *(values[name] for name in SETTINGS), -1)
+    return output
 
 
 def cache(key_BGTd: Tensor, value_BGTv: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,7 +178,11 @@ class _Search:
             if state is None:
                 break
             given: _State = state
-            tries = (self._value(output, n, given) for n in self.root.graph.nodes if _target(n, self.root) == _target(output, self.root))
+            tries = (
+                self._value(output, n, given)
+                for n in self.root.graph.nodes
+                if _target(n, self.root) == _target(output, self.root)
+            )
             state = given if output in given.nodes else next((found for found in tries if found), None)
         if state is None:
             assert self.nearest is not None
@@ -187,7 +191,7 @@ class _Search:
         found = tuple(state.nodes[output] for output in outputs)
         for node in inner - set(found):
             if outside := next((user for user in node.users if user not in inner), None):
-                return self._miss(node, state, lambda n=node, u=outside: f"its value is also used by {where(u)}, outside the pattern")
+                return self._miss(node, state, _used_by(outside))
         anchor = next((state.nodes[n] for n in self.uses), None)
         return Binding(state.captures, found, inner, anchor, self.pattern.traced.uses)
 
@@ -202,7 +206,10 @@ class _Search:
         at = found if isinstance(found, fx.Node) else near
         if isinstance(expected, fx.Node) and expected.op == "placeholder":
             return self._capture(str(expected.target), found, state, at)
-        if number := next((n for n, value in self.pattern.numbers.items() if type(expected) is type(value) and value == expected), None):
+        if number := next(
+            (n for n, value in self.pattern.numbers.items() if type(expected) is type(value) and value == expected),
+            None,
+        ):
             return self._capture(number, found, state, at)
         if isinstance(expected, fx.Node) and not is_size(expected):
             if isinstance(found, fx.Node):
@@ -217,14 +224,18 @@ class _Search:
             return current
         return state if size_of(expected) == size_of(found) else self._differs(expected, found, state, at)
 
-    def _differs(self, expected: Any, found: Any, state: _State, at: fx.Node | None) -> None:
+    def _differs(self, expected: Any, found: Any, state: _State, at: fx.Node | None) -> _State | None:
         node = at or next(iter(self.root.graph.nodes))
         expected_text = _called(expected) if isinstance(expected, fx.Node) else repr(size_of(expected))
         self._miss(
             node,
             state,
-            lambda: f"has {_called(found) if isinstance(found, fx.Node) else size_of(found)} where the pattern has {expected_text}",
+            lambda: (
+                f"has {_called(found) if isinstance(found, fx.Node) else size_of(found)} where the pattern has "
+                f"{expected_text}"
+            ),
         )
+        return None
 
     def _node(self, expected: fx.Node, found: fx.Node, state: _State) -> _State | None:
         if expected in state.nodes:
@@ -236,8 +247,10 @@ class _Search:
             self._miss(
                 found,
                 state,
-                lambda: f"is {_called(found)}, the pattern expects {_called(expected)}"
-                + (f" ({expected_at})" if expected_at else ""),
+                lambda: (
+                    f"is {_called(found)}, the pattern expects {_called(expected)}"
+                    + (f" ({expected_at})" if expected_at else "")
+                ),
             )
             return None
         mine, theirs = _arguments(expected, self.root), _arguments(found, self.root)
@@ -275,7 +288,9 @@ class _Search:
             if state.captures[name] is found or state.captures[name] == found:
                 return state
             other = state.captures[name]
-            self._miss(node, state, lambda: f"the pattern has {name} twice, here it is {_shown(found)}, before {_shown(other)}")
+            self._miss(
+                node, state, lambda: f"the pattern has {name} twice, here it is {_shown(found)}, before {_shown(other)}"
+            )
             return None
         letters = shape_letters(name)
         if letters is None:
@@ -306,6 +321,10 @@ class _Search:
             return state.with_node(expected, found)
         self._miss(found, state, lambda: f"is not the constant that the pattern has ({wanted})")
         return None
+
+
+def _used_by(user: fx.Node) -> Callable[[], str]:
+    return lambda: f"its value is also used by {where(user)}, outside the pattern"
 
 
 def _target(node: fx.Node, root: fx.GraphModule) -> Any:
@@ -372,7 +391,11 @@ def _value_of(found: Any, root: fx.GraphModule) -> Any:
 def _called(node: fx.Node) -> str:
     if node.op == "placeholder":
         return f"the argument {node.target}"
-    return str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else getattr(node.target, "__name__", str(node.target))
+    return (
+        str(node.target)
+        if isinstance(node.target, str | torch._ops.OpOverload)
+        else getattr(node.target, "__name__", str(node.target))
+    )
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
 
 HALF_ROUNDING = 2e-2
-"""Of the largest value: what a contract with tolerances may be off by beyond them where the model is in half precision."""
+"""Of the largest value: what "close" may be off by beyond its tolerances where the model is in half precision."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,9 @@ def _report(rewrite: Rewrite, outcomes: dict[str, Outcome], seconds: float) -> R
         for reason in outcome.rejected:
             rejected[reason] = rejected.get(reason, 0) + 1
     matched = sum(len(outcome.decisions) for outcome in outcomes.values())
-    nearest = max((o.nearest for o in outcomes.values() if o.nearest is not None), key=lambda m: m.matched, default=None)
+    nearest = max(
+        (o.nearest for o in outcomes.values() if o.nearest is not None), key=lambda m: m.matched, default=None
+    )
     return RuleReport(
         name=rewrite.name,
         place=rewrite.place,

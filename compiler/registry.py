@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -39,6 +39,21 @@ def registered(group: str, own: Mapping[str, str] | None = None) -> dict[str, En
     return {name: point for name, point in known.items() if point.value}
 
 
+def names_of(target: str, own: Sequence[str]) -> list[str] | None:
+    """The parts of a target made of registered targets and passes, with "+" between; None for anything else.
+
+    Args:
+        target: as a user wrote it.
+        own: targets of our own, which nobody else may register.
+    """
+    if target in own:
+        return None
+    reserved = dict.fromkeys(own, "")
+    known = {**registered(TARGETS, reserved), **registered(PASSES, reserved)}
+    parts = [part.strip() for part in target.split("+")]
+    return parts if all(part in known for part in parts) else None
+
+
 def load(point: EntryPoint, what: str) -> Any:
     """Import what an entry point names.
 
@@ -53,7 +68,9 @@ def load(point: EntryPoint, what: str) -> Any:
             + (f"'attnedit[{point.name}]'" if point.value.startswith("attnedit.") else str(error.name))
         ) from error
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"{what} {point.name} ({point.value}, of {_package(point)}) cannot be imported: {error}") from error
+        raise UsageError(
+            f"{what} {point.name} ({point.value}, of {_package(point)}) cannot be imported: {error}"
+        ) from error
 
 
 def _package(point: EntryPoint) -> str:

@@ -201,7 +201,7 @@ class Rewrite:
         """Give the parts values that follow from the source's weights (`match.module`)."""
 
     fit: Any = None
-    """``fit(self, match, batches)``: give the parts values that follow from calibration data, an iterator of `Batch`."""
+    """``fit(self, match, batches)``: give the parts values that follow from data, an iterator of `Batch`, read once."""
 
     @property
     def name(self) -> str:
@@ -227,12 +227,16 @@ def check_rewrite(rewrite: Rewrite) -> None:
     """
     if isinstance(rewrite, type) or not isinstance(rewrite, Rewrite):
         what = "a class; make an instance of it" if isinstance(rewrite, type) else f"a {type(rewrite).__name__}"
-        raise RewriteError(f"{getattr(rewrite, '__name__', rewrite)!s} is {what}; expected an instance of a Rewrite subclass")
+        raise RewriteError(
+            f"{getattr(rewrite, '__name__', rewrite)!s} is {what}; expected an instance of a Rewrite subclass"
+        )
     for name in ("pattern", "replacement"):
         if not callable(getattr(rewrite, name, None)):
             raise RewriteError(f"{rewrite.name} has no {name}(); a rewrite needs pattern() and replacement()")
     if not isinstance(rewrite.contract, Contract):
-        raise RewriteError(f"{rewrite.name}.contract is {rewrite.contract!r}; expected exact, learned or close(atol, rtol)")
+        raise RewriteError(
+            f"{rewrite.name}.contract is {rewrite.contract!r}; expected exact, learned or close(atol, rtol)"
+        )
     options_of(rewrite)
 
 
@@ -244,7 +248,9 @@ def options_of(rewrite: Rewrite) -> dict[str, Any]:
     """
     if not dataclasses.is_dataclass(rewrite):
         if type(rewrite).__init__ is not object.__init__:
-            raise RewriteError(f"{rewrite.name} has an __init__ of its own; make it a dataclass, whose fields are its options")
+            raise RewriteError(
+                f"{rewrite.name} has an __init__ of its own; make it a dataclass, whose fields are its options"
+            )
         return {}
     values = {f.name: getattr(rewrite, f.name) for f in dataclasses.fields(rewrite) if f.init}
     try:
@@ -253,7 +259,9 @@ def options_of(rewrite: Rewrite) -> dict[str, Any]:
     except (TypeError, ValueError):
         pass
     odd = next(name for name, value in values.items() if not _is_json(value))
-    raise RewriteError(f"{rewrite.name}.{odd} is {values[odd]!r}; options must be JSON values, so that a result can be saved")
+    raise RewriteError(
+        f"{rewrite.name}.{odd} is {values[odd]!r}; options must be JSON values, so that a result can be saved"
+    )
 
 
 def _is_json(value: Any) -> bool:
@@ -278,7 +286,9 @@ def rewrite_from(identity: str, options: Mapping[str, Any]) -> Rewrite:
         for part in qualified.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"this model was rewritten by {identity}, which cannot be imported ({error}); {hint}") from error
+        raise UsageError(
+            f"this model was rewritten by {identity}, which cannot be imported ({error}); {hint}"
+        ) from error
     # Before anything of it is called: a configuration file must not be able to call what it likes.
     if not (isinstance(found, type) and issubclass(found, Rewrite)):
         raise UsageError(f"config.json names the rewrite {identity}, which is no subclass of attnedit.Rewrite")
@@ -301,7 +311,9 @@ def make_parts(rewrite: Rewrite, match: Match, root: fx.GraphModule) -> nn.Modul
     try:
         made = rewrite.parts(match)
     except Exception as error:  # author code may raise anything
-        raise RewriteError(f"{rewrite.name}.parts ({place_of(rewrite.parts)}): {type(error).__name__}: {error}") from error
+        raise RewriteError(
+            f"{rewrite.name}.parts ({place_of(rewrite.parts)}): {type(error).__name__}: {error}"
+        ) from error
     for name, part in made.items():
         if not name.isidentifier() or hasattr(root, name):
             raise RewriteError(

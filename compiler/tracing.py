@@ -184,7 +184,9 @@ def trace(
         raise RewriteError(f"{where}: {error}") from error
     except CaptureError as error:
         reason = str(error).removeprefix("torch.export failed: ")
-        raise RewriteError(f"{_line_of(error, function) or where}: {reason}; write plain torch code on the captures") from error
+        raise RewriteError(
+            f"{_line_of(error, function) or where}: {reason}; write plain torch code on the captures"
+        ) from error
     except Exception as error:  # author code may raise anything
         raise RewriteError(f"{_line_of(error, function) or where}: {type(error).__name__}: {error}") from error
     finally:

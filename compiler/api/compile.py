@@ -14,14 +14,18 @@ from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture import capture, graph_module
 from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_LENGTH
 from attnedit.compiler.data import context_length, position_limit, token_windows
+from attnedit.compiler.drawing import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
+from attnedit.compiler.fuel import Fuel
+from attnedit.compiler.pipeline import Target
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.report import LayerReport, Report, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.registry import names_of
+from attnedit.compiler.report import LayerReport, Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
 from attnedit.passes.calibration.options import CalibrationOptions
@@ -29,9 +33,10 @@ from attnedit.passes.gateswa.options import FullLayers, GateSWAOptions
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers
-from attnedit.planning import DEFAULT_BUDGET, Plan, check_arguments, first_of, plan_sites
+from attnedit.planning import DEFAULT_BUDGET, TARGETS, Plan, check_arguments, first_of, plan_sites
 from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
+from attnedit.rewrite import rewrite
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
@@ -39,7 +44,7 @@ from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 
 def compile(
     model: PreTrainedModel,
-    target: str = "mla",
+    target: str | Target = "mla",
     *,
     kv_budget: float | None = None,
     window: int | None = None,
@@ -54,6 +59,8 @@ def compile(
     device: str | torch.device | None = None,
     in_place: bool = False,
     verify: bool = True,
+    fuel: int | None = None,
+    dump_graphs: str | PathLike[str] | None = None,
     run_directory: str | PathLike[str] | None = None,
     progress: Progress | None = None,
     **training: Any,
@@ -63,7 +70,8 @@ def compile(
     Args:
         model: a transformers causal language model; not changed unless `in_place`.
         target: what attention becomes: "mla"; "gateswa", a sliding window in most layers; or "gateswa+mla", where the
-            layers without window become latent.
+            layers without window become latent. Or a `Target`, or names that other packages register, which go through
+            `attnedit.rewrite`.
         kv_budget: cached values per token, averaged over layers at the model's context length, as a fraction of the
             source's. For "mla" 0.5 unless given; at 1.0 the result computes exactly what the source does. For
             "gateswa" it says how many layers stay full, in place of `full_layers`. For "gateswa+mla" it covers both;
@@ -84,6 +92,9 @@ def compile(
         device: where to work; where the model is unless told.
         in_place: rewrite `model` itself instead of a copy that shares its tensors.
         verify: hold the result to its contract on real numbers.
+        fuel: rewrite so many layers at most, to find the one that breaks something by bisecting; the environment
+            variable ATTNEDIT_FUEL unless given, else all.
+        dump_graphs: a directory for the graphs before and after, as text and SVG.
         run_directory: where training keeps its checkpoints and log. The same call with the same directory goes on
             where an earlier one stopped.
         progress: see `attnedit.compiler.progress`.
@@ -98,7 +109,10 @@ def compile(
         VerificationError: the result broke its contract.
         DivergedError: training broke down; its best state is in the run directory.
     """
-    check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    custom = target if isinstance(target, Target) else None
+    target = target.name if isinstance(target, Target) else target
+    if custom is None:
+        check_arguments(target, kv_budget, window, full_layers, gate, sinks)
     steps = CalibrationOptions.of(**training)
     arguments: dict[str, Any] = {
         "target": target,
@@ -116,6 +130,9 @@ def compile(
         "in_place": in_place,
         "verify": verify,
         "progress": progress,
+        "custom": custom,
+        "fuel": fuel,
+        "dump_graphs": dump_graphs,
     }
     if not steps.steps:
         return _with_recipe(_one_shot(model, **arguments), arguments, training)
@@ -183,8 +200,16 @@ def _one_shot(
     in_place: bool,
     verify: bool,
     progress: Progress | None,
+    custom: Target | None,
+    fuel: int | None,
+    dump_graphs: str | PathLike[str] | None,
 ) -> CompileResult:
     """`compile` without training."""
+    if custom is not None or names_of(target, TARGETS):
+        own = {"calibration": calibration, "tokenizer": tokenizer, "calibration_tokens": calibration_tokens}
+        own |= {"seed": seed, "device": device, "verify": verify, "progress": progress}
+        return rewrite(model, custom or target, fuel=fuel, dump_graphs=dump_graphs, **own)
+    limit, dump = Fuel(fuel), Dump(dump_graphs)
     windowing = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
     options = FitOptions.of(alternations)
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
@@ -232,7 +257,10 @@ def _one_shot(
             kept = plan.latent_sites(list(windowed.graphs))
             with timed(seconds, "fit"):
                 latent = latent_layers(model, result, kept, plan.shapes(kept), options, windows, **work)
-        graphs = {**windowed.graphs, **latent.graphs}
+        made = {**windowed.graphs, **latent.graphs}
+        graphs = limit.limit(made, [site.name for site in plan.chosen])
+        for site in (site for site in plan.chosen if site.name in graphs):
+            dump(kind_of(_config_of(graphs[site.name])).name, site.name, graph_module(model, site), graphs[site.name])
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
         expected = logits_of(model, ids) if verify and exact else None
@@ -254,6 +282,14 @@ def _one_shot(
         sites_matched=len(sites),
         sites_rewritten=len(configs),
         layers=_rows(plan, configs, latent, windowed, after),
+        rules=[
+            rule
+            for rule in (
+                _rule("gateswa", windowed.graphs, configs, "learned", seconds.get("windows", 0.0)),
+                _rule("mla", latent.graphs, configs, "close" if exact else "learned", seconds.get("fit", 0.0)),
+            )
+            if rule.matched
+        ],
         verification=checks,
         kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None else kv_budget,
         calibration="" if windows is None else calibration_name(calibration),
@@ -261,7 +297,7 @@ def _one_shot(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else windowed.full,
-        notes=plan.notes,
+        notes=[*plan.notes, *limit.note()],
         **kv_fields(plan.before, after),
     )
     return CompileResult(result, report, tokenizer)
@@ -284,6 +320,13 @@ def _config_of(graph: fx.GraphModule) -> AnyConfig:
     """Configuration of the new attention in a rewritten graph."""
     found: AnyConfig = next(getattr(graph, name) for name in KINDS if hasattr(graph, name)).config
     return found
+
+
+def _rule(
+    name: str, graphs: Mapping[str, fx.GraphModule], configs: Mapping[str, AnyConfig], contract: str, seconds: float
+) -> RuleReport:
+    rewritten = sum(site in configs for site in graphs)
+    return RuleReport(name=name, contract=contract, matched=len(graphs), rewritten=rewritten, seconds=seconds)
 
 
 def _choice_note(full: list[int]) -> str:

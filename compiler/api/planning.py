@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage
+from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
+from attnedit.compiler.registry import TARGETS as REGISTERED_TARGETS
+from attnedit.compiler.registry import names_of, registered
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.gateswa.options import (
     DEFAULT_GATE,
@@ -129,8 +132,11 @@ def check_arguments(
     Raises:
         UsageError: one line that names the argument.
     """
-    if target not in TARGETS:
-        raise UsageError(f"no target {target!r}; there is {', '.join(TARGETS)}")
+    if target not in TARGETS and names_of(target, TARGETS) is None:
+        others = sorted({*registered(REGISTERED_TARGETS), *registered(REGISTERED_PASSES)})
+        raise UsageError(f"no target {target!r}; there is {', '.join((*TARGETS, *others))}")
+    if target not in TARGETS and kv_budget is not None:
+        raise UsageError(f"kv_budget is for the targets {', '.join(TARGETS)}, not for {target}")
     if kv_budget is not None and not 0 < kv_budget <= 1:
         raise UsageError(
             f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"

@@ -88,8 +88,8 @@ def rewrite(
 
     def windows() -> Tensor:
         if not used:
-            wanted = {"tokens": calibration_tokens, "seed": seed, "progress": progress}
-            used.append(token_windows(calibration, tokenizer, model, **wanted))
+            count = calibration_tokens
+            used.append(token_windows(calibration, tokenizer, model, tokens=count, seed=seed, progress=progress))
         return used[0]
 
     try:
@@ -99,7 +99,7 @@ def rewrite(
         result = share_copy(model)
         prompt = _prompt(model) if verify else None
         inputs = Inputs(model, prompt, windows)
-        given = {"fuel": limit, "dump": dump, "partial": partial, "progress": progress}
+        given: dict[str, Any] = {"fuel": limit, "dump": dump, "partial": partial, "progress": progress}
         with timed(seconds, "rewrite"):
             rules, checks = run_pipeline(chosen, records, inputs, **given)
         changed = [record for record in records if record.entries]
@@ -161,14 +161,6 @@ def resolve(rewrites: Rewrite | Target | str | Sequence[Rewrite | str]) -> list[
     return chosen
 
 
-def is_registered(target: str) -> bool:
-    """Whether a target is not one of our own, but made of names that packages register."""
-    if target in OWN_TARGETS:
-        return False
-    known = {**_points(TARGETS), **_points(PASSES)}
-    return all(part.strip() in known for part in target.split("+"))
-
-
 def _points(group: str) -> dict[str, Any]:
     return registered(group, dict.fromkeys(OWN_TARGETS, ""))
 
@@ -195,7 +187,9 @@ def _check_source(model: PreTrainedModel, name: str) -> None:
         return
     other = [site for site, values in record["sites"].items() if values.get("kind") != KV_CACHE_MODULE]
     if other:
-        raise UsageError(f"{name} is no longer ordinary attention ({first_of(other)}); rewrite the model that it came from")
+        raise UsageError(
+            f"{name} is no longer ordinary attention ({first_of(other)}); rewrite the model that it came from"
+        )
 
 
 def _records(model: PreTrainedModel) -> list[SiteRecord]:
@@ -259,12 +253,12 @@ def _restore(model: PreTrainedModel, modes: dict[str, bool]) -> None:
 
 
 def _import_notes(rewrites: list[Rewrite]) -> list[str]:
-    homeless = [r.name for r in rewrites if r.identity.startswith(("__main__:", "builtins:")) or "<locals>" in r.identity]
+    homeless = [
+        r.name for r in rewrites if r.identity.startswith(("__main__:", "builtins:")) or "<locals>" in r.identity
+    ]
     if not homeless:
         return []
     return [
-        f"{', '.join(dict.fromkeys(homeless))} cannot be imported by others: a saved copy loads only once it is defined at "
-        "the top level of a module"
+        f"{', '.join(dict.fromkeys(homeless))} cannot be imported by others: a saved copy loads only once it is "
+        "defined at the top level of a module"
     ]
-
-

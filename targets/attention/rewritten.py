@@ -1,25 +1,23 @@
 """Ordinary attention in a graph that rewrites have edited: how it meets the model's cache and attention implementation.
 
 While rewrites go over it a graph is pure: `attnedit::attention` and `attnedit::cache` stand in it. `lower` puts modules
-in their place that use the cache and whatever attention implementation the model is set to; `pure` takes them out again.
+in their place that use the cache and the attention implementation that the model is set to; `pure` takes them out.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import operator
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import fx, nn
+from torch.fx.passes.tools_common import stable_topological_sort
 
 from attnedit.compiler import provenance
-from attnedit.compiler.anchor import reference_attention
 from attnedit.compiler.apply import apply
 from attnedit.compiler.capture import graph_module
 from attnedit.compiler.dataflow import anchors
@@ -28,14 +26,20 @@ from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import CACHE_OP, SiteGraph
 from attnedit.compiler.normalise import prune
 from attnedit.compiler.pattern import ANCHOR_OP, Pattern
-from attnedit.compiler.rewrite import Rewrite, rewrite_from
+from attnedit.compiler.rewrite import Rewrite, options_of, rewrite_from
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.kv_cache import Attend, DenseMask, KVCache
 from attnedit.targets.attention.site_graph import cache_argument
 
 KV_CACHE_MODULE = "kv_cache"
 ATTEND_MODULE = "attend"
+MASK_MODULE = "dense_mask"
 LOWERING = "attnedit.lower"
+
+# With the class, which keeps its id from being given to another.
+_PATTERNS: OrderedDict[tuple[int, str, str], tuple[type[Rewrite], Pattern]] = OrderedDict()
+_PATTERNS_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -72,104 +76,6 @@ class RewrittenConfig(SiteConfig):
                 raise UsageError(f"RewrittenConfig of layer {self.layer_idx}: {entry!r} describes no rewrite")
 
 
-class KVCache(nn.Module):
-    """Appends to the model's cache what an attention caches.
-
-    Args:
-        config: of the site.
-        explicit: the replacement called `attnedit.cache` itself.
-    """
-
-    def __init__(self, config: RewrittenConfig, explicit: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.explicit = explicit
-
-    def extra_repr(self) -> str:
-        """Name the rewrites."""
-        return ", ".join(entry["rewrite"].rpartition(":")[2] for entry in self.config.rewrites)
-
-    def forward(self, key: Tensor, value: Tensor, past_key_values: Any = None) -> tuple[Tensor, Tensor]:
-        """Append.
-
-        Args:
-            key: [B, G, T, ..], any dtype.
-            value: [B, G, T, ..].
-            past_key_values: a transformers cache, or None.
-
-        Returns:
-            All that is cached, [B, G, S, ..] each.
-        """
-        if past_key_values is None:
-            return key, value
-        keys, values = past_key_values.update(key, value, self.config.layer_idx)
-        return keys, values
-
-
-class Attend(nn.Module):
-    """Attention by the implementation that the model's configuration names, as the source's own modules call it.
-
-    Args:
-        config: the model's.
-        layer_idx: of the layer.
-        scale: factor on the logits.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        window: the sliding window that the implementation is told of; the mask shows it too.
-    """
-
-    is_causal = True
-
-    def __init__(
-        self, config: Any, layer_idx: int, scale: float, softcap: float | None = None, window: int | None = None
-    ) -> None:
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.scale, self.softcap, self.window = scale, softcap, window
-        self.num_key_value_groups = 1
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, sinks: Tensor | None = None
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: [B, H, T, d].
-            key: [B, G, S, d].
-            value: [B, G, S, v].
-            attention_mask: whatever the model makes for its implementation.
-            sinks: [H], or None.
-
-        Returns:
-            [B, T, H, v].
-        """
-        groups = query.shape[1] // key.shape[1]
-        if self.num_key_value_groups != groups:
-            self.num_key_value_groups = groups  # implementations read it off the module
-        given = {"softcap": self.softcap, "sliding_window": self.window, "s_aux": sinks}
-        settings = {name: setting for name, setting in given.items() if setting is not None}
-        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
-        output: Tensor = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scale, **settings
-        )[0]
-        return output
-
-
-def _eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    output = reference_attention(query, key, value, attention_mask, scaling, softcap, s_aux, sliding_window)
-    return output, None
-
-
 def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: RewrittenConfig) -> fx.GraphModule:
     """Put modules that use the model's cache and attention implementation in place of the ops of a pure graph.
 
@@ -198,7 +104,7 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
     for anchor in attentions:
         query, key, value, mask, scale, softcap, sinks, window, _ = anchor.args
         name = _free_name(result, ATTEND_MODULE)
-        result.add_module(name, Attend(model_config, site.layer_idx, float(scale), softcap, window))  # type: ignore[arg-type]
+        result.add_module(name, Attend(model_config, site.layer_idx, float(scale), softcap, window))
         fresh: list[fx.Node] = []
         with graph.inserting_before(anchor):
             if not caches:
@@ -220,10 +126,38 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
         provenance.mark([node], cache, LOWERING)
         cache.replace_all_uses_with(node)
         graph.erase_node(cache)
-    graph.lint()
+    _lower_mask(result, site)
+    result.graph.lint()
     result.recompile()
     result.train(root.training)
     return result
+
+
+def _lower_mask(root: fx.GraphModule, site: AttentionSite) -> None:
+    """Give replacements that read the mask themselves one in the form that they were traced with."""
+    graph = root.graph
+    nodes = {node.name: node for node in graph.nodes}
+    mask = nodes.get(site.mask or "")
+    if mask is None:
+        return
+    readers = [user for user in mask.users if not _is_attend(user, root)]
+    if not readers:
+        return
+    both = next(n for n in graph.nodes if n.op == "call_module" and n.target == KV_CACHE_MODULE)
+    root.add_module(MASK_MODULE, DenseMask(site.window))
+    with graph.inserting_after(both):
+        keys = graph.call_function(operator.getitem, (both, 0))
+    with graph.inserting_after(keys):
+        dense = graph.call_module(MASK_MODULE, (mask, nodes[site.hidden], keys))
+    dense.meta["val"] = mask.meta.get("val")
+    provenance.mark([keys, dense], mask, LOWERING)
+    for reader in readers:
+        reader.replace_input_with(mask, dense)
+    stable_topological_sort(root)
+
+
+def _is_attend(node: fx.Node, root: fx.GraphModule) -> bool:
+    return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), Attend)
 
 
 def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
@@ -236,14 +170,19 @@ def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
     kv_cache: Any = module.get_submodule(KV_CACHE_MODULE)
     for node in list(graph.nodes):
         target = str(node.target)
+        arguments: Any = node.args
         part: Any = module.get_submodule(target) if node.op == "call_module" else None
         if isinstance(part, Attend):
-            query, key, value, mask, sinks = node.args
+            query, key, value, mask, sinks = arguments
             if not kv_cache.explicit:
-                key, value = (n.args[0].args[n.args[1]] for n in (key, value))  # type: ignore[union-attr]
+                key, value = (n.args[0].args[n.args[1]] for n in (key, value))
             with graph.inserting_before(node):
                 settings = (mask, part.scale, part.softcap, sinks, part.window, site.layer_idx)
                 new = graph.call_function(ANCHOR_OP, (query, key, value, *settings))
+        elif isinstance(part, DenseMask):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+            continue
         elif isinstance(part, KVCache) and part.explicit:
             with graph.inserting_before(node):
                 new = graph.call_function(CACHE_OP, (*node.args[:2], None, site.layer_idx))
@@ -254,7 +193,9 @@ def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
         graph.erase_node(node)
     prune(graph)
     if any("val" not in node.meta for node in anchors(graph)):
-        raise UsageError(f"{site.name}: its graph lost what is known of its nodes (pickle drops it); save and load instead")
+        raise UsageError(
+            f"{site.name}: its graph lost what is known of its nodes (pickle drops it); save and load instead"
+        )
     graph.lint()
     return fx.GraphModule(module, graph, class_name=module._get_name())
 
@@ -274,11 +215,9 @@ def rewritten_graph(model: nn.Module, site: AttentionSite, config: RewrittenConf
     state = SiteGraph(site, module, graph_module(model, site))
     for entry in config.rewrites:
         rewrite = rewrite_from(entry["rewrite"], entry["options"])
-        options = json.dumps(entry["options"], sort_keys=True)
         decisions = list(entry["decisions"])
         try:
-            pattern = _pattern(type(rewrite), options, site.kind, _Site(site))
-            outcome = apply(rewrite, pattern, state, Fuel(), replay=decisions)
+            outcome = apply(rewrite, _pattern(rewrite, site), state, Fuel(), replay=decisions)
         except RewriteError as error:
             raise UsageError(f"{entry['rewrite']} no longer fits this model: {error}") from error
         if outcome.decisions != decisions:
@@ -294,23 +233,14 @@ def config_of(model: nn.Module, module: nn.Module) -> Any:
     return getattr(module, "config", None) or getattr(model, "config", None)
 
 
-class _Site:
-    """A site as an argument that the memory below does not look at."""
-
-    def __init__(self, site: AttentionSite) -> None:
-        self.site = site
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Site)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.lru_cache(maxsize=32)
-def _pattern(cls: type[Rewrite], options: str, kind: str, site: _Site) -> Pattern:
+def _pattern(rewrite: Rewrite, site: AttentionSite) -> Pattern:
     """The pattern of a rewrite, traced once for each kind of site."""
-    return Pattern.of(cls(**json.loads(options)).pattern, site.site)
+    key = (id(type(rewrite)), json.dumps(options_of(rewrite), sort_keys=True), site.kind)
+    if key not in _PATTERNS:
+        _PATTERNS[key] = (type(rewrite), Pattern.of(rewrite.pattern, site))
+        while len(_PATTERNS) > _PATTERNS_KEPT:
+            _PATTERNS.popitem(last=False)
+    return _PATTERNS[key][1]
 
 
 def _free_name(root: nn.Module, name: str) -> str:

@@ -63,7 +63,14 @@ OptionalModelArgument = Annotated[
 RecipeOption = Annotated[
     Path | None, typer.Option(help="Recipe (YAML) with any of these options; what is given beside it counts first.")
 ]
-TargetOption = Annotated[str, typer.Option(help="What attention becomes: mla, gateswa or gateswa+mla.")]
+TargetOption = Annotated[
+    str,
+    typer.Option(help="What attention becomes: mla, gateswa or gateswa+mla, or targets and passes of other packages."),
+]
+FuelOption = Annotated[
+    int | None, typer.Option(min=0, help="Stop after so many rewrites, to find the one that breaks something.")
+]
+DumpOption = Annotated[Path | None, typer.Option(help="Directory for graphs before and after, as text and SVG.")]
 WindowOption = Annotated[
     int | None, typer.Option(min=1, help=f"GateSWA: tokens each query sees, itself included; {DEFAULT_WINDOW}.")
 ]
@@ -113,6 +120,8 @@ def compile_model(
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     overwrite: OverwriteOption = False,
+    fuel: FuelOption = None,
+    dump_graphs: DumpOption = None,
     json: JsonOption = False,
 ) -> None:
     """Rewrite the attention of a model, verify the result, and save it as a transformers model."""
@@ -140,6 +149,8 @@ def compile_model(
             tokenizer=source.tokenizer,
             # Untrained, the source is not used again, so the memory for a second attention is spared.
             in_place=not trained,
+            fuel=fuel,
+            dump_graphs=dump_graphs,
             run_directory=output.expanduser() if trained else None,
             progress=progress,
         )
