@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from attnedit.compiler import provenance
+from attnedit.compiler.canonical import Weight, size_of
 from attnedit.compiler.dataflow import anchors, aten, is_size, value_ancestors, where
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.export import PROBE_DTYPE
 from attnedit.compiler.language import SETTINGS
 from attnedit.compiler.normalise import follow_dtype, prune
-from attnedit.compiler.pattern import ANCHOR_OP, Binding, Weight, size_of
+from attnedit.compiler.pattern import ANCHOR_OP, Binding
 from attnedit.compiler.probe import LENGTH
 from attnedit.compiler.rewrite import FACTS, Match, Rewrite, with_parts
 from attnedit.compiler.sites import AttentionSite

@@ -14,24 +14,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attnedit.compiler.canonical import Weight, arguments_of, called, size_of, target_of, value_of
 from attnedit.compiler.dataflow import aten, is_size, where
 from attnedit.compiler.errors import RewriteError
-from attnedit.compiler.export import PROBE_DTYPE
 from attnedit.compiler.language import SETTINGS, AttentionUse, known_sizes, shape_letters
 from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.tracing import HINTS, Traced, as_forward, dynamic_dims, example, parameters_of, place_of, trace
+from attnedit.compiler.tracing import Traced, as_forward, dynamic_dims, example, parameters_of, place_of, trace
 
 ANCHOR_OP = torch.ops.attnedit.attention.default
 _STAND_INS: dict[str, Any] = {"scale": 1009.25, "softcap": 1013.25, "window": 1019}
 _COMMUTE = (aten.add.Tensor, aten.mul.Tensor)
-_SHAPED = (aten.reshape.default, aten.view.default, aten.expand.default)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor of a child module, bound to a capture: its name relative to the attention module."""
-
-    name: str
 
 
 Bound = fx.Node | Weight | int | float | bool | None
@@ -153,13 +145,13 @@ class Pattern:
         """Try every node of a graph as the pattern's first output; one binding or miss for each that comes near."""
         first = self.traced.outputs[0]
         for node in root.graph.nodes:
-            if _target(node, root) == _target(first, root):
+            if target_of(node, root) == target_of(first, root):
                 yield _Search(self, root).run(node)
 
     def absent(self, root: fx.GraphModule) -> Miss:
         """The miss of a graph in which no node does what the pattern returns."""
         first = self.traced.outputs[0]
-        return Miss(first, 0, lambda: f"no node is {_called(first)}, which {self.name} ({self.place}) returns")
+        return Miss(first, 0, lambda: f"no node is {called(first)}, which {self.name} ({self.place}) returns")
 
 
 class _Search:
@@ -181,7 +173,7 @@ class _Search:
             tries = (
                 self._value(output, n, given)
                 for n in self.root.graph.nodes
-                if _target(n, self.root) == _target(output, self.root)
+                if target_of(n, self.root) == target_of(output, self.root)
             )
             state = given if output in given.nodes else next((found for found in tries if found), None)
         if state is None:
@@ -226,12 +218,12 @@ class _Search:
 
     def _differs(self, expected: Any, found: Any, state: _State, at: fx.Node | None) -> _State | None:
         node = at or next(iter(self.root.graph.nodes))
-        expected_text = _called(expected) if isinstance(expected, fx.Node) else repr(size_of(expected))
+        expected_text = called(expected) if isinstance(expected, fx.Node) else repr(size_of(expected))
         self._miss(
             node,
             state,
             lambda: (
-                f"has {_called(found) if isinstance(found, fx.Node) else size_of(found)} where the pattern has "
+                f"has {called(found) if isinstance(found, fx.Node) else size_of(found)} where the pattern has "
                 f"{expected_text}"
             ),
         )
@@ -242,18 +234,18 @@ class _Search:
             return state if state.nodes[expected] is found else self._differs(expected, found, state, found)
         if expected.op == "get_attr":
             return self._constant(expected, found, state)
-        if _target(expected, self.root) != _target(found, self.root):
+        if target_of(expected, self.root) != target_of(found, self.root):
             expected_at = where(expected).partition(" (")[2].rstrip(")")
             self._miss(
                 found,
                 state,
                 lambda: (
-                    f"is {_called(found)}, the pattern expects {_called(expected)}"
+                    f"is {called(found)}, the pattern expects {called(expected)}"
                     + (f" ({expected_at})" if expected_at else "")
                 ),
             )
             return None
-        mine, theirs = _arguments(expected, self.root), _arguments(found, self.root)
+        mine, theirs = arguments_of(expected, self.root), arguments_of(found, self.root)
         if expected.target is ANCHOR_OP:
             return self._anchor(expected, found, mine, theirs, state)
         result = self._all(mine, theirs, state, found)
@@ -295,7 +287,7 @@ class _Search:
         letters = shape_letters(name)
         if letters is None:
             return state.with_capture(name, found, state.sizes)
-        value = _value_of(found, self.root)
+        value = value_of(found, self.root)
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None
         sizes = dict(state.sizes)
         fits = shape is not None and len(shape) == len(letters)
@@ -325,77 +317,6 @@ class _Search:
 
 def _used_by(user: fx.Node) -> Callable[[], str]:
     return lambda: f"its value is also used by {where(user)}, outside the pattern"
-
-
-def _target(node: fx.Node, root: fx.GraphModule) -> Any:
-    """What a node does, in a form that does not depend on how it was written."""
-    if node.target in (aten.type_as.default, aten.to.dtype) or _plain_cast(node):
-        return "cast"
-    if node.target in _SHAPED:
-        return "expand" if node.target is aten.expand.default else "reshape"
-    if node.op == "call_module":
-        return aten.linear.default if type(_child(node, root)) is nn.Linear else f"module {node.target}"
-    return node.target
-
-
-def _plain_cast(node: fx.Node) -> bool:
-    return node.target is aten._to_copy.default and not set(node.kwargs) - {"dtype", "device", "layout"}
-
-
-def _arguments(node: fx.Node, root: fx.GraphModule) -> dict[str, Any]:
-    """Arguments by name, defaults too."""
-    if node.target is aten.type_as.default:
-        return {"self": node.args[0], "dtype": None}
-    if node.target is aten.to.dtype or _plain_cast(node):
-        dtype: Any = node.kwargs.get("dtype") if _plain_cast(node) else node.args[1]
-        return {"self": node.args[0], "dtype": None if dtype == PROBE_DTYPE else dtype}
-    if node.target in _SHAPED:
-        return {"self": node.args[0], "shape": [size_of(size) for size in node.meta["val"].shape]}
-    if node.op == "call_module":
-        child, name = _child(node, root), str(node.target)
-        bias = Weight(f"{name}.bias") if getattr(child, "bias", None) is not None else None
-        return {"input": node.args[0], "weight": Weight(f"{name}.weight"), "bias": bias}
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
-    result: dict[str, Any] = {}
-    for index, argument in enumerate(schema.arguments):
-        value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        rank = getattr(node.meta.get("val"), "ndim", None)
-        if argument.name.startswith("dim") and isinstance(value, int) and value < 0 and rank:
-            value += rank
-        result[argument.name] = value
-    return result
-
-
-def _child(node: fx.Node, root: fx.GraphModule) -> nn.Module | None:
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def size_of(value: Any) -> Any:
-    """A size as a letter where it changes from call to call, and any other value as it is."""
-    if isinstance(value, fx.Node) and is_size(value):
-        value = value.meta["val"]
-    if isinstance(value, torch.SymInt):
-        hint = value.node.hint
-        return HINTS.get(hint, hint)
-    return value
-
-
-def _value_of(found: Any, root: fx.GraphModule) -> Any:
-    if isinstance(found, fx.Node):
-        return found.meta.get("val")
-    return operator.attrgetter(found.name)(root) if isinstance(found, Weight) else None
-
-
-def _called(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"the argument {node.target}"
-    return (
-        str(node.target)
-        if isinstance(node.target, str | torch._ops.OpOverload)
-        else getattr(node.target, "__name__", str(node.target))
-    )
 
 
 def _shown(value: Any) -> str:

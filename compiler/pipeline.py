@@ -16,10 +16,11 @@ from attnedit.compiler.drawing import Dump
 from attnedit.compiler.errors import CaptureError, VerificationError
 from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import SiteGraph
+from attnedit.compiler.parts import run_fit
 from attnedit.compiler.probe import by_reason
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.report import RuleReport, Verification
-from attnedit.compiler.rewrite import Batch, Rewrite, options_of, run_fit
+from attnedit.compiler.rewrite import Batch, Rewrite, options_of
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
 
@@ -222,7 +223,7 @@ def _hold(rewrite: Rewrite, done: Applied, batch: Batch) -> tuple[float, float]:
         deviation = max(deviation, worst / max(size, 1e-30))
         squared += float(difference.double().square().sum())
         energy += float(expected.double().square().sum())
-        allowed = contract.atol + contract.rtol * expected.abs()
+        allowed = contract.atol * size + contract.rtol * expected.abs()
         if old.dtype in (torch.float16, torch.bfloat16):
             allowed = allowed + HALF_ROUNDING * size
         kept = torch.equal(old, new) if contract.kind == "exact" else bool((difference <= allowed).all())

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from attnedit.compiler.canonical import Weight
 from attnedit.compiler.errors import RewriteError, UsageError
-from attnedit.compiler.pattern import Binding, Bound, Weight
+from attnedit.compiler.pattern import Binding, Bound
 from attnedit.compiler.rope import rotated
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.tracing import place_of
@@ -27,10 +27,10 @@ class Contract:
     """What a rewrite promises of the values that it replaces; the driver holds it to that on real numbers.
 
     Attributes:
-        kind: "exact": the same bits; "close": ``|new - old| <= atol + rtol * |old|`` everywhere; "learned": nothing,
-            the error is measured and reported.
-        atol: absolute tolerance of "close".
-        rtol: relative tolerance of "close".
+        kind: "exact": the same bits; "close": ``|new - old| <= atol * max|old| + rtol * |old|`` everywhere; "learned":
+            nothing, the error is measured and reported.
+        atol: tolerance of "close" as a fraction of the largest value, since models differ in scale.
+        rtol: as a fraction of each value.
     """
 
     kind: Literal["exact", "close", "learned"]
@@ -299,41 +299,6 @@ def rewrite_from(identity: str, options: Mapping[str, Any]) -> Rewrite:
     return rewrite
 
 
-def make_parts(rewrite: Rewrite, match: Match, root: fx.GraphModule) -> nn.Module:
-    """Make the parts of a match, in dtype and on the device of the output projection.
-
-    Raises:
-        RewriteError: a name is taken, or something is no part.
-    """
-    like = root.get_submodule(match.site.o_proj.module)
-    weight = next(like.parameters())
-    new = nn.Module()
-    try:
-        made = rewrite.parts(match)
-    except Exception as error:  # author code may raise anything
-        raise RewriteError(
-            f"{rewrite.name}.parts ({place_of(rewrite.parts)}): {type(error).__name__}: {error}"
-        ) from error
-    for name, part in made.items():
-        if not name.isidentifier() or hasattr(root, name):
-            raise RewriteError(
-                f"{rewrite.name}.parts ({place_of(rewrite.parts)}): {name!r} is "
-                f"{'taken in ' + match.site.name if name.isidentifier() else 'no identifier'}; choose another name"
-            )
-        if isinstance(part, nn.Module):
-            new.add_module(name, part.to(weight.dtype))
-        elif isinstance(part, nn.Parameter):
-            new.register_parameter(name, nn.Parameter(part.detach().to(weight.dtype), requires_grad=part.requires_grad))
-        elif isinstance(part, Tensor):
-            new.register_buffer(name, part.to(weight.dtype) if part.is_floating_point() else part)
-        else:
-            raise RewriteError(
-                f"{rewrite.name}.parts ({place_of(rewrite.parts)}): {name} is a {type(part).__name__}; "
-                "expected a module, a parameter or a tensor"
-            )
-    return new.to(weight.device) if not any(p.is_meta for p in (*new.parameters(), *new.buffers())) else new
-
-
 def match_of(site: AttentionSite, module: nn.Module, binding: Binding) -> Match:
     """What the author is shown of a binding."""
     settings: dict[str, Any] = {}
@@ -345,27 +310,3 @@ def match_of(site: AttentionSite, module: nn.Module, binding: Binding) -> Match:
 def with_parts(match: Match, new: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Match:
     """The same match, with parts and, in a replacement, tensors."""
     return dataclasses.replace(match, new=new, _tensors=tensors or {})
-
-
-def run_fit(rewrite: Rewrite, match: Match, batches: Iterator[Batch]) -> None:
-    """Let the author set the parts; numbers that are not finite are refused.
-
-    Raises:
-        RewriteError: it fails, or leaves such numbers.
-    """
-    for name, call in (("initialise", lambda: rewrite.initialise(match)), ("fit", lambda: rewrite.fit(match, batches))):
-        if name == "fit" and rewrite.fit is None:
-            continue
-        function = getattr(rewrite, name)
-        try:
-            with torch.no_grad():
-                call()
-        except RewriteError:
-            raise
-        except Exception as error:  # author code may raise anything
-            raise RewriteError(
-                f"{rewrite.name}.{name} ({place_of(function)}) at {match.site.name}: {type(error).__name__}: {error}"
-            ) from error
-    for name, tensor in (*match.new.named_parameters(), *match.new.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise RewriteError(f"{rewrite.name} leaves numbers in {name} at {match.site.name} that are not finite")

@@ -102,7 +102,8 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
     past = cache_argument(graph, site)
     result.add_module(KV_CACHE_MODULE, KVCache(config, bool(caches)))
     for anchor in attentions:
-        query, key, value, mask, scale, softcap, sinks, window, _ = anchor.args
+        given: Any = anchor.args
+        query, key, value, mask, scale, softcap, sinks, window, _ = given
         name = _free_name(result, ATTEND_MODULE)
         result.add_module(name, Attend(model_config, site.layer_idx, float(scale), softcap, window))
         fresh: list[fx.Node] = []
@@ -180,7 +181,7 @@ def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
                 settings = (mask, part.scale, part.softcap, sinks, part.window, site.layer_idx)
                 new = graph.call_function(ANCHOR_OP, (query, key, value, *settings))
         elif isinstance(part, DenseMask):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(arguments[0])
             graph.erase_node(node)
             continue
         elif isinstance(part, KVCache) and part.explicit:
