@@ -39,9 +39,9 @@ class Applied:
     def run(self, args: tuple[Any, ...], kwargs: Any) -> Batch:
         """Both on one call of the attention module."""
         name, site = self.match.site.mask, self.match.site
-        if name in kwargs and kwargs[name] is None:
+        if name in kwargs:
             hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() == 3)
-            kwargs = {**kwargs, name: dense_mask(None, hidden, hidden.shape[1], site.window)}
+            kwargs = {**kwargs, name: dense_mask(kwargs[name], hidden, hidden.shape[1], site.window)}
         return Batch(list(self.before(*args, **kwargs)), list(self.after(*args, **kwargs)))
 
 

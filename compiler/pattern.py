@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from attnedit.compiler.canonical import Weight, arguments_of, called, size_of, target_of, value_of
-from attnedit.compiler.dataflow import aten, is_size, where
+from attnedit.compiler.dataflow import aten, is_size, value_ancestors, where
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.language import SETTINGS, AttentionUse, known_sizes, shape_letters
 from attnedit.compiler.sites import AttentionSite
@@ -181,10 +181,12 @@ class _Search:
             return self.nearest
         inner = frozenset(state.nodes.values())
         found = tuple(state.nodes[output] for output in outputs)
-        for node in inner - set(found):
-            if outside := next((user for user in node.users if user not in inner), None):
-                return self._miss(node, state, _used_by(outside))
         anchor = next((state.nodes[n] for n in self.uses), None)
+        for node in inner - set(found) if anchor is not None else ():
+            # Other values stay for those who use them; of attention there can be only one.
+            outside = next((user for user in node.users if user not in inner), None)
+            if outside is not None and anchor in value_ancestors(node):
+                return self._miss(node, state, _used_by(outside))
         return Binding(state.captures, found, inner, anchor, self.pattern.traced.uses)
 
     def _miss(self, node: fx.Node, state: _State, reason: Callable[[], str]) -> Miss:

@@ -208,6 +208,19 @@ def _line_of(error: BaseException, function: Callable[..., Any]) -> str | None:
     return None
 
 
+def _assumed(size: Any, program: torch.export.ExportedProgram) -> str | None:
+    """What a trace took for granted of a size that is free."""
+    expression = size if isinstance(size, int) else size.node.expr
+    if isinstance(expression, int) or expression.is_number:
+        return str(expression)
+    limits = program.range_constraints.get(expression)
+    if limits is None:
+        return None
+    if limits.lower > 2:
+        return f"at least {limits.lower}"
+    return f"at most {limits.upper}" if limits.upper < 2**31 else None
+
+
 def _assemble(
     program: torch.export.ExportedProgram,
     names: list[str],
@@ -243,10 +256,10 @@ def _assemble(
                 new = graph.placeholder(name)
                 for dim in dynamic.get(name, {}):
                     size = node.meta["val"].shape[dim]
-                    if isinstance(size, int):
+                    if assumed := _assumed(size, program):
                         raise RewriteError(
-                            f"{where}: fixes dim {dim} of {name} to {size}, which changes from call to call; do not "
-                            "compare sizes in Python, and give reshape sizes read from a tensor's shape"
+                            f"{where}: takes dim {dim} of {name} to be {assumed}, but it changes from call to call; do "
+                            "not compare sizes in Python, and give reshape sizes read from a tensor's shape"
                         )
             new.meta.update(node.meta)
             values[node] = new

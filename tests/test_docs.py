@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from test_packaging import ROOT
 
 from attnedit.cli import main
 
-PAGES = ["README.md", "docs/user-guide.md", "docs/onnx.md", "docs/export-hf.md"]
+PAGES = ["README.md", "docs/user-guide.md", "docs/onnx.md", "docs/export-hf.md", "docs/writing-a-rewrite.md"]
 HUB_NAME = "Qwen/Qwen3-0.6B"
+NAMED = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -37,6 +39,13 @@ def test_the_code_of_a_page_runs_in_order(
     names: dict[str, Any] = {}
     for language, text in blocks(page):
         code = text.replace(HUB_NAME, str(saved_llama))
+        if language == "toml":
+            tomllib.loads(code)
+            continue
+        if file := NAMED.match(code):
+            (tmp_path / file[1]).write_text(code, encoding="utf-8")
+            monkeypatch.syspath_prepend(tmp_path)
+            continue
         if language == "python":
             exec(compile(code, page, "exec"), names)
             continue
