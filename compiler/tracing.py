@@ -216,7 +216,7 @@ def _assumed(size: Any, program: torch.export.ExportedProgram) -> str | None:
     limits = program.range_constraints.get(expression)
     if limits is None:
         return None
-    if limits.lower > 2:
+    if limits.lower > 4:  # sums of two sizes, of which none is below 2 in a trace
         return f"at least {limits.lower}"
     return f"at most {limits.upper}" if limits.upper < 2**31 else None
 

@@ -103,9 +103,6 @@ class Doubled(Rewrite):
     def pattern(self, x_BHTd: Any, cos_BTr: Any) -> Any:
         return x_BHTd * cos_BTr.unsqueeze(1)
 
-    def check(self, match: Match) -> attnedit.Reject | None:
-        return None if str(match.captures["x_BHTd"]) == match.site.query else attnedit.Reject("these are keys")
-
     def replacement(self, match: Match, x_BHTd: Any, cos_BTr: Any) -> Any:
         return x_BHTd * (2 * cos_BTr[:, None])
 
@@ -113,7 +110,7 @@ class Doubled(Rewrite):
 def test_a_value_used_outside_is_not_taken_away() -> None:
     result = rewrite(source("llama"), [Doubled()])
     rule = result.report.rules[0]
-    assert (rule.matched, rule.rewritten, rule.rejected) == (4, 2, {"these are keys": 2}) or rule.matched == 2
+    assert (rule.matched, rule.rewritten) == (2, 2)
     names = [str(node.target) for node in result.model.get_submodule("model.layers.0.self_attn").graph.nodes]  # type: ignore[union-attr]
     assert names.count("aten.unsqueeze.default") == 3
 
@@ -238,7 +235,7 @@ def test_weights_can_be_captured_and_replaced() -> None:
         (lambda m, q, k, v: None, "returns NoneType; expected a tensor"),
         (lambda m, q, k, v: (attention(q, k, v), q), "returns 2 tensors, the pattern 1"),
         (lambda m, q, k, v: attention(q, k, v) if q.sum() > 0 else q, "test_pattern.py:"),
-        (lambda m, q, k, v: attention(q, k, v) * (q.shape[2] == 11), "takes dim 2 of query_BHTd to be 11"),
+        (lambda m, q, k, v: attention(q, k, v) * (1 if q.shape[2] == 11 else 2), "takes dim 2 of query_BHTd to be 11"),
         (lambda m, q, k, v: attention(q, k, v) * (1 if q.shape[2] > 4 else 2), "takes dim 2 of .* to be at least 5"),
         (lambda m, q, k, v: m.nonsense, r"test_pattern.py:\d+\): AttributeError: .*nonsense"),
         (lambda m, q, k, v: attention(q, k, attention(q, k, v).transpose(1, 2)), "2 of attention.. and none of cache"),
