@@ -15,6 +15,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report
+from attnedit.targets.attention.rewritten import KV_CACHE_MODULE
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE, check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
 from attnedit.targets.runtime.hf.card import CARD_FILE, NATIVE, REMOTE, model_card
@@ -93,6 +94,7 @@ def export(
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
+    _check_kinds(model)
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     modes = {module: module.training for module in model.modules()}
@@ -109,6 +111,22 @@ def export(
         for module, training in modes.items():
             module.training = training
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)
+
+
+def _check_kinds(model: PreTrainedModel) -> None:
+    """Refuse what only attnedit can build again: graphs that rewrites of others made.
+
+    Raises:
+        UsageError: a layer is neither latent nor windowed.
+    """
+    record: Any = model.config
+    for name, values in record.attnedit["sites"].items():
+        if values.get("kind") == KV_CACHE_MODULE:
+            rules = ", ".join(entry["rewrite"] for entry in values["rewrites"])
+            raise UsageError(
+                f"{name} was rewritten by {rules}, which no class of transformers has; save the result instead, which "
+                "loads with attnedit, or export it to onnx"
+            )
 
 
 def _write(model: PreTrainedModel, staging: Path, profile: str, kernel_dims: bool) -> list[str]:
