@@ -105,6 +105,11 @@ def test_a_target_a_pass_and_a_runtime_of_another_package(saved_llama: Path, tmp
     assert record["rewrites"][1]["options"] == {"factor": 0.25}
     again = answer(capsys, "compile", saved_llama, "--recipe", out / "attnedit-recipe.yaml", "-o", tmp_path / "again")
     assert again["rules"][1]["rewritten"] == 2
+    assert (
+        "has rewritten the attention of tiny-llama in this model: Swapped and Damped."
+        in (out / "README.md").read_text()
+    )
+    assert "is rewritten already; inspect the model that it came from" in refusal(capsys, "inspect", out)
     answer(capsys, "export", out, "--to", "listing", "-o", tmp_path / "listing")
     assert "model.layers.0.self_attn.q_proj.weight [64, 64]" in (tmp_path / "listing" / "weights.txt").read_text()
     assert "has no option --opset" in refusal(

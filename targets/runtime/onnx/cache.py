@@ -79,8 +79,8 @@ def layer_caches(model: PreTrainedModel) -> list[LayerCache]:
             )
         if key.dtype != model.dtype or value.dtype != model.dtype:
             raise UsageError(
-                f"layer {index} of {type(model).__name__} caches {str(key.dtype).removeprefix('torch.')}; the caches of "
-                "an exported model hold its own dtype"
+                f"layer {index} of {type(model).__name__} caches {str(key.dtype).removeprefix('torch.')}; the caches "
+                "of an exported model hold its own dtype"
             )
         bound = layer.window - 1 + layer.sink_tokens if isinstance(layer, GateSWALayer) else None
         found.append(LayerCache(index, key.shape[1], key.shape[3], value.shape[3], bound))
