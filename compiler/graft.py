@@ -182,7 +182,7 @@ def _trace(
         return code(seen.watch(with_parts(match, parts, facts)), **captures)
 
     shapes = [(name, tensor.shape, tensor.dtype, tuple(dynamic[name])) for name, tensor in tensors.items()]
-    made: list[Any] = [(name, type(part)) for name, part in new.named_modules()]
+    made: list[Any] = [(name, type(part), _settings(part)) for name, part in new.named_modules()]
     made += [(name, (tensor.shape, tensor.dtype)) for name, tensor in (*new.named_parameters(), *new.named_buffers())]
     key = (repr(shapes), repr(made), repr(same), repr(constants))
     if key not in memo:
@@ -191,6 +191,12 @@ def _trace(
             return traced
         memo[key] = traced
     return memo[key]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes of a module: code that calls it may have them as constants."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name[0] != "_"}
 
 
 class _Seen:

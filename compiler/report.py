@@ -24,7 +24,8 @@ class LayerReport(BaseModel):
     Attributes:
         layer: cache slot.
         name: fully qualified name of the attention module.
-        kind: what it became (``"mla"``, ``"gateswa"``), or ``"source"`` where it was left as it is.
+        kind: what it became (``"mla"``, ``"gateswa"``, or the names of the rewrites that it went through), or
+            ``"source"`` where it was left as it is.
         kv_lora_rank: latent size; None where there is none.
         qk_rope_head_dim: rotary values in the cache; None where there is no latent.
         sliding_window: tokens a query sees, of a layer that got a window.

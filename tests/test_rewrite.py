@@ -13,8 +13,8 @@ import pytest
 import torch
 from compiled import compile_tiny, deviation, in_pieces, logits, tokens
 from examples import EXAMPLES, rewrite, rewritten, source
-from families import FAMILIES as FAMILIES_TABLE
-from families import build
+from families import FAMILIES as TABLE
+from families import SUPPORTED, build
 from torch import fx, nn
 from transformers import AutoModelForCausalLM
 
@@ -97,7 +97,7 @@ def test_it_generates_with_its_cache(family: str, name: str) -> None:
     assert written.shape == (2, 24)
     heads = {layer.keys.shape[1] for layer in cache.layers}
     dtypes = {layer.keys.dtype for layer in cache.layers}
-    assert heads == {1 if name == "MultiQuery" else FAMILIES_TABLE[family].heads[1]}
+    assert heads == {1 if name == "MultiQuery" else TABLE[family].heads[1]}
     assert dtypes == {torch.int8 if name == "Int8Cache" else torch.float32}
 
 
@@ -313,3 +313,16 @@ def test_exports_say_what_they_cannot_hold(tmp_path: Path) -> None:
         attnedit.UsageError, match="was rewritten by head_gate:HeadGate, which no class of transformers"
     ):
         rewritten("llama", "HeadGate").export("hf", tmp_path / "hf", profile="remote")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [name for name in SUPPORTED if not (TABLE[name].mla or TABLE[name].gate)])
+def test_a_gate_of_one_changes_no_bit_in_any_family(family: str) -> None:
+    """Nothing but attention in its own graph, with the model's cache and attention implementation."""
+    result, model = rewrite(source(family), EXAMPLES["HeadGate"]()()), source(family)
+    ids = tokens(2, 18, seed=6)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    assert torch.equal(logits(result.model, ids, mask), logits(model, ids, mask))
+    options: Any = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(result.model.generate(ids, **options), model.generate(ids, **options))
