@@ -17,6 +17,7 @@ from attnedit.compiler.canonical import Weight, size_of
 from attnedit.compiler.dataflow import anchors, aten, is_size, value_ancestors, where
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.export import PROBE_DTYPE
+from attnedit.compiler.fused import fused_attention
 from attnedit.compiler.language import SETTINGS
 from attnedit.compiler.normalise import follow_dtype, prune
 from attnedit.compiler.pattern import ANCHOR_OP, Binding
@@ -108,12 +109,17 @@ def graft(
 
 
 def cut(root: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
-    """The graph cut off at some of its nodes: forward returns their values as a tuple."""
+    """The graph cut off at some of its nodes: forward returns their values as a tuple.
+
+    Attention in it is computed by a fused kernel where one can, so that long windows need no logits in memory.
+    """
     graph: fx.Graph = copy.deepcopy(root.graph)
     nodes = {node.name: node for node in graph.nodes}
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (tuple(nodes[name] for name in names),)
     prune(graph)
+    for anchor in anchors(graph):
+        anchor.target = fused_attention
     return fx.GraphModule(root, graph)
 
 

@@ -97,7 +97,8 @@ def rewrite(
         with timed(seconds, "capture"), stage("capture", progress):
             records = _records(model)
         result = share_copy(model)
-        prompt = _prompt(model) if verify else None
+        needs_data = any(one.fit is not None for one in chosen)
+        prompt = _prompt(model, windows() if needs_data else None) if verify else None
         inputs = Inputs(model, prompt, windows)
         given: dict[str, Any] = {"fuel": limit, "dump": dump, "partial": partial, "progress": progress}
         with timed(seconds, "rewrite"):
@@ -228,9 +229,9 @@ def _own(record: SiteRecord, result: PreTrainedModel) -> torch.fx.GraphModule:
     return copy.deepcopy(root, memo)
 
 
-def _prompt(model: PreTrainedModel) -> Tensor:
-    """Two rows of tokens [2, T]."""
-    ids = check_tokens(None, model)
+def _prompt(model: PreTrainedModel, windows: Tensor | None) -> Tensor:
+    """Two rows of tokens [2, T], of the calibration data where there is some."""
+    ids = check_tokens(windows, model)
     return torch.cat((ids, ids.roll(LENGTH // 3, 1)))
 
 
