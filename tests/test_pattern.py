@@ -98,7 +98,7 @@ def test_the_same_capture_twice_is_the_same_value() -> None:
 
 
 class Doubled(Rewrite):
-    """Twice the rotated queries, from cosines that the keys use too."""
+    """Queries times twice the cosines (and sines), which the keys use too."""
 
     def pattern(self, x_BHTd: Any, cos_BTr: Any) -> Any:
         return x_BHTd * cos_BTr.unsqueeze(1)
@@ -110,9 +110,9 @@ class Doubled(Rewrite):
 def test_a_value_used_outside_is_not_taken_away() -> None:
     result = rewrite(source("llama"), [Doubled()])
     rule = result.report.rules[0]
-    assert (rule.matched, rule.rewritten) == (2, 2)
+    assert (rule.matched, rule.rewritten) == (4, 4)  # in each layer the cosines and the sines
     names = [str(node.target) for node in result.model.get_submodule("model.layers.0.self_attn").graph.nodes]  # type: ignore[union-attr]
-    assert names.count("aten.unsqueeze.default") == 3
+    assert names.count("aten.unsqueeze.default") == 4
 
 
 def test_attention_used_outside_is_not_doubled() -> None:
