@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import MLAConfig
+from attnedit.targets.attention.latent_decode import decodes_fused, latent_decode
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
 
@@ -157,8 +158,9 @@ class MLA(nn.Module):
             latent, slots = past_key_values.update(latent, slots, config.layer_idx)
         mask = self._mask(attention_mask, length, latent.shape[2], past, query.device)
         path = choose_path(length, latent.shape[2], config) if self.path == "auto" else self.path
-        attend = self._absorbed if path == "absorbed" else self._expanded
-        return attend(query, query_rope, latent[:, 0], slots[:, 0], mask)
+        if path == "expanded":
+            return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], mask)
+        return self._absorbed(query, query_rope, latent[:, 0], slots[:, 0], mask, past_key_values)
 
     def _expanded(
         self, query: Tensor, query_rope: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
@@ -189,28 +191,47 @@ class MLA(nn.Module):
         return out[..., : config.v_head_dim].transpose(1, 2)
 
     def _absorbed(
-        self, query: Tensor, query_rope: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
+        self,
+        query: Tensor,
+        query_rope: Tensor | None,
+        latent: Tensor,
+        slots: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
         """Take the queries down to the latent instead: all heads read it once; latent [B, S, r], slots [B, S, 2s]."""
         config = self.config
-        batch, heads, length, _ = query.shape
-        nope, keys = config.qk_nope_head_dim, latent.shape[1]
+        heads, nope = config.num_attention_heads, config.qk_nope_head_dim
         weight = self._up_weight(latent).reshape(heads, nope + config.v_head_dim, config.kv_lora_rank)
+        # The scale goes in first: fp16 overflows later that way.
+        down = torch.einsum("bhtd,hdr->bhtr", query * config.scale, weight[:, :nope]) if nope else None
+        rotary = None if query_rope is None else query_rope * config.scale
+        if config.softcap is None and self.sinks is None and decodes_fused(down, rotary, latent, mask):
+            row = None if mask is None else mask[:, 0, 0]
+            one = [None if x is None else x[:, :, 0] for x in (down, rotary)]
+            context = latent_decode(*one, latent, slots, row, _filled(cache, config.layer_idx)).unsqueeze(2)
+        else:
+            context = self._weighted_latent(down, rotary, latent, slots, mask)
+        return torch.einsum("bhtr,hvr->bthv", context, weight[:, nope:])
+
+    def _weighted_latent(
+        self, down: Tensor | None, rotary: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attend over the latent in plain torch: down [B, H, T, r], rotary [B, H, T, 2s]; returns [B, H, T, r]."""
         logits: Tensor | None = None
-        if nope:
-            # The scale goes in first: fp16 overflows later that way.
-            down = torch.einsum("bhtd,hdr->bhtr", query * config.scale, weight[:, :nope])
-            logits = _upcast(torch.bmm(down.flatten(1, 2), latent.transpose(1, 2)))
-        if query_rope is not None:
-            rotary = _upcast(torch.bmm((query_rope * config.scale).flatten(1, 2), slots.transpose(1, 2)))
-            logits = rotary if logits is None else logits + rotary
+        for query, keys in ((down, latent), (rotary, slots)):
+            if query is None:
+                continue
+            # Heads stand side by side as more queries: one product per sequence.
+            part = _upcast(torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))).unflatten(1, query.shape[1:3])
+            logits = part if logits is None else logits + part
         if logits is None:
             raise AssertionError("MLAConfig allows no attention without keys")
+        length, keys_seen = logits.shape[2:]
         if mask is None and length > 1:
-            mask = _causal(length, keys, 0, config.window, query.device)
-        weights = self._probabilities(logits.view(batch, heads, length, keys), mask).to(latent.dtype)
-        context = torch.bmm(weights.flatten(1, 2), latent).view(batch, heads, length, config.kv_lora_rank)
-        return torch.einsum("bhtr,hvr->bthv", context, weight[:, nope:])
+            mask = _causal(length, keys_seen, 0, self.config.window, logits.device)
+        weights = self._probabilities(logits, mask).to(latent.dtype)
+        return torch.bmm(weights.flatten(1, 2), latent).unflatten(1, logits.shape[1:3])
 
     def _probabilities(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """Cap, mask and normalise logits [B, H, T, S] in at least fp32; the sink's share is left out."""
@@ -273,6 +294,12 @@ class MLA(nn.Module):
             )
         padding = F.pad(mask[:, -keys:].to(torch.bool), (0, max(0, keys - mask.shape[1])))[:, None, None, :]
         return padding if length == 1 else padding & _causal(length, keys, offset, window, device)
+
+
+def _filled(cache: Cache | None, layer: int) -> Tensor | None:
+    """Tokens of a static cache that are filled, on the device; None where all that it returns are."""
+    seen = None if cache is None else cache.get_seq_length(layer)
+    return seen if isinstance(seen, Tensor) else None
 
 
 def _upcast(x: Tensor) -> Tensor:
