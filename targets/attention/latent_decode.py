@@ -19,8 +19,10 @@ from torch import Tensor
 
 __all__ = ["Blocks", "choose_blocks", "choose_splits", "decodes_fused", "latent_decode"]
 
-MIN_SHARE = 128
+MIN_SHARE = 256
 """Cached tokens below which one split is not divided further."""
+TOKENS = 32
+"""Cached tokens per tile. Twice as many, with a tile less in flight, is as fast for 512 values and slower for more."""
 RESERVED = 4096
 """Bytes of shared memory left to the compiler: reductions, barriers, converted tiles."""
 
@@ -34,49 +36,53 @@ class Blocks:
         tokens: cached tokens per tile.
         warps: of one program.
         stages: tiles in flight.
+        resident: how many programs share one processor.
     """
 
     heads: int
     tokens: int
     warps: int
     stages: int
+    resident: int
 
 
 def choose_blocks(heads: int, rank: int, rope: int, shared_memory: int) -> Blocks | None:
     """Say how a program works, or None where no tile fits into its memory.
 
+    Two programs of four warps per processor, each with a tile or two in flight, hide what one of them waits for.
+
     Args:
         heads: H.
         rank: r.
         rope: 2 s.
-        shared_memory: bytes that one program may have.
+        shared_memory: bytes that the programs of one processor may have.
     """
-    columns = _power(rank) + (_power(rope) if rope else 0)
     block = min(32, _power(heads))
-    # The sum over keys is held in registers: 64 KiB of floats for 32 heads of 512 values.
-    while block > 16 and block * _power(rank) > 32 * 512:
-        block //= 2
-    if block * _power(rank) > 32 * 512:
+    # Queries and the sum over keys are held in registers: 64 KiB of floats for 32 heads of 512 values.
+    held = block * _power(rank)
+    if held > 32 * 1024:
         return None
-    queries = 2 * block * columns
-    for tokens, stages in ((64, 2), (32, 3), (32, 2), (16, 2)):
-        if queries + 2 * stages * tokens * columns + RESERVED <= shared_memory:
-            return Blocks(block, tokens, warps=8, stages=stages)
+    tile = 2 * TOKENS * (_power(rank) + (_power(rope) if rope else 0))
+    warps, most = (4, 2) if held <= 32 * 512 else (8, 1)
+    for resident in range(most, 0, -1):
+        for stages in (3, 2):
+            if resident * (stages * tile + RESERVED) <= shared_memory:
+                return Blocks(block, TOKENS, warps, stages, resident)
     return None
 
 
-def choose_splits(programs: int, keys: int, processors: int) -> int:
-    """Say into how many parts the sequence is cut, so that the last round of programs leaves few processors idle.
+def choose_splits(programs: int, keys: int, places: int) -> int:
+    """Say into how many parts the sequence is cut, so that the last round of programs leaves few places idle.
 
     Args:
         programs: without splits: batch times blocks of heads.
         keys: S.
-        processors: how many programs run at a time.
+        places: how many programs run at a time.
     """
-    most = max(1, min(-(-keys // MIN_SHARE), -(-processors // programs) * 4))
+    most = max(1, min(-(-keys // MIN_SHARE), -(-places // programs) * 2))
 
     def busy(splits: int) -> float:
-        rounds = programs * splits / processors
+        rounds = programs * splits / places
         return rounds / math.ceil(rounds)
 
     # Fewest among those within a twentieth of the best: every part costs a start and a sum.
@@ -176,7 +182,7 @@ def run_kernels(
         mask = mask.contiguous().view(torch.int8) if kind == "bool" else mask.contiguous()
     programs = batch * -(-heads // blocks.heads)
     if splits is None:
-        splits = choose_splits(programs, keys, _processors(latent.device))
+        splits = choose_splits(programs, keys, blocks.resident * _processors(latent.device))
     context = torch.empty((batch, heads, rank), dtype=latent.dtype, device=latent.device)
     parts = context if splits == 1 else context.new_empty((batch, splits, heads, rank), dtype=torch.float32)
     mass = context.new_empty((batch, splits, heads), dtype=torch.float32)
@@ -209,9 +215,10 @@ def run_kernels(
         num_stages=blocks.stages,
     )
     if splits > 1:
-        wide = min(_power(rank), 128)
+        many = _power(splits)
+        wide = max(16, min(128, 8192 // many))
         sum_splits[(batch * heads, -(-rank // wide))](
-            parts, mass, context, heads, splits, RANK=rank, BLOCK_R=wide, num_warps=2
+            parts, mass, context, heads, splits, RANK=rank, SPLITS=many, BLOCK_R=wide
         )
     return context
 

@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys", "splits", "mask_row"])
 def attend_split(
     query,  # [B, H, RANK], scaled; unused unless NOPE
     query_rope,  # [B, H, ROPE], scaled; unused without slots
@@ -54,10 +54,10 @@ def attend_split(
     row = batch * heads + head
     wanted = (head < heads)[:, None] & (column < RANK)[None, :]
     if NOPE:
-        turned = tl.trans(tl.load(query + row[:, None] * RANK + column[None, :], mask=wanted, other=0.0))
+        asked = tl.load(query + row[:, None] * RANK + column[None, :], mask=wanted, other=0.0)
     if ROPE > 0:
         wanted_rope = (head < heads)[:, None] & (slot < ROPE)[None, :]
-        turned_rope = tl.trans(tl.load(query_rope + row[:, None] * ROPE + slot[None, :], mask=wanted_rope, other=0.0))
+        asked_rope = tl.load(query_rope + row[:, None] * ROPE + slot[None, :], mask=wanted_rope, other=0.0)
     filled = keys
     if LENGTH:
         filled = tl.minimum(tl.load(length).to(tl.int32), keys)
@@ -69,39 +69,44 @@ def attend_split(
     mask += batch.to(tl.int64) * mask_row
     highest = tl.full([BLOCK_H], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    mean = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
-    # Tokens by heads: the tensor cores take 64 rows at a time, which heads would seldom fill.
+    mean = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
+    if MASK != "none":
+        # A tile ahead by hand: the compiler lets only loads of matrices run ahead.
+        ahead = tl.load(mask + first + token, mask=first + token < last, other=0)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         key = start + token
         seen = key < last
+        if MASK != "none":
+            shown = ahead
+            ahead = tl.load(mask + key + BLOCK_N, mask=key + BLOCK_N < last, other=0)
         inside = seen[:, None] & (column < RANK)[None, :]
         tile = tl.load(latent + key[:, None] * LATENT_ROW + column[None, :], mask=inside, other=0.0)
-        logits = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+        logits = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
         if NOPE:
-            logits = tl.dot(tile, turned, logits)
+            logits = tl.dot(asked, tl.trans(tile), logits)
         if ROPE > 0:
             inside_rope = seen[:, None] & (slot < ROPE)[None, :]
             rotated = tl.load(slots + key[:, None] * SLOT_ROW + slot[None, :], mask=inside_rope, other=0.0)
-            logits = tl.dot(rotated, turned_rope, logits)
+            logits = tl.dot(asked_rope, tl.trans(rotated), logits)
         if MASK == "bool":
-            seen = seen & (tl.load(mask + key, mask=seen, other=0) != 0)
+            seen = seen & (shown != 0)
         if MASK == "add":
-            logits += tl.load(mask + key, mask=seen, other=0.0).to(tl.float32)[:, None]
-        logits = tl.where(seen[:, None], logits * LOG2E, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 0))
-        weights = tl.exp2(logits - higher[None, :])
+            logits += shown.to(tl.float32)[None, :]
+        logits = tl.where(seen[None, :], logits * LOG2E, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        weights = tl.exp2(logits - higher[:, None])
         shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(weights, 0)
-        mean = tl.dot(tl.trans(tile), weights.to(tile.dtype), mean * shrink[None, :])
+        total = total * shrink + tl.sum(weights, 1)
+        mean = tl.dot(weights.to(tile.dtype), tile, mean * shrink[:, None])
         highest = higher
     total = tl.maximum(total, 1.0e-30)
     row = (batch * splits + split) * heads + head
-    mean = tl.trans(mean / total[None, :])
-    tl.store(context + row[:, None] * RANK + column[None, :], mean.to(context.dtype.element_ty), mask=wanted)
+    target = context + row.to(tl.int64)[:, None] * RANK + column[None, :]
+    tl.store(target, (mean / total[:, None]).to(context.dtype.element_ty), mask=wanted)
     tl.store(mass + row, highest + tl.log2(total), mask=head < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_splits(
     parts,  # float32 [B, splits, H, RANK]
     mass,  # float32 [B, splits, H]
@@ -109,22 +114,17 @@ def sum_splits(
     heads,
     splits,
     RANK: tl.constexpr,
+    SPLITS: tl.constexpr,  # a power of two, at least splits
     BLOCK_R: tl.constexpr,
 ):
     """One block of columns of one head of one sequence."""
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    column = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    highest = LOWEST * 2
-    total = 0.0
-    mean = tl.zeros([BLOCK_R], tl.float32)
-    for split in range(splits):
-        row = (batch * splits + split) * heads + head
-        part = tl.load(parts + row.to(tl.int64) * RANK + column, mask=column < RANK, other=0.0)
-        own = tl.load(mass + row)
-        higher = tl.maximum(highest, own)
-        shrink, weight = tl.exp2(highest - higher), tl.exp2(own - higher)
-        total = total * shrink + weight
-        mean = mean * shrink + part * weight
-        highest = higher
-    row = (batch * heads + head).to(tl.int64)
-    tl.store(context + row * RANK + column, (mean / total).to(context.dtype.element_ty), mask=column < RANK)
+    column, split = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, SPLITS)
+    row = (batch * splits + split) * heads + head
+    own = tl.load(mass + row, mask=split < splits, other=2 * LOWEST)
+    weight = tl.exp2(own - tl.max(own, 0))
+    inside = (split < splits)[:, None] & (column < RANK)[None, :]
+    part = tl.load(parts + row.to(tl.int64)[:, None] * RANK + column[None, :], mask=inside, other=0.0)
+    mean = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    target = context + tl.program_id(0).to(tl.int64) * RANK + column
+    tl.store(target, mean.to(context.dtype.element_ty), mask=column < RANK)
