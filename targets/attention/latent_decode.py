@@ -21,8 +21,6 @@ __all__ = ["Blocks", "choose_blocks", "choose_splits", "decodes_fused", "latent_
 
 MIN_SHARE = 256
 """Cached tokens below which one split is not divided further."""
-TOKENS = 32
-"""Cached tokens per tile. Twice as many, with a tile less in flight, is as fast for 512 values and slower for more."""
 RESERVED = 4096
 """Bytes of shared memory left to the compiler: reductions, barriers, converted tiles."""
 
@@ -49,7 +47,8 @@ class Blocks:
 def choose_blocks(heads: int, rank: int, rope: int, shared_memory: int) -> Blocks | None:
     """Say how a program works, or None where no tile fits into its memory.
 
-    Two programs of four warps per processor, each with a tile or two in flight, hide what one of them waits for.
+    Few warps with many registers each do best: they hold the sum over keys, 64 KiB of floats for 32 heads of 512
+    values (docs/benchmarks.md).
 
     Args:
         heads: H.
@@ -58,16 +57,17 @@ def choose_blocks(heads: int, rank: int, rope: int, shared_memory: int) -> Block
         shared_memory: bytes that the programs of one processor may have.
     """
     block = min(32, _power(heads))
-    # Queries and the sum over keys are held in registers: 64 KiB of floats for 32 heads of 512 values.
     held = block * _power(rank)
     if held > 32 * 1024:
         return None
-    tile = 2 * TOKENS * (_power(rank) + (_power(rope) if rope else 0))
-    warps, most = (4, 2) if held <= 32 * 512 else (8, 1)
-    for resident in range(most, 0, -1):
-        for stages in (3, 2):
-            if resident * (stages * tile + RESERVED) <= shared_memory:
-                return Blocks(block, TOKENS, warps, stages, resident)
+    tokens, warps = (32, 4) if held <= 32 * 512 else (16, 8)
+    columns = _power(rank) + (_power(rope) if rope else 0)
+    reserved = RESERVED if warps == 4 else RESERVED + 2 * block * columns
+    for stages in (3, 2):
+        size = 2 * stages * tokens * columns + reserved
+        if size <= shared_memory:
+            resident = 2 if warps == 4 and 2 * size <= shared_memory else 1
+            return Blocks(block, tokens, warps, stages, resident)
     return None
 
 
@@ -93,7 +93,7 @@ def choose_splits(programs: int, keys: int, places: int) -> int:
 def decodes_fused(query: Tensor | None, query_rope: Tensor | None, latent: Tensor, mask: Tensor | None) -> bool:
     """Say whether `latent_decode` takes a step of one query per sequence; plain torch does the others.
 
-    It does on an NVIDIA GPU with triton, in fp16 and bf16, where no gradient is asked for, the mask is the same for all
+    It does on an NVIDIA GPU since Hopper, with triton, in fp16 and bf16, where no gradient is asked for, the mask is the same for all
     heads, and a tile fits into shared memory.
 
     Args:
@@ -240,13 +240,13 @@ def _interpreted() -> bool:
 
 @functools.cache
 def _runs_on(device: torch.device) -> bool:
-    """Whether triton kernels run there: a GPU of NVIDIA's since Ampere, or any processor under triton's interpreter."""
+    """Whether triton kernels run there: a GPU of NVIDIA's since Hopper, or any processor under triton's interpreter."""
     try:
         import triton  # noqa: F401
     except ImportError:
         return False
     if device.type == "cuda":
-        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
     return device.type == "cpu" and _interpreted()
 
 

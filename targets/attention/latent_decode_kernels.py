@@ -54,10 +54,10 @@ def attend_split(
     row = batch * heads + head
     wanted = (head < heads)[:, None] & (column < RANK)[None, :]
     if NOPE:
-        asked = tl.load(query + row[:, None] * RANK + column[None, :], mask=wanted, other=0.0)
+        turned = tl.trans(tl.load(query + row[:, None] * RANK + column[None, :], mask=wanted, other=0.0))
     if ROPE > 0:
         wanted_rope = (head < heads)[:, None] & (slot < ROPE)[None, :]
-        asked_rope = tl.load(query_rope + row[:, None] * ROPE + slot[None, :], mask=wanted_rope, other=0.0)
+        turned_rope = tl.trans(tl.load(query_rope + row[:, None] * ROPE + slot[None, :], mask=wanted_rope, other=0.0))
     filled = keys
     if LENGTH:
         filled = tl.minimum(tl.load(length).to(tl.int32), keys)
@@ -69,40 +69,37 @@ def attend_split(
     mask += batch.to(tl.int64) * mask_row
     highest = tl.full([BLOCK_H], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    mean = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
-    if MASK != "none":
-        # A tile ahead by hand: the compiler lets only loads of matrices run ahead.
-        ahead = tl.load(mask + first + token, mask=first + token < last, other=0)
+    mean = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    # Latent by heads: the tensor cores take 64 rows at a time, which heads would seldom fill.
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         key = start + token
         seen = key < last
-        if MASK != "none":
-            shown = ahead
-            ahead = tl.load(mask + key + BLOCK_N, mask=key + BLOCK_N < last, other=0)
         inside = seen[:, None] & (column < RANK)[None, :]
+        if MASK != "none":  # first, so that it is there when the logits are
+            shown = tl.load(mask + key, mask=seen, other=0)
         tile = tl.load(latent + key[:, None] * LATENT_ROW + column[None, :], mask=inside, other=0.0)
-        logits = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+        logits = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
         if NOPE:
-            logits = tl.dot(asked, tl.trans(tile), logits)
+            logits = tl.dot(tile, turned, logits)
         if ROPE > 0:
             inside_rope = seen[:, None] & (slot < ROPE)[None, :]
             rotated = tl.load(slots + key[:, None] * SLOT_ROW + slot[None, :], mask=inside_rope, other=0.0)
-            logits = tl.dot(asked_rope, tl.trans(rotated), logits)
+            logits = tl.dot(rotated, turned_rope, logits)
         if MASK == "bool":
             seen = seen & (shown != 0)
         if MASK == "add":
-            logits += shown.to(tl.float32)[None, :]
-        logits = tl.where(seen[None, :], logits * LOG2E, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp2(logits - higher[:, None])
+            logits += shown.to(tl.float32)[:, None]
+        logits = tl.where(seen[:, None], logits * LOG2E, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 0))
+        weights = tl.exp2(logits - higher[None, :])
         shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        mean = tl.dot(weights.to(tile.dtype), tile, mean * shrink[:, None])
+        total = total * shrink + tl.sum(weights, 0)
+        mean = tl.dot(tl.trans(tile), weights.to(tile.dtype), mean * shrink[None, :])
         highest = higher
     total = tl.maximum(total, 1.0e-30)
     row = (batch * splits + split) * heads + head
-    target = context + row.to(tl.int64)[:, None] * RANK + column[None, :]
-    tl.store(target, (mean / total[:, None]).to(context.dtype.element_ty), mask=wanted)
+    mean = tl.trans(mean / total[None, :])
+    tl.store(context + row[:, None] * RANK + column[None, :], mean.to(context.dtype.element_ty), mask=wanted)
     tl.store(mass + row, highest + tl.log2(total), mask=head < heads)
 
 

@@ -22,6 +22,8 @@ __all__ = ["MLA", "MLAConfig", "choose_path"]
 
 Path = Literal["absorbed", "expanded"]
 
+EXPANDED_BYTES = 1 << 30
+"""Queries, keys and values that a prefill holds at a time, roughly: beyond that it goes in blocks of heads."""
 SHORT_QUERY = 64
 """Longer queries never take the absorbed path: its fp32 logits [B, H, T, S] would no longer be small."""
 
@@ -156,6 +158,9 @@ class MLA(nn.Module):
             if length > 1 and (attention_mask is None or attention_mask.dim() == 2):
                 past = past_key_values.get_seq_length(config.layer_idx)
             latent, slots = past_key_values.update(latent, slots, config.layer_idx)
+            if length > 1 and attention_mask is None:
+                # The free places of a static cache come last, and nothing else hides them.
+                latent, slots = (x[:, :, : int(past) + length] for x in (latent, slots))
         mask = self._mask(attention_mask, length, latent.shape[2], past, query.device)
         path = choose_path(length, latent.shape[2], config) if self.path == "auto" else self.path
         if path == "expanded":
@@ -167,9 +172,31 @@ class MLA(nn.Module):
     ) -> Tensor:
         """Project the latent up to keys and values, then attend as usual; latent [B, S, r], slots [B, S, 2s]."""
         config = self.config
+        heads, rows = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
+        block = heads
+        if config.softcap is None and self.sinks is None and not torch.compiler.is_compiling():
+            size = latent.shape[0] * (2 * latent.shape[1] + query.shape[2]) * (rows + config.qk_rope_head_dim)
+            block = max(1, min(heads, EXPANDED_BYTES // (size * latent.element_size())))
+        if block == heads:
+            return self._expanded_heads(query, query_rope, self.kv_b_proj(latent), slots, mask)
+        weight = self._up_weight(latent).unflatten(0, (heads, rows))
+        parts = []
+        for first in range(0, heads, block):
+            span = slice(first, first + block)
+            up = F.linear(latent, weight[span].flatten(0, 1))
+            rope = None if query_rope is None else query_rope[:, span]
+            shown = mask if mask is None or mask.shape[1] == 1 else mask[:, span]
+            parts.append(self._expanded_heads(query[:, span], rope, up, slots, shown))
+        return torch.cat(parts, dim=2)
+
+    def _expanded_heads(
+        self, query: Tensor, query_rope: Tensor | None, up: Tensor, slots: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attend with some heads h to their keys and values, up [B, S, h (qk_nope_head_dim + dv)]."""
+        config = self.config
         heads, length = query.shape[1:3]
         nope = config.qk_nope_head_dim
-        up = self.kv_b_proj(latent).unflatten(-1, (heads, nope + config.v_head_dim)).transpose(1, 2)
+        up = up.unflatten(-1, (heads, nope + config.v_head_dim)).transpose(1, 2)
         key, value = up.split([nope, config.v_head_dim], dim=-1)
         if query_rope is not None:
             rotated = slots.unsqueeze(1).expand(-1, heads, -1, -1)
@@ -181,9 +208,9 @@ class MLA(nn.Module):
                 mask = _causal(length, key.shape[2], 0, config.window, query.device)
             logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
             return torch.matmul(self._probabilities(logits, mask).to(value.dtype), value).transpose(1, 2)
-        # Fused kernels want one head size for all three; padding with zeros is 3 to 4 times faster than without
-        # them (CPU, 1,024 tokens, 96 and 64).
-        size = max(key.shape[-1], value.shape[-1])
+        # Fused kernels want one head size for all three, a multiple of eight; padding with zeros is 3 to 4 times
+        # faster than without them (CPU, 1,024 tokens, 96 and 64).
+        size = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8
         query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
