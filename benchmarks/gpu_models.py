@@ -1,4 +1,4 @@
-"""Whole models of Qwen3-8B's shape with random weights, decoding as many sequences as fit (`gpu_decode.py`).
+"""Whole models with random weights, decoding as many sequences as fit (`gpu_decode.py`).
 
 No weight is fitted: new attention gets random weights through the same graphs and configurations as a result of
 `attnedit.compile`. Caches are static and full, so that a step attends to all that they hold.
@@ -6,11 +6,12 @@ No weight is fitted: new attention gets random weights through the same graphs a
 
 from __future__ import annotations
 
-import statistics
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from gpu_timing import Report, free_bytes, median_seconds, peak_gb
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,56 +24,104 @@ from attnedit.targets.attention.mla_graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 from attnedit.targets.runtime.eager.cache import bind_cache
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 36, 4096, 32, 8, 128, 151936
-WINDOW, SINK_TOKENS = 128, 4
-MLA_SHAPES = {"MLA 512+64": (512, 32), "MLA 1/4": (424, 44)}
-"""kv_lora_rank and rotary slots."""
-TARGETS = ["source", "MLA 512+64", "GateSWA", "GateSWA + MLA"]
-RESERVED = 4 << 30
-"""Bytes left to activations, workspaces and fragmentation."""
-MOST = 512
-"""Sequences; more of them change nothing but the run's length."""
+TARGETS = ["source", "MLA", "GateSWA", "GateSWA + MLA"]
 
 
-def mla_config(layer: int, shape: tuple[int, int]) -> MLAConfig:
-    """Latent attention of one layer."""
-    rank, slots = shape
-    return MLAConfig(
-        layer_idx=layer,
-        num_attention_heads=HEADS,
-        head_dim=HEAD_DIM,
-        v_head_dim=HEAD_DIM,
-        kv_lora_rank=rank,
-        rope_columns=tuple(range(slots)),
-        qk_nope_head_dim=HEAD_DIM,
-        input_size=2 * KV_HEADS * HEAD_DIM,
-        scale=HEAD_DIM**-0.5,
-    )
+@dataclass(frozen=True)
+class Shape:
+    """What is measured, and where: Qwen3-8B on a GPU unless said otherwise.
+
+    Attributes:
+        latents: kv_lora_rank and rotary slots by name; the first is the whole models'.
+        reserved: bytes left to activations, workspaces and fragmentation.
+        most: sequences; more of them change nothing but the run's length.
+        rotated: bytes that calls in a row go through, at least: several times the chip's cache.
+    """
+
+    layers: int = 36
+    hidden: int = 4096
+    intermediate: int = 12288
+    heads: int = 32
+    groups: int = 8
+    head_dim: int = 128
+    vocabulary: int = 151936
+    window: int = 128
+    sink_tokens: int = 4
+    latents: dict[str, tuple[int, int]] = field(default_factory=lambda: {"512+64": (512, 32), "1/4": (424, 44)})
+    lengths: tuple[int, ...] = (32768, 8192, 2048, 131072)
+    batches: tuple[int, ...] = (32, 1, 128)
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    reserved: int = 4 << 30
+    most: int = 512
+    rotated: int = 256 << 20
+
+    @property
+    def kv_values(self) -> int:
+        """Keys and values of one token."""
+        return 2 * self.groups * self.head_dim
+
+    def mla(self, layer: int, latent: str) -> MLAConfig:
+        """Latent attention of one layer."""
+        rank, slots = self.latents[latent]
+        return MLAConfig(
+            layer_idx=layer,
+            num_attention_heads=self.heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.head_dim,
+            kv_lora_rank=rank,
+            rope_columns=tuple(range(slots)),
+            qk_nope_head_dim=self.head_dim,
+            input_size=self.kv_values,
+            scale=self.head_dim**-0.5,
+        )
+
+
+TINY = Shape(
+    layers=4,
+    hidden=64,
+    intermediate=96,
+    heads=8,
+    groups=2,
+    head_dim=16,
+    vocabulary=100,
+    window=8,
+    sink_tokens=2,
+    latents={"512+64": (32, 8), "1/4": (12, 2)},
+    lengths=(64, 40, 20, 80),
+    batches=(4, 1),
+    device="cpu",
+    dtype=torch.float32,
+    reserved=0,
+    most=3,
+    rotated=1 << 14,
+)
+"""For a trial of the program itself."""
 
 
 class Models:
     """The source and what is made of it; all share the weights of everything but attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
         # Full caches need no mask, and without one the source gets the fused kernel.
         AttentionInterface.register("unmasked", sdpa_attention_forward)
         config = Qwen3Config(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=12288,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=131072,
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.groups,
+            head_dim=shape.head_dim,
+            max_position_embeddings=max(shape.lengths),
             tie_word_embeddings=False,
-            dtype=torch.bfloat16,
         )
-        with torch.device("cuda"), init_empty_weights(include_buffers=False):
-            self.source: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        with torch.device(shape.device), init_empty_weights(include_buffers=False):
+            self.source: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).eval()
         for module in self.source.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                made = torch.empty(parameter.shape, device="cuda", dtype=torch.bfloat16)
+                made = torch.empty(parameter.shape, device=shape.device, dtype=shape.dtype)
                 made = made.normal_(std=0.02) if made.dim() > 1 else made.fill_(1)
                 setattr(module, name, nn.Parameter(made, requires_grad=False))
         self.sites = capture(self.source)
@@ -94,22 +143,42 @@ class Models:
 
     def _attention(self, model: PreTrainedModel, site: AttentionSite, target: str) -> tuple[Any, nn.Module] | None:
         if target.startswith("GateSWA") and site.layer_idx % 4 != 3:
-            window = gateswa_config(site, WINDOW, sink_tokens=SINK_TOKENS)
+            window = gateswa_config(site, self.shape.window, sink_tokens=self.shape.sink_tokens)
             return window, gateswa_graph(model, site, window)
         if target == "GateSWA":
             return None
-        latent = mla_config(site.layer_idx, MLA_SHAPES["MLA 512+64"])
+        latent = self.shape.mla(site.layer_idx, next(iter(self.shape.latents)))
         return latent, mla_graph(model, site, latent)
+
+    def run(self, report: Report, length: int) -> None:
+        """Every target at one length: the largest batch that fits, and one of eight."""
+        device = self.shape.device
+        for target in TARGETS:
+            if report.left() < 12:
+                return
+            model = self.make(target)
+            share = bytes_per_sequence(model, length)
+            largest = max(1, min(self.shape.most, (free_bytes(device) - self.shape.reserved) // share))
+            for batch in dict.fromkeys((largest, min(8, largest))):
+                free_bytes(device)
+                peak_gb(device)
+                try:
+                    seconds = step_seconds(model, batch, length)
+                except RuntimeError as error:  # of memory, most of all
+                    print("model", target, length, batch, str(error).splitlines()[0][:120], flush=True)
+                    continue
+                case = {"name": target, "length": length, "batch": batch, "ms": 1e3 * seconds}
+                report.add("model", **case, tokens_per_s=batch / seconds, peak_gb=peak_gb(device), cache_mb=share / 1e6)
+            del model
 
 
 def full_cache(model: PreTrainedModel, batch: int, length: int) -> StaticCache:
     """A static cache of `length` random tokens, the last of them still to come."""
-    cache = bind_cache(model, StaticCache(model.config, length))
-    model(torch.ones((batch, 1), dtype=torch.long, device="cuda"), past_key_values=cache, logits_to_keep=1)
+    cache: StaticCache = bind_cache(model, StaticCache(model.config, length))
+    model(torch.ones((batch, 1), dtype=torch.long, device=model.device), past_key_values=cache, logits_to_keep=1)
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
-        layer.cumulative_length.fill_(length - 1)
     return cache
 
 
@@ -119,10 +188,10 @@ def bytes_per_sequence(model: PreTrainedModel, length: int) -> int:
     return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
 
 
-def step_seconds(model: PreTrainedModel, batch: int, length: int, repeats: int = 7) -> float:
-    """Median time of one decode step of a whole batch, logits included, as one CUDA graph."""
+def step_seconds(model: PreTrainedModel, batch: int, length: int) -> float:
+    """Median time of one decode step of a whole batch, logits included; it writes the last token of the cache."""
     cache = full_cache(model, batch, length)
-    ids = torch.randint(VOCABULARY, (batch, 1), device="cuda")
+    ids = torch.ones((batch, 1), dtype=torch.long, device=model.device)
     positions = torch.full_like(ids, length - 1)
 
     def step() -> None:
@@ -130,46 +199,4 @@ def step_seconds(model: PreTrainedModel, batch: int, length: int, repeats: int =
             layer.cumulative_length.fill_(length - 1)
         model(ids, past_key_values=cache, position_ids=positions)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(1e-3 * start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def run(models: Models, report: Any, length: int) -> None:
-    """Every target at one length: a few batches, and the largest that fits."""
-    for target in TARGETS:
-        if report.left() < 12:
-            return
-        torch.cuda.empty_cache()
-        model = models.make(target)
-        share = bytes_per_sequence(model, length)
-        torch.cuda.empty_cache()
-        largest = max(1, min(MOST, (torch.cuda.mem_get_info()[0] - RESERVED) // share))
-        for batch in dict.fromkeys((largest, min(8, largest))):
-            while batch:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                try:
-                    seconds = step_seconds(model, batch, length)
-                except torch.OutOfMemoryError:
-                    batch = batch * 15 // 16
-                    continue
-                case = {"name": target, "length": length, "batch": batch, "ms": 1e3 * seconds}
-                peak = torch.cuda.max_memory_allocated() / 1e9
-                report.add("model", **case, tokens_per_s=batch / seconds, peak_gb=peak, cache_mb=share / 1e6)
-                break
-        del model
+    return median_seconds(step, model.device.type, repeats=7)
