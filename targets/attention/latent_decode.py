@@ -93,8 +93,8 @@ def choose_splits(programs: int, keys: int, places: int) -> int:
 def decodes_fused(query: Tensor | None, query_rope: Tensor | None, latent: Tensor, mask: Tensor | None) -> bool:
     """Say whether `latent_decode` takes a step of one query per sequence; plain torch does the others.
 
-    It does on an NVIDIA GPU since Hopper, with triton, in fp16 and bf16, where no gradient is asked for, the mask is the same for all
-    heads, and a tile fits into shared memory.
+    It does on an NVIDIA GPU since Hopper, with triton, in fp16 and bf16, where no gradient is asked for, the mask is
+    the same for all heads, and a tile fits into shared memory.
 
     Args:
         query: [B, H, 1, r] or None.
