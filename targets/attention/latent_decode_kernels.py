@@ -10,8 +10,11 @@ read once for all heads. Imported by `attnedit.targets.attention.latent_decode` 
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+try:  # a checkpoint with a copy of this file loads without triton: transformers looks for all other imports at once
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernel of latent attention needs triton") from error
 
 LOWEST = tl.constexpr(-1.0e30)
 """Finite, so that a row without any visible key is no infinity less infinity."""
