@@ -33,8 +33,9 @@ def bounded_layer(cache: Any, config: GateSWAConfig) -> GateSWALayer | RingLayer
     if isinstance(found, GateSWALayer | RingLayer):
         return found
     if type(found) is StaticLayer and not found.is_initialized and config.source_window is None:
-        layers[config.layer_idx] = RingLayer(found.max_cache_len, config.sliding_window, config.sink_tokens)
-        return layers[config.layer_idx]
+        ring = RingLayer(found.max_cache_len, config.sliding_window, config.sink_tokens)
+        layers[config.layer_idx] = ring
+        return ring
     if type(found) not in (DynamicLayer, DynamicSlidingWindowLayer) or found.get_seq_length():
         return None
     layer = GateSWALayer(config.sliding_window, config.sink_tokens)

@@ -119,7 +119,7 @@ class RingLayer(StaticLayer):
         if self.is_initialized:
             self.sink_positions.fill_(EMPTY)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take these rows of the batch (int64 [B]), for beam search."""
         super().reorder_cache(beam_idx)
         if self.is_initialized:

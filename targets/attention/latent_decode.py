@@ -13,6 +13,7 @@ import functools
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,7 +255,7 @@ def _runs_on(device: torch.device) -> bool:
 def _blocks(heads: int, rank: int, rope: int, device: torch.device) -> Blocks | None:
     if device.type != "cuda":
         return choose_blocks(heads, rank, rope, 1 << 20)
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # its type lacks the attribute
     return choose_blocks(heads, rank, rope, properties.shared_memory_per_block_optin)
 
 

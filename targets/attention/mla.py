@@ -235,8 +235,8 @@ class MLA(nn.Module):
         rotary = None if query_rope is None else query_rope * config.scale
         if config.softcap is None and self.sinks is None and decodes_fused(down, rotary, latent, mask):
             row = None if mask is None else mask[:, 0, 0]
-            one = [None if x is None else x[:, :, 0] for x in (down, rotary)]
-            context = latent_decode(*one, latent, slots, row, _filled(cache, config.layer_idx)).unsqueeze(2)
+            one, turned = (None if x is None else x[:, :, 0] for x in (down, rotary))
+            context = latent_decode(one, turned, latent, slots, row, _filled(cache, config.layer_idx)).unsqueeze(2)
         else:
             context = self._weighted_latent(down, rotary, latent, slots, mask)
         return torch.einsum("bhtr,hvr->bthv", context, weight[:, nope:])
@@ -258,7 +258,7 @@ class MLA(nn.Module):
         if mask is None and length > 1:
             mask = _causal(length, keys_seen, 0, self.config.window, logits.device)
         weights = self._probabilities(logits, mask).to(latent.dtype)
-        return torch.bmm(weights.flatten(1, 2), latent).unflatten(1, logits.shape[1:3])
+        return torch.bmm(weights.flatten(1, 2), latent).view(*logits.shape[:3], -1)
 
     def _probabilities(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """Cap, mask and normalise logits [B, H, T, S] in at least fp32; the sink's share is left out."""
