@@ -154,7 +154,8 @@ def _launch(
     blocks = _blocks(some.shape[1], latent.shape[-1], rope, latent.device)
     if blocks is None:
         raise AssertionError("decodes_fused said so")
-    return run_kernels(query, query_rope, latent, slots, mask, length, blocks)
+    with torch.cuda.device_of(latent):  # triton launches on the current device
+        return run_kernels(query, query_rope, latent, slots, mask, length, blocks)
 
 
 def run_kernels(
