@@ -12,6 +12,8 @@ VALUES_PER_SLOT = 12
 """One rotary slot (two values) for every twelve cached values: the best split over budgets (docs/benchmarks.md)."""
 VALUES_TO_UNFOLD = 4
 """Cached values per rotary frequency from which frequencies are not folded in pairs."""
+VALUES_TO_ALIGN = 256
+"""Cached values from which latent and slots are multiples of eight values: GPUs read 16 bytes at a time."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,11 @@ def shape_for(site: AttentionSite, values: int) -> Shape:
     # at least one slot for every two (folded) frequencies, whatever the share
     slots = max(round(values / VALUES_PER_SLOT), planes // (2 * fold))
     slots = max(1, min(slots, values // 4, full.slots))
-    return Shape(rank=values - 2 * slots, slots=slots, fold=fold)
+    rank = values - 2 * slots
+    if values >= VALUES_TO_ALIGN and full.slots % 4 == 0:
+        slots = max(4, round(slots / 4) * 4)
+        rank = (values - 2 * slots) // 8 * 8
+    return Shape(rank=rank, slots=slots, fold=fold)
 
 
 def least_values(site: AttentionSite) -> int:
