@@ -69,8 +69,10 @@ def export(
             ``report``.
         directory: where to; missing or empty.
         profile: "deepseek_v3" or "youtu" for latent attention; "laguna", "lfm3" or "native" (the source's own class)
-            for sliding windows; "remote", with code of its own, for any result. None is refused.
-        kernel_dims: with deepseek_v3 and youtu: the sizes and norms that engines' kernels want.
+            for sliding windows; "remote", with code of its own, for any result. The one that the result was compiled
+            for unless given.
+        kernel_dims: with deepseek_v3 and youtu: the sizes and norms that engines' kernels want; as the result was
+            compiled unless given.
         progress: told what is going on.
 
     Returns:
@@ -85,6 +87,10 @@ def export(
         >>> from attnedit.targets.runtime.hf import export
         >>> export(result, "llama-mla-deepseek", profile="deepseek_v3")  # doctest: +SKIP
     """
+    recipe: dict[str, Any] = getattr(getattr(result, "report", None), "recipe", None) or {}
+    if profile is None:
+        profile = recipe.get("profile")
+        kernel_dims = kernel_dims or bool(recipe.get("kernel_dims"))
     if profile is None:
         raise UsageError(f"a checkpoint needs a --profile; give {' or '.join(PROFILES)}")
     check_choice("--profile", profile, PROFILES)
@@ -111,13 +117,22 @@ def export(
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)
 
 
+def native_form(model: PreTrainedModel, profile: str, kernel_dims: bool = False) -> Native:
+    """Bring a rewritten model into a class of transformers; nothing is written.
+
+    Raises:
+        UsageError: the profile cannot express the model; the message says what of it.
+    """
+    return latent_checkpoint(model, profile, kernel_dims) if profile in LATENT else WINDOWED[profile](model)
+
+
 def _write(model: PreTrainedModel, staging: Path, profile: str, kernel_dims: bool) -> list[str]:
     """Write weights, configuration and code; return notes for the model card."""
     if profile == REMOTE_PROFILE:
         model.save_pretrained(staging)
         write_code(model, staging)
         return ["Needs the version of transformers that it was written with, or a later one; attnedit is not needed."]
-    native = latent_checkpoint(model, profile, kernel_dims) if profile in LATENT else WINDOWED[profile](model)
+    native = native_form(model, profile, kernel_dims)
     generation: GenerationConfig | None = copy.deepcopy(model.generation_config)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = getattr(model.config, "pad_token_id", None)

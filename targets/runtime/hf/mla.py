@@ -65,14 +65,12 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
     """
     source: Any = source_config(model.config)
     refuse_half(model_type, model.dtype)
-    if kernel_dims and getattr(source, "hidden_act", "silu") != "silu":
-        raise UsageError(
-            f"engines have a silu in DeepSeek's MLP, the source {source.hidden_act}; leave --kernel-dims out"
-        )
+    if kernel_dims:
+        check_activation(source)
     layers = latent_sites(model)
 
     def make(rope: int, parameters: dict[str, Any]) -> PreTrainedConfig:
-        return _config(source, model_type, _sizes(layers, rope, kernel_dims), parameters)
+        return latent_config(source, model_type, _sizes(layers, rope, kernel_dims), parameters)
 
     size = KERNEL_DIMS["qk_rope_head_dim"] if kernel_dims else None
     table = choose_table([layer.frequencies for layer in layers], source, make, size)
@@ -91,6 +89,18 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
     return Native(config, state, _notes(config, table))
 
 
+def check_activation(source: Any) -> None:
+    """Refuse a source whose MLP engines would compute with another function.
+
+    Raises:
+        UsageError: they would.
+    """
+    if getattr(source, "hidden_act", "silu") != "silu":
+        raise UsageError(
+            f"engines have a silu in DeepSeek's MLP, the source {source.hidden_act}; leave --kernel-dims out"
+        )
+
+
 def _sizes(layers: list[LatentSite], rope: int, kernel_dims: bool) -> Sizes:
     # Kernels have no form without a part that meets the latent, so a model that is rotary throughout gets zeros there.
     least = {
@@ -107,7 +117,12 @@ def _sizes(layers: list[LatentSite], rope: int, kernel_dims: bool) -> Sizes:
     return Sizes(**KERNEL_DIMS)
 
 
-def _config(source: PreTrainedConfig, model_type: str, sizes: Sizes, rope: dict[str, Any]) -> PreTrainedConfig:
+def latent_config(source: PreTrainedConfig, model_type: str, sizes: Sizes, rope: dict[str, Any]) -> PreTrainedConfig:
+    """Make a configuration of DeepSeek's attention, dense, around a source's other parts.
+
+    Raises:
+        UsageError: the class cannot compute what the source does around its attention.
+    """
     fields: dict[str, Any] = {
         **vars(sizes),
         "q_lora_rank": None,
