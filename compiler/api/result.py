@@ -21,6 +21,8 @@ from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
+HTML_FILE = "report.html"
+"""The report to look at, in every saved directory."""
 RUNTIMES = "attnedit.runtimes"
 BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export", "hf": "attnedit.targets.runtime.hf:export"}
 
@@ -56,7 +58,7 @@ class CompileResult:
         return self._graph
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write weights, configuration, tokenizer, chat template, generation config, report, recipe and model card.
+        """Write weights, configuration, tokenizer, chat template, generation config, report (JSON and HTML), recipe and model card.
 
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
@@ -67,6 +69,7 @@ class CompileResult:
         license = self.report.license or source_license(self.report.source)
         report = self.report.model_copy(update={"license": license})
         files[CARD_FILE] = model_card(report, license=license)
+        files[HTML_FILE] = report.to_html()
         return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report.to_json(), files=files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:

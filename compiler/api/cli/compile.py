@@ -55,6 +55,7 @@ from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
 from attnedit.recipe import RECIPE_FILE, Recipe
+from attnedit.result import HTML_FILE
 from attnedit.targets.runtime.eager.checkpoint import check_free
 
 OptionalModelArgument = Annotated[
@@ -164,7 +165,7 @@ def compile_model(
         print_json({"output": str(output), **result.report.to_dict()})
     else:
         show(result.report)
-        show(f"saved in {output}, with {RECIPE_FILE}:")
+        show(f"saved in {output}, with {HTML_FILE} to look at and {RECIPE_FILE}:")
         show(Recipe.model_validate(result.report.recipe).to_yaml().rstrip())
 
 
