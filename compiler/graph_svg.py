@@ -6,6 +6,7 @@ order in a row (Sugiyama et al. 1981, IEEE SMC-11).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable
 from html import escape
 from statistics import fmean
@@ -126,12 +127,9 @@ def _label(node: fx.Node) -> str:
         return f"{node.target}" + (f" ({type(found).__name__})" if found is not None else "")
     if node.op == "call_function":
         target = str(node.target)
-        # "aten.mul.Tensor": the overload says nothing here
-        return (
-            target.rpartition(".")[0]
-            if "." in target and "<" not in target
-            else getattr(node.target, "__name__", target)
-        )
+        if "." in target and "<" not in target:
+            return target.rpartition(".")[0]  # "aten.mul.Tensor": the overload says nothing here
+        return str(getattr(node.target, "__name__", target))
     if node.op == "call_method":
         return f".{node.target}"
     return str(node.target)
@@ -192,7 +190,7 @@ def _positions(rows: list[Row], paths: list[Row], sizes: dict[Any, float]) -> di
     above: dict[Any, set[Any]] = {place: set() for row in rows for place in row}
     below: dict[Any, set[Any]] = {place: set() for row in rows for place in row}
     for path in paths:
-        for upper, lower in zip(path, path[1:], strict=False):
+        for upper, lower in itertools.pairwise(path):
             above[lower].add(upper)
             below[upper].add(lower)
     x: dict[Any, float] = {}

@@ -58,7 +58,9 @@ class CompileResult:
         return self._graph
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write weights, configuration, tokenizer, chat template, generation config, report (JSON and HTML), recipe and model card.
+        """Write weights, configuration, tokenizer, chat template, generation config, report, recipe and model card.
+
+        The report is there as JSON, and as an HTML page to look at.
 
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.

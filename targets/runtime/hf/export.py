@@ -58,6 +58,7 @@ def export(
     *,
     profile: str | None = None,
     kernel_dims: bool = False,
+    gguf: bool = False,
     progress: Progress | None = None,
 ) -> HFManifest:
     """Write a rewritten model in a form that transformers loads without attnedit, and compare it with the live one.
@@ -73,6 +74,7 @@ def export(
             for unless given.
         kernel_dims: with deepseek_v3 and youtu: the sizes and norms that engines' kernels want; as the result was
             compiled unless given.
+        gguf: with deepseek_v3 and youtu: the form that llama.cpp's converter and loader read.
         progress: told what is going on.
 
     Returns:
@@ -96,6 +98,8 @@ def export(
     check_choice("--profile", profile, PROFILES)
     if kernel_dims and profile not in LATENT:
         raise UsageError(f"--kernel-dims goes with --profile {' or '.join(LATENT)}, not with {profile}")
+    if gguf and profile not in LATENT:
+        raise UsageError(f"--gguf goes with --profile {' or '.join(LATENT)}, not with {profile}")
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
@@ -106,7 +110,7 @@ def export(
     try:
         with staged(target) as staging:
             with stage("write", progress):
-                notes = _write(model, staging, profile, kernel_dims)
+                notes = _write(model, staging, profile, kernel_dims, gguf)
                 _write_rest(result, staging, profile, notes)
             with stage("check", progress):
                 written = load_code(staging) if profile == REMOTE_PROFILE else read_native(staging)
@@ -117,22 +121,22 @@ def export(
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)
 
 
-def native_form(model: PreTrainedModel, profile: str, kernel_dims: bool = False) -> Native:
+def native_form(model: PreTrainedModel, profile: str, kernel_dims: bool = False, gguf: bool = False) -> Native:
     """Bring a rewritten model into a class of transformers; nothing is written.
 
     Raises:
         UsageError: the profile cannot express the model; the message says what of it.
     """
-    return latent_checkpoint(model, profile, kernel_dims) if profile in LATENT else WINDOWED[profile](model)
+    return latent_checkpoint(model, profile, kernel_dims, gguf) if profile in LATENT else WINDOWED[profile](model)
 
 
-def _write(model: PreTrainedModel, staging: Path, profile: str, kernel_dims: bool) -> list[str]:
+def _write(model: PreTrainedModel, staging: Path, profile: str, kernel_dims: bool, gguf: bool) -> list[str]:
     """Write weights, configuration and code; return notes for the model card."""
     if profile == REMOTE_PROFILE:
         model.save_pretrained(staging)
         write_code(model, staging)
         return ["Needs the version of transformers that it was written with, or a later one; attnedit is not needed."]
-    native = native_form(model, profile, kernel_dims)
+    native = native_form(model, profile, kernel_dims, gguf)
     generation: GenerationConfig | None = copy.deepcopy(model.generation_config)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = getattr(model.config, "pad_token_id", None)
