@@ -105,7 +105,8 @@ def sketch_svg(drawn: GraphSketch, title: str, new: Collection[str] = ()) -> str
     width = max([x[place] + sizes[place] / 2 for place in x] + [CHARACTER * len(title)]) + PADDING
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {y:.0f}" width="{width:.0f}" '
-        f'height="{y:.0f}" role="img" font-family="ui-monospace, Menlo, Consolas, monospace" font-size="11" style="background:#fff">',
+        f'height="{y:.0f}" role="img" style="background:#fff" font-size="11" '
+        'font-family="ui-monospace, Menlo, Consolas, monospace">',
         f"<title>{escape(title)}</title>",
         f'<text x="{PADDING}" y="{LINE}" font-weight="bold" fill="#24292f">{escape(title)}</text>',
     ]

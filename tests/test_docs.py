@@ -77,6 +77,7 @@ def test_every_page_is_in_the_site() -> None:
         assert pkgutil.resolve_name(name) is not None
 
 
+@pytest.mark.long
 def test_the_drawings_are_those_of_today() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "figures" / "make.py"))["drawings"]()
     for name, text in made.items():

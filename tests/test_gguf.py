@@ -192,6 +192,7 @@ def test_norms_that_became_linear_go_the_same_way(tmp_path: Path) -> None:
     assert check(tmp_path / "out", tmp_path / "model.gguf", model) < 1e-4
 
 
+@pytest.mark.long
 def test_bfloat16_loses_no_more_than_rounding(tmp_path: Path) -> None:
     model = compile_tiny(build("llama", dtype=torch.bfloat16), 0.25).model
     checkpoint(model, tmp_path / "out", "deepseek_v3")

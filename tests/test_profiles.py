@@ -53,13 +53,13 @@ def check_export(result: attnedit.CompileResult, directory: Path) -> Any:
 @pytest.mark.parametrize(
     ("profile", "family", "budget", "options"),
     [
-        ("deepseek_v3", "llama", 0.5, {}),
+        pytest.param("deepseek_v3", "llama", 0.5, {}, marks=pytest.mark.long),
         ("deepseek_v3", "llama", 1.0, {}),
         ("deepseek_v3", "qwen3", 0.5, {}),
         ("youtu", "qwen3", 0.25, {"dtype": torch.float64}),
         ("youtu", "qwen2", 0.5, {}),
         ("youtu", "llama", 1.0, {"rope_parameters": LLAMA3}),
-        ("deepseek_v3", "smollm3", 0.5, {}),
+        pytest.param("deepseek_v3", "smollm3", 0.5, {}, marks=pytest.mark.long),
     ],
 )
 def test_latent_profiles(profile: str, family: str, budget: float, options: dict[str, Any], tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_biases_of_the_output_go(tmp_path: Path) -> None:
     assert deviation(logits(attnedit.load(tmp_path / "saved").model, IDS), logits(result.model, IDS)) == 0
 
 
-@pytest.mark.parametrize(("rope", "slots"), [(None, 32), (LLAMA3, 1)])
+@pytest.mark.parametrize(("rope", "slots"), [(None, 32), pytest.param(LLAMA3, 1, marks=pytest.mark.long)])
 def test_kernel_sizes(rope: dict[str, Any] | None, slots: int, tmp_path: Path) -> None:
     options = {**WIDE, "rms_norm_eps": 1e-5, **({"rope_parameters": rope} if rope else {})}
     result = towards(build("qwen3", **options), "deepseek_v3", None, kernel_dims=True)
