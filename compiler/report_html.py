@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 SOURCE, RESULT, ROTARY, SOFT = "#8c959f", "#0f766e", "#d97706", "#57606a"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": SOFT,

@@ -18,11 +18,9 @@ from attnedit.compiler.licenses import source_license
 from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
-from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
-HTML_FILE = "report.html"
-"""The report to look at, in every saved directory."""
 RUNTIMES = "attnedit.runtimes"
 BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export", "hf": "attnedit.targets.runtime.hf:export"}
 

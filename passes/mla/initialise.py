@@ -91,10 +91,10 @@ def mix_components(sample: LayerSample, fold: int, columns: Sequence[int] | None
     best = torch.cat(worth).argsort(descending=True, stable=True)
     column = torch.cat(leads)
     if columns is not None:
-        order = best.tolist()
-        first = {int(column[index]): index for index in reversed(order)}
+        ranked: list[int] = best.tolist()
+        first = {int(column[index]): index for index in reversed(ranked)}
         kept = [first[wanted] for wanted in columns]
-        best = torch.tensor(kept + [index for index in order if index not in set(kept)], device=best.device)
+        best = torch.tensor(kept + [index for index in ranked if index not in set(kept)], device=best.device)
     return Components(torch.cat(analyses)[best], torch.cat(syntheses)[best], column[best])
 
 

@@ -55,8 +55,7 @@ from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
 from attnedit.recipe import RECIPE_FILE, Recipe
-from attnedit.result import HTML_FILE
-from attnedit.targets.runtime.eager.checkpoint import check_free
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, check_free
 
 OptionalModelArgument = Annotated[
     str | None,

@@ -15,7 +15,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report
-from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE, check_free
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE, check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
 from attnedit.targets.runtime.hf.card import CARD_FILE, NATIVE, REMOTE, model_card
 from attnedit.targets.runtime.hf.check import Check, check_same
@@ -152,6 +152,7 @@ def _write_rest(result: Any, staging: Path, profile: str, notes: list[str]) -> N
     if report is not None:
         license = report.license or source_license(report.source)
         (staging / REPORT_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
+        (staging / HTML_FILE).write_text(report.to_html(), encoding="utf-8")
     loading = REMOTE if profile == REMOTE_PROFILE else NATIVE
     form = "checkpoint with code of its own" if profile == REMOTE_PROFILE else f"checkpoint of profile {profile}"
     card = model_card(report, loading=loading, form=form, notes=notes, license=license)
