@@ -178,8 +178,7 @@ def check(directory: Path, file: Path, model: PreTrainedModel) -> float:
 @pytest.mark.parametrize(("profile", "tied"), [("deepseek_v3", False), ("youtu", True)])
 def test_a_checkpoint_as_gguf_computes_the_same(profile: str, tied: bool, tmp_path: Path) -> None:
     options = {"tie_word_embeddings": tied, "rms_norm_eps": 1e-3}
-    with_profile = {"profile": profile, "calibration": tokens(4, 32)}
-    model = attnedit.compile(build("llama", **options), kv_budget=0.5, **with_profile).model
+    model = compile_tiny(build("llama", **options), 0.5, profile=profile).model
     config = checkpoint(model, tmp_path / "out", profile)
     assert config["q_lora_rank"] == config["hidden_size"]
     assert config["rms_norm_eps"] == 1e-6
@@ -187,7 +186,7 @@ def test_a_checkpoint_as_gguf_computes_the_same(profile: str, tied: bool, tmp_pa
 
 
 def test_norms_that_became_linear_go_the_same_way(tmp_path: Path) -> None:
-    model = attnedit.compile(build("qwen3"), profile="deepseek_v3", calibration=tokens(4, 32)).model
+    model = compile_tiny(build("qwen3"), 0.5, profile="deepseek_v3").model
     checkpoint(model, tmp_path / "out", "deepseek_v3")
     assert check(tmp_path / "out", tmp_path / "model.gguf", model) < 1e-4
 

@@ -17,7 +17,6 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
 import attnedit
-from attnedit.compiler.capture import capture
 from attnedit.compiler.stream import stream
 from attnedit.passes.mla.linear import linearise
 from attnedit.passes.site_sample import take_sample
@@ -126,7 +125,7 @@ def test_kernel_sizes(rope: dict[str, Any] | None, slots: int, tmp_path: Path) -
 
 
 def sample_of(model: PreTrainedModel, layer: int) -> tuple[Any, Any]:
-    found = capture(model)
+    found = _remembered(model)
     taken: dict[str, Any] = {}
     stream(model, found, tokens(16, 64), lambda s, i: taken.update({s.name: take_sample(model, s, i, 32, 0, True)}))
     return found[layer], taken[found[layer].name]

@@ -20,7 +20,7 @@ from families import build
 from PIL import Image
 
 import attnedit
-from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.capture import graph_module
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.graph_svg import graph_svg
 from attnedit.compiler.report import Report
@@ -146,7 +146,7 @@ def boxes(svg: str) -> list[tuple[float, float, float, float]]:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "phi3"])
 def test_a_drawing_has_every_node_once_and_none_over_another(family: str) -> None:
     model = source(family)
-    graph = graph_module(model, capture(model)[0]).graph
+    graph = graph_module(model, _remembered(model)[0]).graph
     svg = graph_svg(graph, "a < b")
     drawn = boxes(svg)
     used = [
