@@ -14,27 +14,24 @@ from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
-from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.capture import capture
 from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_LENGTH
 from attnedit.compiler.data import context_length, position_limit, token_windows
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
-from attnedit.compiler.graph_svg import sketch
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import (
-    KVCurve,
     LayerReport,
     Report,
-    SiteGraphs,
     Verification,
     kv_fields,
     peak_memory_bytes,
     timed,
 )
-from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
+from attnedit.figures import linear_notes, memory_curve, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers, GateSWAOptions
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
@@ -44,15 +41,9 @@ from attnedit.planning import DEFAULT_BUDGET, Plan, check_arguments, first_of, p
 from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost, config_values
 from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 from attnedit.targets.runtime.hf.towards import check_form
-
-CURVE_POINTS = 32
-"""Of memory against the length of the context."""
-LINEAR = 1e-6
-"""Energy that a linear map misses by rounding alone."""
 
 
 def compile(
@@ -265,7 +256,7 @@ def _one_shot(
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
         expected = logits_of(model, ids) if verify and exact else None
-        drawn = _sketches(model, plan, graphs, configs)
+        drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
         if form is not None:
@@ -293,8 +284,8 @@ def _one_shot(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else windowed.full,
-        notes=[*plan.notes, *_linear_notes(latent)],
-        kv_curve=_curve(model, plan, configs),
+        notes=[*plan.notes, *linear_notes(latent)],
+        kv_curve=memory_curve(model, plan, configs),
         graphs=drawn,
         **kv_fields(plan.before, after),
     )
@@ -323,50 +314,6 @@ def _config_of(graph: fx.GraphModule) -> AnyConfig:
 def _choice_note(full: list[int]) -> str:
     listed = ",".join(map(str, full)) + ("," if len(full) == 1 else "")
     return f"full layers chosen by measured loss; full_layers={listed!r} takes them again without measuring"
-
-
-def _curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, AnyConfig]) -> KVCurve:
-    """Memory of one sequence up to the model's context."""
-    hidden_size = int(model.config.get_text_config(decoder=True).hidden_size)
-    before, after = [], []
-    for site in plan.sites:
-        own = plan.before.per_layer[site.layer_idx]
-        sizes = (site.num_attention_heads, site.num_key_value_heads, site.head_dim, site.v_head_dim)
-        values = own * LENGTH if site.already_mla else attention_cost(hidden_size, *sizes, site.window).cached_values
-        before.append(values)
-        after.append(config_values(configs[site.name]) if site.name in configs else values)
-    lengths = sorted({max(1, plan.before.length * step // CURVE_POINTS) for step in range(1, CURVE_POINTS + 1)})
-    totals = [sum(values) * model.dtype.itemsize for values in (before, after)]
-    curves = [[float(total.subs({BATCH: 1, LENGTH: length})) for length in lengths] for total in totals]
-    return KVCurve(lengths=lengths, before=curves[0], after=curves[1])
-
-
-def _sketches(
-    model: PreTrainedModel, plan: Plan, graphs: Mapping[str, fx.GraphModule], configs: Mapping[str, AnyConfig]
-) -> list[SiteGraphs]:
-    """Graphs of the first site of each kind, before and after."""
-    alike: dict[tuple[str, str], list[AttentionSite]] = {}
-    for site in plan.sites:
-        if site.name in configs:
-            alike.setdefault((kind_of(configs[site.name]).name, site.kind), []).append(site)
-    return [
-        SiteGraphs(
-            kind=kind,
-            layers=[site.layer_idx for site in sites],
-            before=sketch(graph_module(model, sites[0]).graph),
-            after=sketch(graphs[sites[0].name].graph),
-        )
-        for (kind, _), sites in alike.items()
-    ]
-
-
-def _linear_notes(latent: Latent) -> list[str]:
-    """How far off the linear maps are that stand for something else."""
-    worst = [max(errors) for errors in zip(*(site.errors for site in latent.linear.values()), strict=True)]
-    if not worst or max(worst) < LINEAR:
-        return []
-    named = ", ".join(f"{name} {error:.1%}" for name, error in zip(("queries", "keys", "values"), worst, strict=True))
-    return [f"energy that the linear maps miss on calibration data, in the worst layer: {named}"]
 
 
 def _rows(
