@@ -66,6 +66,9 @@ class LayerSample:
         sinks: sink logit per head [H], or None.
         window: tokens a query sees, itself included, or None for all.
         fixed_output: o_proj must stay as it is, since a gate stands between attention and o_proj.
+        hidden: what queries, keys and values are computed from [N, T, D], or None where nothing asks for it.
+        teacher: the sample whose attention is to be met, where queries, keys and values here stand in for its own;
+            None where they are its own.
     """
 
     query: Tensor
@@ -81,6 +84,8 @@ class LayerSample:
     sinks: Tensor | None = None
     window: int | None = None
     fixed_output: bool = False
+    hidden: Tensor | None = None
+    teacher: LayerSample | None = None
 
     @property
     def groups(self) -> int:
@@ -133,7 +138,8 @@ class LayerSample:
         rest = torch.arange(queries - first, device=self.query.device)
         rest = first + ((rest + 0.5) * (count - first) / max(len(rest), 1)).long()
         keep = torch.cat([torch.arange(first, device=rest.device), rest])
-        return dataclasses.replace(self, query=self.query[:, :, keep], positions=self.positions[keep])
+        teacher = None if self.teacher is None else self.teacher.thinned(queries)
+        return dataclasses.replace(self, query=self.query[:, :, keep], positions=self.positions[keep], teacher=teacher)
 
     def teacher_logits(self, chunk: Chunk) -> Tensor:
         """The source's scaled logits before softcap and mask [N', H, Q', T']."""
@@ -191,6 +197,8 @@ class LayerSample:
 
     @cached_property
     def _teacher(self) -> tuple[Tensor, Tensor]:
+        if self.teacher is not None:
+            return self.teacher._teacher
         mass = torch.zeros(self.key.shape[0], self.key.shape[2], device=self.key.device)
         seen = torch.zeros(self.key.shape[2], device=self.key.device)
         target = mass.new_empty(len(mass), len(self.positions), self.output_weight.shape[1])

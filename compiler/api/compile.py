@@ -21,9 +21,17 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.report import LayerReport, Report, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.report import (
+    LayerReport,
+    Report,
+    Verification,
+    kv_fields,
+    peak_memory_bytes,
+    timed,
+)
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
+from attnedit.figures import linear_notes, memory_curve, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers, GateSWAOptions
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
@@ -35,6 +43,7 @@ from attnedit.result import CompileResult, load
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
+from attnedit.targets.runtime.hf.towards import check_form
 
 
 def compile(
@@ -46,6 +55,8 @@ def compile(
     full_layers: FullLayers = None,
     gate: str | None = None,
     sinks: str | None = None,
+    profile: str | None = None,
+    kernel_dims: bool = False,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
@@ -74,6 +85,9 @@ def compile(
         gate: GateSWA: output gate per "head", per "element" or "none", the default. It starts without effect.
         sinks: GateSWA: what stands for tokens outside the window: "none", or "logit", "value" (a value for the
             logit) and "keep:N" (the first tokens stay visible) with commas between; "keep:4" unless given.
+        profile: of a checkpoint that the result is to become (docs/export-hf.md): what its class lacks is left out
+            from the start, so that export changes nothing. For "mla" norms and biases become linear maps.
+        kernel_dims: with profile "deepseek_v3" or "youtu": the sizes of engines' kernels, in place of `kv_budget`.
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
@@ -98,7 +112,7 @@ def compile(
         VerificationError: the result broke its contract.
         DivergedError: training broke down; its best state is in the run directory.
     """
-    check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     steps = CalibrationOptions.of(**training)
     arguments: dict[str, Any] = {
         "target": target,
@@ -107,6 +121,8 @@ def compile(
         "full_layers": full_layers,
         "gate": gate,
         "sinks": sinks,
+        "profile": profile,
+        "kernel_dims": kernel_dims,
         "calibration": calibration,
         "tokenizer": tokenizer,
         "calibration_tokens": calibration_tokens,
@@ -174,6 +190,8 @@ def _one_shot(
     full_layers: FullLayers,
     gate: str | None,
     sinks: str | None,
+    profile: str | None,
+    kernel_dims: bool,
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration_tokens: int | None,
@@ -185,7 +203,7 @@ def _one_shot(
     progress: Progress | None,
 ) -> CompileResult:
     """`compile` without training."""
-    windowing = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    windowing, form = check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     options = FitOptions.of(alternations)
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     if rewritten := getattr(model.config, "attnedit", None):
@@ -202,7 +220,7 @@ def _one_shot(
     try:
         with timed(seconds, "capture"), stage("capture", progress):
             sites = capture(model)
-            plan = plan_sites(sites, kv_usage(model), target, windowing, kv_budget, full_layers)
+            plan = plan_sites(model, sites, kv_usage(model), target, windowing, kv_budget, full_layers, form)
             # Which layers are latent need not be known yet to refuse a budget that cannot be met.
             shapes = plan.shapes(plan.latent_sites())
         exact = windowing is None and all(shape.exact for shape in shapes.values())
@@ -231,13 +249,18 @@ def _one_shot(
         if plan.latent:
             kept = plan.latent_sites(list(windowed.graphs))
             with timed(seconds, "fit"):
-                latent = latent_layers(model, result, kept, plan.shapes(kept), options, windows, **work)
+                latent = latent_layers(
+                    model, result, kept, plan.shapes(kept), options, windows, linear=plan.linear, **work
+                )
         graphs = {**windowed.graphs, **latent.graphs}
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
         expected = logits_of(model, ids) if verify and exact else None
+        drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
+        if form is not None:
+            check_form(result, form)
         after = kv_usage(result)
         checks: list[Verification] = []
         if verify:
@@ -255,13 +278,15 @@ def _one_shot(
         sites_rewritten=len(configs),
         layers=_rows(plan, configs, latent, windowed, after),
         verification=checks,
-        kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None else kv_budget,
+        kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None and not kernel_dims else kv_budget,
         calibration="" if windows is None else calibration_name(calibration),
         calibration_tokens=0 if windows is None else windows.numel(),
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else windowed.full,
-        notes=plan.notes,
+        notes=[*plan.notes, *linear_notes(latent)],
+        kv_curve=memory_curve(model, plan, configs),
+        graphs=drawn,
         **kv_fields(plan.before, after),
     )
     return CompileResult(result, report, tokenizer)

@@ -18,7 +18,7 @@ from attnedit.compiler.licenses import source_license
 from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
-from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
 RUNTIMES = "attnedit.runtimes"
@@ -58,6 +58,8 @@ class CompileResult:
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write weights, configuration, tokenizer, chat template, generation config, report, recipe and model card.
 
+        The report is there as JSON, and as an HTML page to look at.
+
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
         """
@@ -67,6 +69,7 @@ class CompileResult:
         license = self.report.license or source_license(self.report.source)
         report = self.report.model_copy(update={"license": license})
         files[CARD_FILE] = model_card(report, license=license)
+        files[HTML_FILE] = report.to_html()
         return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report.to_json(), files=files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:

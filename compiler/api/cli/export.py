@@ -48,6 +48,9 @@ def export(
     kernel_dims: Annotated[
         bool, typer.Option("--kernel-dims", help="hf: sizes and norms that engines' kernels for latent attention want.")
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="hf: the form of a latent profile that llama.cpp's converter reads.")
+    ] = False,
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     json: JsonOption = False,
@@ -57,7 +60,7 @@ def export(
     lower = find_runtime(to)
     given: dict[str, Any] = {"flavor": flavor, "cache": cache, "dtype": dtype, "quantize": quantize, "opset": opset}
     given |= {"batch_size": batch_size, "seq_len": seq_len, "capacity": capacity}
-    given |= {"profile": profile, "kernel_dims": kernel_dims or None}
+    given |= {"profile": profile, "kernel_dims": kernel_dims or None, "gguf": gguf or None}
     options = {name: value for name, value in given.items() if value is not None}
     check_options(to, lower, options)
     with ProgressBars() as progress:

@@ -19,6 +19,8 @@ from attnedit.targets.runtime.eager.classes import MODEL_TYPE
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "attnedit-report.json"
+HTML_FILE = "report.html"
+"""The same to look at."""
 RUN_FILE = "attnedit-run.json"
 
 
