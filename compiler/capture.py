@@ -18,7 +18,8 @@ from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.export import Exported, export_attention, export_program, shadow
 from attnedit.compiler.facts import FactReader, Facts
 from attnedit.compiler.normalise import clean
-from attnedit.compiler.probe import LENGTH, AttentionCall, by_reason, discover, evaluation_mode, probe_inputs
+from attnedit.compiler.probe import AttentionCall, by_reason, discover, evaluation_mode, probe_inputs
+from attnedit.compiler.recorder import LENGTH
 from attnedit.compiler.sites import AttentionSite
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def _read_kind(call: AttentionCall) -> _Kind:
     if call.mask is not None and not call.mask.regular:
         raise CaptureError("its mask is neither causal nor a sliding window")
     exported = export_attention(call)
-    facts = FactReader(exported.graph, call.module, exported.constants).read()
+    facts = FactReader(exported.graph, call.module, exported.constants, call.cached is not None).read()
     exported.graph.lint()
     _check_against_eager(call, exported)
     return _Kind(exported, facts, structure_hash(exported.graph))
@@ -108,7 +109,8 @@ def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if leaf.dim() == 4 and tuple(leaf.shape[-2:]) == (LENGTH, LENGTH):
-            return causal.expand(leaf.shape).clone()
+            hidden = causal.expand(leaf.shape).clone()
+            return hidden if leaf.is_floating_point() else hidden != 0
         if leaf.is_floating_point():
             return torch.randn(leaf.shape, generator=generator)
         return torch.arange(leaf.shape[-1], dtype=leaf.dtype).expand(leaf.shape).clone() if leaf.dim() else leaf.cpu()

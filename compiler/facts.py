@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Facts:
     window: int | None
     sinks: str | None
     mask: str | None
+    bias: bool
     rope: Rope | None
     q_proj: Projection | None
     k_proj: Projection | None
@@ -70,10 +72,20 @@ class _Path:
 
 
 class FactReader:
-    """Reads one graph; the graph may gain a pair of transposes where rope runs before heads move to dim 1."""
+    """Reads one graph; the graph may gain nodes that put pre-rope tensors and angles into their usual layout.
 
-    def __init__(self, graph: fx.Graph, module: torch.nn.Module, constants: Mapping[str, torch.Tensor]) -> None:
+    `written_out`: the module writes its attention out, so lengths of new and attended tokens are apart in its graph.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        module: torch.nn.Module,
+        constants: Mapping[str, torch.Tensor],
+        written_out: bool = False,
+    ) -> None:
         self.graph = graph
+        self.written_out = written_out
         self.module = module
         self.evaluator = Evaluator(module, constants)
         found = anchors(graph)
@@ -107,6 +119,7 @@ class FactReader:
                     measure(self.evaluator, self.input, node, after) for node, after in ((query, self.q), (key, self.k))
                 ]
                 rope = combine(turned[0], turned[1], self.anchor)
+                rope = dataclasses.replace(rope, cos=self._table(rope.cos), sin=self._table(rope.sin))
                 extra = turned[0].scale * turned[1].scale
         hidden = self._region_input(query, key)
         unread = _Path(None, None, False)
@@ -118,7 +131,8 @@ class FactReader:
         mask, scale, softcap, sinks, window = settings
         if sinks is not None and not (isinstance(sinks, fx.Node) and sinks.op == "get_attr"):
             raise CaptureError(f"{where(self.anchor)}: its sinks are computed ({sinks}); expected a parameter")
-        if isinstance(mask, fx.Node) and not self._passed_through(mask):
+        bias = isinstance(mask, fx.Node) and not self._passed_through(mask)
+        if bias and (not self.written_out or self.input in sources(mask)):
             raise CaptureError(f"{where(mask)}: its attention mask is computed inside the attention module")
         return Facts(
             hidden=hidden.name,
@@ -136,6 +150,7 @@ class FactReader:
             window=window if window is None else int(window),
             sinks=None if sinks is None else str(sinks.target),
             mask=mask.name if isinstance(mask, fx.Node) else None,
+            bias=bias,
             rope=rope,
             q_proj=q.projection,
             k_proj=k.projection,
@@ -187,6 +202,19 @@ class FactReader:
             if is_tensor(candidate) and sources(candidate) == [self.input]:
                 return self._heads_first(candidate, node)
         raise CaptureError(f"{where(node)}: no node before its rotary embedding depends on the hidden states alone")
+
+    def _table(self, name: str) -> str:
+        """The node of cos or sin as [B or 1, T, columns]; where it has a dim for heads, that one is taken out."""
+        node = next(n for n in self.graph.nodes if n.name == name)
+        shape = node.meta["val"].shape
+        single = [dim for dim in (1, 2) if isinstance(shape[dim], int) and shape[dim] == 1] if len(shape) == 4 else []
+        if not single:
+            return name
+        with self.graph.inserting_after(node):
+            squeezed = self.graph.call_function(aten.squeeze.dim, (node, single[-1]))
+        squeezed.meta.update(node.meta)
+        squeezed.meta["val"] = node.meta["val"].squeeze(single[-1])
+        return squeezed.name
 
     def _heads_first(self, candidate: fx.Node, node: fx.Node) -> fx.Node:
         """`candidate` as [B, heads, T, d]; where heads come after T, transposes are put around it."""

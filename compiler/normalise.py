@@ -53,6 +53,18 @@ def clean(graph: fx.Graph) -> None:
     prune(graph)
 
 
+def merge_duplicates(graph: fx.Graph) -> None:
+    """Let one node stand for all that compute the same from the same."""
+    known: dict[tuple[Any, str, str], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
 def prune(graph: fx.Graph) -> None:
     """Remove nodes nothing uses; every op of an exported inference graph is free of side effects."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
@@ -90,7 +102,7 @@ def retarget_sizes(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is aten.sym_size.int and node.args[0] is not hidden:
+        if isinstance(node.meta.get("val"), torch.SymInt) and node.args[0] is not hidden:
             size = node.meta.get("val")
             for dim, own in enumerate(value.shape[:2]):
                 if isinstance(own, torch.SymInt) and isinstance(size, torch.SymInt) and own.node.expr == size.node.expr:

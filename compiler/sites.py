@@ -96,9 +96,10 @@ class AttentionSite:
         softcap: logits are capped, or None.
         window: HF's sliding_window (counts the token itself), or None.
         sinks: FQN of the sink logits, or None.
-        mask: node of the attention mask, or None.
+        mask: node of what is added to the logits (or says where to attend), or None.
+        bias: the module computes `mask` from its arguments, adding biases (ALiBi) or a window of its own.
         rope: None for a site without rotary embedding.
-        rotary: where its angles come from; None without rope or where no module computes them.
+        rotary: where its angles come from; None without rope, or where the attention module itself computes them.
         q_proj, k_proj, v_proj: None where the path from hidden starts with no linear module.
         o_proj: the output projection.
         key_norm, query_norm: what stands between projection and key or query.
@@ -127,6 +128,7 @@ class AttentionSite:
     window: int | None
     sinks: str | None
     mask: str | None
+    bias: bool
     rope: Rope | None
     rotary: RotarySource | None
     q_proj: Projection | None

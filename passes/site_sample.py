@@ -41,6 +41,8 @@ def take_sample(
     names = (site.query, site.key, site.value)
     rope = site.rope
     graph = part_of(model, site, names + ((rope.cos, rope.sin) if rope else ()))
+    biased = part_of(model, site, (site.mask,)) if site.bias and site.mask else None
+    bias: Tensor | None = None
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     tables: tuple[Tensor, Tensor] | None = None
     positions = torch.zeros(0)
@@ -49,6 +51,9 @@ def take_sample(
         if not parts:
             positions = _positions(query.shape[2], queries, seed + site.layer_idx).to(query.device)
         parts.append((query[:, :, positions].float(), key.float(), value.float()))
+        if biased is not None and bias is None:
+            # Windows have no padding, so that it is the same for all.
+            bias = biased(*batch.args, **batch.kwargs)[0][0, :, positions].float()
         if angles and tables is None:
             cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
             tables = cos, sin
@@ -68,6 +73,7 @@ def take_sample(
         softcap=site.softcap,
         window=site.window,
         sinks=sinks,
+        bias=bias,
         fixed_output=site.output_gate,
     )
 
