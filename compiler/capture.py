@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -95,8 +97,23 @@ def _site(call: AttentionCall, kind: _Kind, position: int) -> AttentionSite:
         graph=kind.exported.graph,
         rotary=call.rotary if facts["rope"] is not None else None,
         constants=kind.exported.constants,
+        implementation=None if call.cached is None else call.cached.implementation,
         **facts,
     )
+
+
+def as_captured(model: torch.nn.Module, sites: Iterable[AttentionSite]) -> contextlib.AbstractContextManager[None]:
+    """Inside the block a model gives its attention modules the arguments that the graphs of `sites` are made for.
+
+    Only models that write their attention out give their modules other ones for each implementation.
+    """
+    name = captured_implementation(sites)
+    return contextlib.nullcontext() if name is None else attention_implementation(model, name)
+
+
+def captured_implementation(sites: Iterable[AttentionSite]) -> str | None:
+    """The one attention implementation that graphs of `sites` work with; None where any does."""
+    return next((site.implementation for site in sites if site.implementation), None)
 
 
 def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -121,7 +138,8 @@ def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]
 
 def _check_against_eager(call: AttentionCall, exported: Exported) -> None:
     """Hold the graph to the module's own eager attention, on random weights: what the anchor left out shows here."""
-    module = shadow(call.module, "eager", "cpu", torch.float32, seed=0)
+    implementation = "eager" if call.cached is None else call.cached.implementation
+    module = shadow(call.module, implementation, "cpu", torch.float32, seed=0)
     graph = _assemble(module, exported.graph, exported.constants, None)
     args, kwargs = _random_inputs(call)
     with torch.no_grad():

@@ -33,10 +33,14 @@ DEFAULT_SAMPLED_TOKENS = 8_192  # of the model's own samples, which cost time to
 _CHARACTERS_PER_TOKEN = 8
 
 
+_LIMITS = ("max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "seq_length")
+
+
 def position_limit(model: PreTrainedModel) -> int | None:
     """Positions that the model's configuration names, if it names any."""
     config = model.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or 0) or None
+    named = (getattr(config, name, None) for name in _LIMITS)
+    return next((int(limit) for limit in named if isinstance(limit, int) and limit > 0), None)
 
 
 def context_length(model: PreTrainedModel) -> int:

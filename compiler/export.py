@@ -157,8 +157,8 @@ def export_attention(call: AttentionCall) -> Exported:
     """
     cached = call.cached
     # Constants that a module makes on the way have values on a real device only; nothing is computed there.
-    device = "meta" if cached is None else "cpu"
-    copied = shadow(call.module, ANCHOR, device, PROBE_DTYPE)
+    implementation, device = (ANCHOR, "meta") if cached is None else (cached.implementation, "cpu")
+    copied = shadow(call.module, implementation, device, PROBE_DTYPE)
     given = (call.args, call.kwargs) if cached is None else (cached.args, cached.kwargs)
     leaves, spec = pytree.tree_flatten((given[0], dict(given[1])))
     leaves = [_empty(leaf, device) for leaf in leaves]

@@ -51,6 +51,7 @@ class Facts:
     mask: str | None
     bias: bool
     rope: Rope | None
+    unread_rope: str | None
     q_proj: Projection | None
     k_proj: Projection | None
     v_proj: Projection | None
@@ -69,6 +70,17 @@ class _Path:
     projection: Projection | None
     norm: NormKind | None
     affine: bool
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Query and key before their rotary embedding, what it is, its constant factor; or why it cannot be read."""
+
+    query: fx.Node
+    key: fx.Node
+    rope: Rope | None
+    scale: float
+    unread: str | None
 
 
 class FactReader:
@@ -108,22 +120,13 @@ class FactReader:
     def read(self) -> Facts:
         """All facts, or CaptureError naming the node where one cannot be read."""
         mla = self._already_mla()
-        query, key = self.q, self.k
-        rope, extra = None, 1.0
-        if not mla:
-            query, key = self._before_rope(self.q), self._before_rope(self.k)
-            if (query is self.q) != (key is self.k):
-                raise CaptureError(f"{where(self.anchor)}: only one of query and key depends on positions")
-            if key is not self.k:
-                turned = [
-                    measure(self.evaluator, self.input, node, after) for node, after in ((query, self.q), (key, self.k))
-                ]
-                rope = combine(turned[0], turned[1], self.anchor)
-                rope = dataclasses.replace(rope, cos=self._table(rope.cos), sin=self._table(rope.sin))
-                extra = turned[0].scale * turned[1].scale
+        positions = _Positions(self.q, self.k, None, 1.0, None) if mla else self._positions()
+        query, key = positions.query, positions.key
         hidden = self._region_input(query, key)
         unread = _Path(None, None, False)
-        q, k, v = (unread if mla else self._path(node, hidden) for node in (query, key, self.v))
+        known = not mla and positions.unread is None
+        q, k = (self._path(node, hidden) if known else unread for node in (query, key))
+        v = unread if mla else self._path(self.v, hidden)
         output = self._output_projection()
         _, heads, _, head_dim = self.q.meta["val"].shape
         groups, v_head_dim = self.v.meta["val"].shape[1], self.v.meta["val"].shape[3]
@@ -145,13 +148,14 @@ class FactReader:
             num_key_value_heads=int(groups),
             head_dim=int(head_dim),
             v_head_dim=int(v_head_dim),
-            scale=scale * extra,
+            scale=scale * positions.scale,
             softcap=softcap if softcap is None else float(softcap),
             window=window if window is None else int(window),
             sinks=None if sinks is None else str(sinks.target),
             mask=mask.name if isinstance(mask, fx.Node) else None,
             bias=bias,
-            rope=rope,
+            rope=positions.rope,
+            unread_rope=positions.unread,
             q_proj=q.projection,
             k_proj=k.projection,
             v_proj=v.projection,
@@ -162,6 +166,23 @@ class FactReader:
             linear_kv=k.affine and v.affine,
             already_mla=mla,
         )
+
+    def _positions(self) -> _Positions:
+        """Where the rotary embedding starts; where it cannot be read, query and key are the anchor's inputs."""
+        try:
+            query, key = self._before_rope(self.q), self._before_rope(self.k)
+            if (query is self.q) != (key is self.k):
+                raise CaptureError(f"{where(self.anchor)}: only one of query and key depends on positions")
+            if key is self.k:
+                return _Positions(query, key, None, 1.0, None)
+            turned = [
+                measure(self.evaluator, self.input, node, after) for node, after in ((query, self.q), (key, self.k))
+            ]
+            rope = combine(turned[0], turned[1], self.anchor)
+        except CaptureError as error:
+            return _Positions(self.q, self.k, None, 1.0, str(error))
+        rope = dataclasses.replace(rope, cos=self._table(rope.cos), sin=self._table(rope.sin))
+        return _Positions(query, key, rope, turned[0].scale * turned[1].scale, None)
 
     def _passed_through(self, mask: fx.Node) -> bool:
         """The mask is an argument of the module, at most sliced."""
@@ -210,11 +231,7 @@ class FactReader:
         single = [dim for dim in (1, 2) if isinstance(shape[dim], int) and shape[dim] == 1] if len(shape) == 4 else []
         if not single:
             return name
-        with self.graph.inserting_after(node):
-            squeezed = self.graph.call_function(aten.squeeze.dim, (node, single[-1]))
-        squeezed.meta.update(node.meta)
-        squeezed.meta["val"] = node.meta["val"].squeeze(single[-1])
-        return squeezed.name
+        return self._through(node, aten.squeeze.dim, aten.unsqueeze.default, (single[-1],)).name
 
     def _heads_first(self, candidate: fx.Node, node: fx.Node) -> fx.Node:
         """`candidate` as [B, heads, T, d]; where heads come after T, transposes are put around it."""
@@ -227,16 +244,20 @@ class FactReader:
                 f"{where(candidate)}: before its rotary embedding {node.name} has shape {list(shape)}; "
                 f"expected [batch, {expected[0]}, length, {expected[1]}]"
             )
-        users = list(candidate.users)
-        with self.graph.inserting_after(candidate):
-            moved = self.graph.call_function(aten.transpose.int, (candidate, 1, 2))
+        return self._through(candidate, aten.transpose.int, aten.transpose.int, (1, 2))
+
+    def _through(self, node: fx.Node, forth: Any, back: Any, arguments: tuple[int, ...]) -> fx.Node:
+        """Another layout of `node` that everything after it now comes from, by way of the opposite change of layout."""
+        users = list(node.users)
+        with self.graph.inserting_after(node):
+            moved = self.graph.call_function(forth, (node, *arguments))
         with self.graph.inserting_after(moved):
-            back = self.graph.call_function(aten.transpose.int, (moved, 1, 2))
-        for new, value in ((moved, candidate.meta["val"].transpose(1, 2)), (back, candidate.meta["val"])):
-            new.meta.update(candidate.meta)
+            original = self.graph.call_function(back, (moved, *arguments))
+        for new, value in ((moved, forth(node.meta["val"], *arguments)), (original, node.meta["val"])):
+            new.meta.update(node.meta)
             new.meta["val"] = value
         for user in users:
-            user.replace_input_with(candidate, back)
+            user.replace_input_with(node, original)
         self.flow = digraph(self.graph)
         return moved
 

@@ -41,12 +41,14 @@ class CachedCall:
         kwargs: the same.
         keys: [B, G, P, d], as cached; only the shape means something.
         values: [B, G, P, dv].
+        implementation: of attention, under which the module is read: the one transformers would choose.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     keys: torch.Tensor
     values: torch.Tensor
+    implementation: str
 
 
 @dataclass(frozen=True)
@@ -154,18 +156,21 @@ def probing(model: torch.nn.Module) -> Iterator[None]:
 class _RecordingCache(DynamicCache):
     """Remembers which module put what into it."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, implementation: str) -> None:
         super().__init__()
         self.recorder = recorder
+        self.implementation = implementation
         self.calls: dict[str, CachedCall] = {}
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         for frame in reversed(self.recorder.stack):
             if any(leaf is self for _, leaf in _bound(frame)):
                 past = (x[:, :, :1].expand(-1, -1, PAST, -1) for x in (key_states, value_states) if x.dim() == 4)
-                states = tuple(past)
+                states: Any = tuple(past)
                 if len(states) == 2:
-                    self.calls[frame.name] = CachedCall(frame.args, dict(frame.kwargs), *states)
+                    self.calls[frame.name] = CachedCall(frame.args, dict(frame.kwargs), *states, self.implementation)
                 break
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -178,7 +183,7 @@ def cached_calls(model: torch.nn.Module) -> dict[str, CachedCall]:
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return {}
     recorder = Recorder(model)
-    cache = _RecordingCache(recorder)
+    cache = _RecordingCache(recorder, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     with probing(model):
         inputs = probe_inputs(model, PAST + LENGTH)
         first = {name: value[:, :PAST] for name, value in inputs.items()}
@@ -268,7 +273,9 @@ def _attention_calls(recorder: Recorder, located: list[_Located]) -> list[Attent
         frame = one.frame
         rotary = _rotary_source(recorder, frame)
         signature = _signature(one, identity, rotary)
-        call = AttentionCall(frame.name, frame.module, frame.args, frame.kwargs, one.mask, signature, rotary, one.cached)
+        call = AttentionCall(
+            frame.name, frame.module, frame.args, frame.kwargs, one.mask, signature, rotary, one.cached
+        )
         found.append(call)
     return found
 

@@ -132,5 +132,3 @@ def _line_of(module: torch.nn.Module) -> str:
             break
         frame = frame.f_back
     return found
-
-

@@ -99,6 +99,8 @@ class AttentionSite:
         mask: node of what is added to the logits (or says where to attend), or None.
         bias: the module computes `mask` from its arguments, adding biases (ALiBi) or a window of its own.
         rope: None for a site without rotary embedding.
+        unread_rope: why positions reach queries and keys in a way that is no rotary embedding, or None; `query` and
+            `key` are then the anchor's inputs, so that keys are compressed as they are, positions included.
         rotary: where its angles come from; None without rope, or where the attention module itself computes them.
         q_proj, k_proj, v_proj: None where the path from hidden starts with no linear module.
         o_proj: the output projection.
@@ -106,6 +108,8 @@ class AttentionSite:
         output_gate: the attention output is multiplied by something computed from hidden.
         linear_kv: key and value are affine in hidden.
         already_mla: key and value come from a shared low-rank latent.
+        implementation: where the source calls no attention interface, the implementation whose arguments the graph
+            takes (`attnedit.compiler.capture.as_captured`); None for any.
     """
 
     name: str
@@ -130,6 +134,7 @@ class AttentionSite:
     mask: str | None
     bias: bool
     rope: Rope | None
+    unread_rope: str | None
     rotary: RotarySource | None
     q_proj: Projection | None
     k_proj: Projection | None
@@ -140,6 +145,7 @@ class AttentionSite:
     output_gate: bool
     linear_kv: bool
     already_mla: bool
+    implementation: str | None = None
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def node(self, name: str) -> fx.Node:

@@ -102,6 +102,12 @@ def plan_sites(
     """
     chosen, notes = choose_sites(sites)
     latent = target.endswith("mla")
+    turned = [site for site in chosen if site.unread_rope]
+    if latent and turned:
+        notes.append(
+            f"keys of {len(turned)} layers are compressed with their positions in them, which needs a larger cache for "
+            f"the same quality: {turned[0].name}: {turned[0].unread_rope}"
+        )
     if windowing is None:
         return Plan(sites, chosen, before, kv_budget, latent, notes=notes)
     share = min(1.0, windowing.cached_tokens / before.length)
