@@ -18,7 +18,7 @@ from attnedit.compiler.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.dataflow import anchors, structure_hash
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.export import Exported, export_attention, export_program, shadow
-from attnedit.compiler.facts import FactReader, Facts
+from attnedit.compiler.facts import FactReader, Facts, NoOutputProjectionError
 from attnedit.compiler.normalise import clean
 from attnedit.compiler.probe import AttentionCall, by_reason, discover, evaluation_mode, probe_inputs
 from attnedit.compiler.recorder import LENGTH
@@ -53,12 +53,14 @@ def capture(model: torch.nn.Module) -> list[AttentionSite]:
     with torch.device("cpu"):
         calls = discover(model)
         kinds: dict[str, _Kind | CaptureError] = {}
-        for call in calls:
+        for index, call in enumerate(calls):
             if call.signature not in kinds:
-                try:
-                    kinds[call.signature] = _read_kind(call)
-                except CaptureError as error:
-                    kinds[call.signature] = error
+                kinds[call.signature] = _kind_or_error(call)
+            wider = call.outer
+            if wider is not None and isinstance(kinds[call.signature], NoOutputProjectionError):
+                kinds.setdefault(wider.signature, _kind_or_error(wider))
+                if isinstance(kinds[wider.signature], _Kind):
+                    calls[index] = wider
         _log.debug("%d attention sites of %d kinds", len(calls), len(kinds))
         sites: list[AttentionSite] = []
         problems: list[tuple[str, str]] = []
@@ -71,6 +73,13 @@ def capture(model: torch.nn.Module) -> list[AttentionSite]:
     if problems:
         raise CaptureError(f"{type(model).__name__}: {by_reason(problems)}")
     return sites
+
+
+def _kind_or_error(call: AttentionCall) -> _Kind | CaptureError:
+    try:
+        return _read_kind(call)
+    except CaptureError as error:
+        return error
 
 
 def _read_kind(call: AttentionCall) -> _Kind:
@@ -128,8 +137,9 @@ def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]
         if leaf.dim() == 4 and tuple(leaf.shape[-2:]) == (LENGTH, LENGTH):
             hidden = causal.expand(leaf.shape).clone()
             return hidden if leaf.is_floating_point() else hidden != 0
-        if leaf.is_floating_point():
-            return torch.randn(leaf.shape, generator=generator)
+        if leaf.is_floating_point() or leaf.is_complex():
+            dtype = torch.complex64 if leaf.is_complex() else torch.float32
+            return torch.randn(leaf.shape, generator=generator, dtype=dtype)
         return torch.arange(leaf.shape[-1], dtype=leaf.dtype).expand(leaf.shape).clone() if leaf.dim() else leaf.cpu()
 
     args, kwargs = pytree.tree_map(replace, (call.args, dict(call.kwargs)))

@@ -251,7 +251,7 @@ def _assemble(
     retarget_sizes(graph)
     if call.cached is not None:
         merge_duplicates(graph)
-    raise_children(graph, children, call.module, _ROOT)
+    raise_children(graph, children, _ROOT)
     prune(graph)
     graph.lint()
     return Exported(graph, constants)

@@ -30,6 +30,10 @@ from attnedit.compiler.sites import NormKind, Projection, Rope
 _EXACT = 1e-9
 
 
+class NoOutputProjectionError(CaptureError):
+    """The output projection is not in the module that runs attention."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """The facts that all sites of a kind share; meanings as in `AttentionSite`."""
@@ -266,7 +270,10 @@ class FactReader:
         chain = dominators(self.flow, self.input, self.v)
         common = set(dominators(self.flow, self.input, query)) & set(dominators(self.flow, self.input, key))
         start = next((i for i, n in enumerate(chain) if self._linear(n) is not None), -1)
-        return next(n for n in chain[start + 1 :] if n in common and is_tensor(n))
+        found = next((n for n in chain[start + 1 :] if n in common and is_tensor(n)), None)
+        if found is None:
+            raise CaptureError(f"{where(self.anchor)}: queries, keys and values do not come from one input")
+        return found
 
     def _path(self, node: fx.Node, hidden: fx.Node) -> _Path:
         chain = dominators(self.flow, hidden, node)
@@ -341,7 +348,7 @@ class FactReader:
         for node in dominators(self.flow.reverse(copy=False), output, self.anchor)[1:]:
             if self._linear(node) is not None:
                 return node
-        raise CaptureError(f"{where(self.anchor)}: no linear module takes all of its output")
+        raise NoOutputProjectionError(f"{where(self.anchor)}: no linear module takes all of its output")
 
     def _output_gate(self, output: fx.Node) -> bool:
         """Something between anchor and output projection brings in values that bypass the anchor."""

@@ -6,6 +6,7 @@ The forward runs without cache or gradient on B=2, T=11; it works on meta models
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
@@ -53,7 +54,11 @@ class CachedCall:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention module as the probe saw it; `cached` is None where it calls the attention interface."""
+    """One attention module as the probe saw it.
+
+    `cached` is None where it calls the attention interface. `outer` is the module around it, which may hold the output
+    projection.
+    """
 
     name: str
     module: torch.nn.Module
@@ -63,6 +68,7 @@ class AttentionCall:
     signature: str
     rotary: RotarySource | None
     cached: CachedCall | None = None
+    outer: AttentionCall | None = None
 
 
 @contextlib.contextmanager
@@ -165,18 +171,17 @@ class _RecordingCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        for frame in reversed(self.recorder.stack):
-            if any(leaf is self for _, leaf in _bound(frame)):
-                past = (x[:, :, :1].expand(-1, -1, PAST, -1) for x in (key_states, value_states) if x.dim() == 4)
-                states: Any = tuple(past)
-                if len(states) == 2:
-                    self.calls[frame.name] = CachedCall(frame.args, dict(frame.kwargs), *states, self.implementation)
-                break
+        if self.recorder.stack and key_states.dim() == value_states.dim() == 4:
+            keys, values = (x[:, :, :1].expand(-1, -1, PAST, -1) for x in (key_states, value_states))
+            for frame in self.recorder.stack:
+                if any(leaf is self for _, leaf in _bound(frame)):
+                    call = CachedCall(frame.args, dict(frame.kwargs), keys, values, self.implementation)
+                    self.calls[frame.name] = call
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def cached_calls(model: torch.nn.Module) -> dict[str, CachedCall]:
-    """Run a forward of LENGTH tokens after PAST cached ones; which module, by name, updated the cache, and its arguments.
+    """Run a forward of LENGTH tokens after PAST cached ones; by name, the modules that update the cache or hold such.
 
     Empty where the model takes no cache.
     """
@@ -205,6 +210,7 @@ class _Located:
     settings: tuple[Any, ...]
     problem: str | None
     cached: CachedCall | None = None
+    outer: _Located | None = None
 
 
 def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[str, CachedCall]) -> _Located:
@@ -213,7 +219,8 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
         problem = call.problem
         if problem is None and call.mask is None:
             problem = "no attention mask reaches the attention interface, so it may not be causal"
-        return _Located(attention.stack[-1], mask_window(call.mask), call.settings, problem)
+        one = _Located(attention.stack[-1], mask_window(call.mask), call.settings, problem)
+        return dataclasses.replace(one, outer=_around(one, attention.stack, None))
     frame = next((frame for frame in reversed(attention.stack) if frame.name in cached), None)
     if frame is None:
         return _Located(
@@ -226,7 +233,16 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
     masks = [mask_window(leaf) for _, leaf in _bound(frame) if isinstance(leaf, torch.Tensor)]
     given = {mask for mask in masks if mask is not None} or set(windows)
     problem = "it is given several masks" if len(given) > 1 else None
-    return _Located(frame, next(iter(given), None), ("written out",), problem, cached[frame.name])
+    one = _Located(frame, next(iter(given), None), ("written out",), problem, cached[frame.name])
+    return dataclasses.replace(one, outer=_around(one, attention.stack, cached))
+
+
+def _around(one: _Located, stack: list[Frame], cached: Mapping[str, CachedCall] | None) -> _Located | None:
+    index = next(i for i, frame in enumerate(stack) if frame is one.frame)
+    if index == 0 or (cached is not None and stack[index - 1].name not in cached):
+        return None
+    frame = stack[index - 1]
+    return dataclasses.replace(one, frame=frame, cached=None if cached is None else cached[frame.name])
 
 
 def _refuse_unsupported(model: torch.nn.Module, found: list[_Located]) -> None:
@@ -267,16 +283,16 @@ def by_reason(problems: list[tuple[str, str]]) -> str:
 
 
 def _attention_calls(recorder: Recorder, located: list[_Located]) -> list[AttentionCall]:
+    outer = [one.outer for one in located if one.outer is not None]
+    around = _attention_calls(recorder, outer) if len(outer) == len(located) else [None] * len(located)
     identities = _shared_identities([one.frame for one in located])
     found = []
-    for one, identity in zip(located, identities, strict=True):
+    for one, identity, wider in zip(located, identities, around, strict=True):
         frame = one.frame
         rotary = _rotary_source(recorder, frame)
         signature = _signature(one, identity, rotary)
-        call = AttentionCall(
-            frame.name, frame.module, frame.args, frame.kwargs, one.mask, signature, rotary, one.cached
-        )
-        found.append(call)
+        given = (frame.name, frame.module, frame.args, frame.kwargs, one.mask, signature, rotary, one.cached, wider)
+        found.append(AttentionCall(*given))
     return found
 
 
