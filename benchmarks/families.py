@@ -29,7 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import attnedit
 from attnedit.compiler.anchor import attention_implementation
-from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.capture import as_captured, capture, graph_module
+from attnedit.compiler.source_checks import check_config
 from attnedit.targets.runtime.eager import share_copy, splice
 
 SECONDS = 180
@@ -66,28 +67,51 @@ SIZES: dict[str, Any] = {
     **{"is_decoder": True, "tie_word_embeddings": False},
 }
 
+EXPERTS = ("num_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_KINDS = ["sliding_attention", "full_attention"]
+
 SPECIAL: dict[str, dict[str, Any]] = {
-    # sizes that must agree with each other in a way no name tells
-    "gptj": {"rotary_dim": 4},
+    # what must agree with something else in a way no name tells
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1, "head_dim": 8},
+    "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "cohere_compass_text": {"layer_types": _KINDS, "rope_parameters": {kind: _ROPE for kind in _KINDS}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": GROUPS, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {"query_pre_attn_scalar": 16},
+    "gemma3n_text": {"num_hidden_layers": 4, "layer_types": 2 * _KINDS, "num_kv_shared_layers": 2},
+    "gemma4_text": {"num_hidden_layers": 4, "layer_types": 2 * _KINDS, "num_kv_shared_layers": 2},
+    "gemma4_unified_text": {"num_hidden_layers": 4, "layer_types": 2 * _KINDS, "num_kv_shared_layers": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "mamba2": {"num_heads": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 
 
 def tiny(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """Make a small configuration: the class's defaults with `SIZES` where it has such a field."""
     defaults = config_class()
-    aliases = set(defaults.attribute_map)
-    known = {name: size for name, size in SIZES.items() if hasattr(defaults, name) and name not in aliases}
+    fields = vars(defaults)
+    known = {name: size for name, size in SIZES.items() if name in fields and name not in defaults.attribute_map}
     # None mostly means: follows from the others, as they are.
-    known = {name: size for name, size in known.items() if getattr(defaults, name) is not None or name == "head_dim"}
-    for name, value in vars(defaults).items():
-        if name == "layer_types" and isinstance(value, list):
-            kinds = sorted(set(value), key=value.index)
-            known[name] = (kinds * LAYERS)[:LAYERS] if len(kinds) <= LAYERS else kinds
-            known["num_hidden_layers"] = len(known[name])
+    known = {
+        name: size for name, size in known.items() if fields[name] is not None or name in ("head_dim", *EXPERTS)
+    }
+    if "kv_lora_rank" in known:
+        known["num_key_value_heads"], known["head_dim"] = HEADS, SIZES["qk_rope_head_dim"]
+    kinds = fields.get("layer_types")
+    if isinstance(kinds, list):
+        kinds = sorted(set(kinds), key=kinds.index)
+        known["layer_types"] = (kinds * LAYERS)[:LAYERS] if len(kinds) <= LAYERS else kinds
+        known["num_hidden_layers"] = len(known["layer_types"])
     return config_class(**{**known, **SPECIAL.get(config_class.model_type, {})})
 
 
@@ -124,6 +148,7 @@ def generates(model: PreTrainedModel) -> str:
 
 def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
     """Yield one column of the table after another."""
+    check_config(config_class(), config_class.model_type)
     config = tiny(config_class)
     model = randomise(AutoModelForCausalLM.from_config(config))
     yield "parameters", str(sum(parameter.numel() for parameter in model.parameters()))
