@@ -117,7 +117,8 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
         model: a transformers causal language model, on any device (meta too) and in any dtype; left as it was.
 
     Returns:
-        One entry per attention module, in the order they run.
+        One entry per attention module, in the order they run. Modules that attend to the keys of another one, and those
+        whose keys others attend to, are left out: neither can be replaced alone.
 
     Raises:
         UsageError: not a transformers model.
@@ -133,7 +134,13 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
     cached: dict[str, CachedCall] = {}
     if any(found.call is None for found in recorder.attention):
         cached = cached_calls(model)
-    found = [_located(attention, windows, cached) for attention in recorder.attention]
+    shared = _sharing(recorder.attention)
+    found = [_located(attention, windows, cached) for attention in recorder.attention if attention not in shared]
+    if shared and not found:
+        raise CaptureError(
+            f"{type(model).__name__}: its {len(shared)} attention layers all share keys and values with others, so that "
+            f"none can be replaced alone"
+        )
     _refuse_unsupported(model, found)
     return _attention_calls(recorder, found)
 
@@ -199,6 +206,16 @@ def cached_calls(model: torch.nn.Module) -> dict[str, CachedCall]:
         with recorder.watching(model):
             model(**rest, past_key_values=cache, use_cache=True)
     return cache.calls
+
+
+def _sharing(found: list[Attention]) -> list[Attention]:
+    """Attention over keys that several modules attend to."""
+    by_key: dict[int, list[Attention]] = {}
+    for attention in found:
+        if attention.call is not None:
+            by_key.setdefault(id(attention.call.key), []).append(attention)
+    several = [group for group in by_key.values() if len({id(one.stack[-1].module) for one in group}) > 1]
+    return [attention for group in several for attention in group]
 
 
 @dataclass(frozen=True)

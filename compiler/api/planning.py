@@ -101,6 +101,9 @@ def plan_sites(
         CaptureError: there is nothing to convert.
     """
     chosen, notes = choose_sites(sites)
+    caching = sum(values > 0 for values in before.per_layer)
+    if caching > len(sites):
+        notes.append(f"{caching - len(sites)} layers that keep a cache stay as they are: others read their keys too")
     latent = target.endswith("mla")
     turned = [site for site in chosen if site.unread_rope]
     if latent and turned:
