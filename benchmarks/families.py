@@ -1,14 +1,17 @@
 """Every causal language model of transformers through the compiler, and the table of it in docs/families.md.
 
-    python benchmarks/families.py [--only llama,gptj] [--output docs/families.md]
+    python benchmarks/families.py --rows families.json --output docs/families.md [--only llama,gptj]
 
 Each class of ``AutoModelForCausalLM`` is built with a tiny random configuration, found by program: its defaults, with
-every size that has a usual name made small. Each runs in a process of its own with a time limit.
+every size that has a usual name made small. Each runs in a process of its own with a time limit. Rows are kept in a
+file as they are found, so that a survey that was stopped goes on; ``--only`` finds those named again.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -19,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -29,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import attnedit
 from attnedit.compiler.anchor import attention_implementation
-from attnedit.compiler.capture import as_captured, capture, graph_module
+from attnedit.compiler.capture import capture, captured_implementation, graph_module
 from attnedit.compiler.source_checks import check_config
 from attnedit.targets.runtime.eager import share_copy, splice
 
@@ -102,9 +106,7 @@ def tiny(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     fields = vars(defaults)
     known = {name: size for name, size in SIZES.items() if name in fields and name not in defaults.attribute_map}
     # None mostly means: follows from the others, as they are.
-    known = {
-        name: size for name, size in known.items() if fields[name] is not None or name in ("head_dim", *EXPERTS)
-    }
+    known = {name: size for name, size in known.items() if fields[name] is not None or name in ("head_dim", *EXPERTS)}
     if "kv_lora_rank" in known:
         known["num_key_value_heads"], known["head_dim"] = HEADS, SIZES["qk_rope_head_dim"]
     kinds = fields.get("layer_types")
@@ -156,7 +158,7 @@ def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
     sites = capture(model)
     latent = [site for site in sites if site.already_mla]
     yield "sites", f"{len(sites)}" + (f", {len(latent)} latent already" if latent else "")
-    with attention_implementation(model, "eager"):
+    with attention_implementation(model, captured_implementation(sites) or "eager"):
         expected = logits(model, ids)
         copy = share_copy(model)
         splice(copy, {site.name: graph_module(model, site) for site in sites})
@@ -164,7 +166,12 @@ def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
     yield "identity", "exact" if error == 0 else f"{error:.0e}"
     data = torch.randint(3, VOCABULARY, (16, 128), generator=torch.Generator().manual_seed(2))
     options: dict[str, Any] = {"calibration": data}
+    unread = sum(site.unread_rope is not None for site in sites)
+    if unread:
+        yield "note", f"positions stay in the keys of {unread} layers"
     if len(latent) < len(sites):
+        # Tracing takes most of the time, and finds the same each time.
+        mock.patch.object(importlib.import_module("attnedit.compile"), "capture", return_value=sites).start()
         full = attnedit.compile(model, "mla", kv_budget=1.0, **options).model
         expected = logits(model, ids)
         yield "MLA 1", f"{float((logits(full, ids) - expected).abs().max() / expected.abs().max()):.0e}"
@@ -234,7 +241,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        reason = row.get("refused") or (f"fails: {row['fails']}" if "fails" in row else "")
+        reason = row.get("refused") or (f"fails: {row['fails']}" if "fails" in row else row.get("note", ""))
         reason = re.sub(r"\s+", " ", reason).replace("|", "\\|")
         cells = [row.get(column, "") for column in ("sites", "identity", "MLA 1", "MLA 1/2", "GateSWA")]
         lines.append(f"| {' | '.join([name, *cells, reason])} |")
@@ -250,17 +257,22 @@ def main() -> None:
     """Examine all classes and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="model types, with commas between")
+    parser.add_argument("--rows", type=Path, help="file that keeps what was found, as JSON")
     parser.add_argument("--output", type=Path, help="where to write the page; standard output unless given")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     chosen = classes()
-    if options.only:
-        chosen = {name: chosen[name] for name in options.only.split(",")}
-    rows = {}
-    for model_type, config_class in track(chosen.items(), "families", disable=options.output is None):
-        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-        row = rows[f"{found.__name__} (`{model_type}`)"] = survey(config_class)
+    kept: dict[str, dict[str, str]] = {}
+    if options.rows is not None and options.rows.exists():
+        kept = json.loads(options.rows.read_text(encoding="utf-8"))
+    wanted = options.only.split(",") if options.only else [name for name in chosen if name not in kept]
+    for model_type in track(wanted, "families", disable=options.output is None):
+        row = kept[model_type] = survey(chosen[model_type])
         print(f"{model_type}: {outcome(row)}; {row.get('refused') or row.get('fails') or row}", file=sys.stderr)
+        if options.rows is not None:
+            options.rows.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    rows = {f"{found[chosen[name]].__name__} (`{name}`)": kept[name] for name in chosen if name in kept}
     page = table(rows)
     if options.output is None:
         print(page)

@@ -138,8 +138,8 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
     found = [_located(attention, windows, cached) for attention in recorder.attention if attention not in shared]
     if shared and not found:
         raise CaptureError(
-            f"{type(model).__name__}: its {len(shared)} attention layers all share keys and values with others, so that "
-            f"none can be replaced alone"
+            f"{type(model).__name__}: its {len(shared)} attention layers all share keys and values with others, so "
+            f"that none can be replaced alone"
         )
     _refuse_unsupported(model, found)
     return _attention_calls(recorder, found)

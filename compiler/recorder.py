@@ -65,9 +65,11 @@ class Recorder(TorchDispatchMode):
         self.produced: dict[int, Produced] = {}
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that a module starts to run."""
         self.stack.append(Frame(self.names.get(id(module), ""), module, args, kwargs, []))
 
     def leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note that it ends, and what it returns."""
         frame = self.stack.pop()
         # Only tuples: that is how rotary modules return (cos, sin).
         if isinstance(output, tuple):

@@ -140,7 +140,7 @@ def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
 
 
 def _split_baddbmm(graph: fx.Graph, node: fx.Node) -> None:
-    """beta * bias + alpha * a b as four nodes."""
+    """Write beta * bias + alpha * a b as four nodes."""
     bias, first, second = node.args[:3]
     with graph.inserting_before(node):
         product = _call(graph, aten.bmm.default, (first, second))
@@ -206,20 +206,23 @@ def _product(softmax: fx.Node, keys: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _query(node: fx.Node) -> tuple[fx.Node, float]:
     """The node [B, H, T, d] that queries come from, and the constant between it and `node`."""
     factor = 1.0
-    while True:
-        source, number = node.args[0] if node.args else None, node.args[1] if len(node.args) > 1 else None
-        if node.target in _CASTS or (node.target in (*_RESHAPES, *_REPEATS) and node.meta["val"].dim() != 4):
-            node = source  # type: ignore[assignment]
-        elif node.target is aten.expand.default and source.meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
-            node = source  # type: ignore[assignment]
-        elif node.target in (*_MULTIPLY, *_DIVIDE) and isinstance(number, int | float):
+    while (source := node.args[0] if node.args else None) is not None and isinstance(source, fx.Node):
+        number = node.args[1] if len(node.args) > 1 else None
+        if node.target in (*_MULTIPLY, *_DIVIDE) and isinstance(number, int | float):
             factor *= float(number) if node.target in _MULTIPLY else 1 / float(number)
-            node = source  # type: ignore[assignment]
-        else:
+        elif node.target not in _CASTS and not _only_reshaped(node, source):
             break
+        node = source
     if node.meta["val"].dim() != 4:
         raise CaptureError(f"{where(node)}: queries have shape {list(node.meta['val'].shape)}; expected 4 dims")
     return node, factor
+
+
+def _only_reshaped(node: fx.Node, source: fx.Node) -> bool:
+    """A change between [B, H, T, d] and the shape that a product takes."""
+    if node.target not in (*_RESHAPES, *_REPEATS):
+        return False
+    return node.meta["val"].dim() != 4 or source.meta["val"].shape == node.meta["val"].shape
 
 
 def _step(graph: fx.Graph, node: fx.Node, held: dict[fx.Node, _Logits], evaluator: Evaluator) -> _Logits:
