@@ -97,10 +97,9 @@ def _site(call: AttentionCall, kind: _Kind, position: int) -> AttentionSite:
     if call.mask is not None:
         # What the mask shows is what eager attention and SDPA compute, whatever the keyword argument says.
         facts["window"] = call.mask.window
-    layer = getattr(call.module, "layer_idx", None)
     return AttentionSite(
         name=call.name,
-        layer_idx=position if layer is None else int(layer),
+        layer_idx=position if call.layer is None else int(call.layer),
         kind=call.signature,
         structure=kind.structure,
         graph=kind.exported.graph,

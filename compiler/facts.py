@@ -141,6 +141,8 @@ class FactReader:
         bias = isinstance(mask, fx.Node) and not self._passed_through(mask)
         if bias and (not self.written_out or self.input in sources(mask)):
             raise CaptureError(f"{where(mask)}: its attention mask is computed inside the attention module")
+        if isinstance(mask, fx.Node) and mask.meta["val"].dim() == 4:
+            bias = bias or mask.meta["val"].shape[1] == heads  # the model has added biases to the mask
         return Facts(
             hidden=hidden.name,
             query=query.name,
@@ -224,7 +226,9 @@ class FactReader:
         if sources(node) == [self.input]:
             return node
         for candidate in dominators(self.flow, self.input, node):
-            if is_tensor(candidate) and sources(candidate) == [self.input]:
+            # A cast belongs to what comes after it: queries and keys are in the model's dtype.
+            cast = candidate.target in (aten.to.dtype, aten.type_as.default)
+            if is_tensor(candidate) and not cast and sources(candidate) == [self.input]:
                 return self._heads_first(candidate, node)
         raise CaptureError(f"{where(node)}: no node before its rotary embedding depends on the hidden states alone")
 

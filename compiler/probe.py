@@ -43,6 +43,7 @@ class CachedCall:
         keys: [B, G, P, d], as cached; only the shape means something.
         values: [B, G, P, dv].
         implementation: of attention, under which the module is read: the one transformers would choose.
+        layer: cache slot.
     """
 
     args: tuple[Any, ...]
@@ -50,14 +51,15 @@ class CachedCall:
     keys: torch.Tensor
     values: torch.Tensor
     implementation: str
+    layer: int
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """One attention module as the probe saw it.
 
-    `cached` is None where it calls the attention interface. `outer` is the module around it, which may hold the output
-    projection.
+    `cached` is None where it calls the attention interface. `layer` is its cache slot, None where it names none. `outer`
+    is the module around it, which may hold the output projection.
     """
 
     name: str
@@ -68,6 +70,7 @@ class AttentionCall:
     signature: str
     rotary: RotarySource | None
     cached: CachedCall | None = None
+    layer: int | None = None
     outer: AttentionCall | None = None
 
 
@@ -182,7 +185,7 @@ class _RecordingCache(DynamicCache):
             keys, values = (x[:, :, :1].expand(-1, -1, PAST, -1) for x in (key_states, value_states))
             for frame in self.recorder.stack:
                 if any(leaf is self for _, leaf in _bound(frame)):
-                    call = CachedCall(frame.args, dict(frame.kwargs), keys, values, self.implementation)
+                    call = CachedCall(frame.args, dict(frame.kwargs), keys, values, self.implementation, layer_idx)
                     self.calls[frame.name] = call
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -227,6 +230,7 @@ class _Located:
     settings: tuple[Any, ...]
     problem: str | None
     cached: CachedCall | None = None
+    layer: int | None = None
     outer: _Located | None = None
 
 
@@ -236,7 +240,8 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
         problem = call.problem
         if problem is None and call.mask is None:
             problem = "no attention mask reaches the attention interface, so it may not be causal"
-        one = _Located(attention.stack[-1], mask_window(call.mask), call.settings, problem)
+        layer = getattr(call.module, "layer_idx", None)
+        one = _Located(attention.stack[-1], mask_window(call.mask), call.settings, problem, layer=layer)
         return dataclasses.replace(one, outer=_around(one, attention.stack, None))
     frame = next((frame for frame in reversed(attention.stack) if frame.name in cached), None)
     if frame is None:
@@ -250,7 +255,7 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
     masks = [mask_window(leaf) for _, leaf in _bound(frame) if isinstance(leaf, torch.Tensor)]
     given = {mask for mask in masks if mask is not None} or set(windows)
     problem = "it is given several masks" if len(given) > 1 else None
-    one = _Located(frame, next(iter(given), None), ("written out",), problem, cached[frame.name])
+    one = _Located(frame, next(iter(given), None), ("written out",), problem, cached[frame.name], cached[frame.name].layer)
     return dataclasses.replace(one, outer=_around(one, attention.stack, cached))
 
 
@@ -308,8 +313,8 @@ def _attention_calls(recorder: Recorder, located: list[_Located]) -> list[Attent
         frame = one.frame
         rotary = _rotary_source(recorder, frame)
         signature = _signature(one, identity, rotary)
-        given = (frame.name, frame.module, frame.args, frame.kwargs, one.mask, signature, rotary, one.cached, wider)
-        found.append(AttentionCall(*given))
+        call = AttentionCall(frame.name, frame.module, frame.args, frame.kwargs, one.mask, signature, rotary)
+        found.append(dataclasses.replace(call, cached=one.cached, layer=one.layer, outer=wider))
     return found
 
 

@@ -97,7 +97,7 @@ class AttentionSite:
         window: HF's sliding_window (counts the token itself), or None.
         sinks: FQN of the sink logits, or None.
         mask: node of what is added to the logits (or says where to attend), or None.
-        bias: the module computes `mask` from its arguments, adding biases (ALiBi) or a window of its own.
+        bias: `mask` holds more than what may be seen: biases per head (ALiBi), or a window of the module's own.
         rope: None for a site without rotary embedding.
         unread_rope: why positions reach queries and keys in a way that is no rotary embedding, or None; `query` and
             `key` are then the anchor's inputs, so that keys are compressed as they are, positions included.

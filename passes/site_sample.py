@@ -54,6 +54,7 @@ def take_sample(
         if biased is not None and bias is None:
             # Windows have no padding, so that it is the same for all.
             bias = biased(*batch.args, **batch.kwargs)[0][0, :, positions].float()
+            bias = bias - bias.amax(-1, keepdim=True)
         if angles and tables is None:
             cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
             tables = cos, sin

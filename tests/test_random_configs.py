@@ -119,6 +119,11 @@ def test_a_random_decoder(made: tuple[PreTrainedConfig, torch.dtype], target: st
         source = random_model(config, dtype)
     except READING_ERRORS:
         assume(False)
+    ids = tokens(2, 21)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected = logits(source, ids, mask)
+    assume(bool(torch.isfinite(expected).all()))  # some give NaN for padding in float64
     options: dict[str, Any] = {"kv_budget": 1.0}
     if target == "mla":
         options = {"kv_budget": data.draw(st.sampled_from([0.25, 0.5, 0.75])), "alternations": 0}
@@ -133,13 +138,10 @@ def test_a_random_decoder(made: tuple[PreTrainedConfig, torch.dtype], target: st
         return
     event(f"{config.model_type} to {target}")
     assert all(torch.equal(before[name], parameter) for name, parameter in source.named_parameters())
-    ids = tokens(2, 21)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
     whole, _ = in_pieces(result.model, ids, mask, [21])
     stepped, _ = in_pieces(result.model, ids, mask, [9, 8, 1, 1, 1, 1])
     assert deviation(stepped, whole, mask) < TOLERANCE[dtype]
     if target == "exact":
-        assert deviation(logits(result.model, ids, mask), logits(source, ids, mask), mask) < TOLERANCE[dtype]
+        assert deviation(logits(result.model, ids, mask), expected, mask) < TOLERANCE[dtype]
     else:
         assert result.report.kv_bytes_after <= result.report.kv_bytes_before

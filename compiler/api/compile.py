@@ -233,8 +233,9 @@ def _one_shot(
         latent = Latent({}, {})
         if plan.latent:
             kept = plan.latent_sites(list(windowed.graphs))
-            with timed(seconds, "fit"):
-                latent = latent_layers(model, result, kept, plan.shapes(kept), options, windows, **work)
+            if kept:
+                with timed(seconds, "fit"):
+                    latent = latent_layers(model, result, kept, plan.shapes(kept), options, windows, **work)
         graphs = {**windowed.graphs, **latent.graphs}
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)

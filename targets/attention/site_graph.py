@@ -73,6 +73,9 @@ def replace_attention(
     # A new GraphModule takes along only what its graph uses.
     source = type(model.get_submodule(site.name)).__name__
     result = fx.GraphModule(root, graph, class_name=f"{type(module).__name__}{source}")
+    for path, part in result.named_modules():
+        known = root.get_submodule(path)._non_persistent_buffers_set  # a new one saves all
+        part._non_persistent_buffers_set |= known & set(part._buffers)
     result.train(root.training)
     return result
 
