@@ -88,8 +88,20 @@ def _read_kind(call: AttentionCall) -> _Kind:
     exported = export_attention(call)
     facts = FactReader(exported.graph, call.module, exported.constants, call.cached is not None).read()
     exported.graph.lint()
+    exported = dataclasses.replace(exported, constants={**exported.constants, **_tables(call.module, exported.graph)})
     _check_against_eager(call, exported)
     return _Kind(exported, facts, structure_hash(exported.graph))
+
+
+def _tables(module: torch.nn.Module, graph: fx.Graph) -> dict[str, torch.Tensor]:
+    """Values of the buffers that a graph reads and no checkpoint holds."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    saved = set(module.state_dict(keep_vars=True))
+    return {
+        name: buffer.detach().cpu().clone()
+        for name, buffer in module.named_buffers()
+        if name in read - saved and not buffer.is_meta
+    }
 
 
 def _site(call: AttentionCall, kind: _Kind, position: int) -> AttentionSite:
@@ -188,14 +200,14 @@ def _assemble(module: torch.nn.Module, graph: fx.Graph, constants: Any, layer: i
     for node in copied.nodes:
         if node.op == "call_module":
             targets[node.target] = module.get_submodule(node.target)
-        elif node.op == "get_attr" and node.target in constants:
-            targets[node.target] = constants[node.target]
-            temporary.append(("", node.target))
         elif node.op == "get_attr":
             owner, _, name = node.target.rpartition(".")
             holder = module.get_submodule(owner)
-            targets[node.target] = getattr(holder, name)
-            if name in holder._non_persistent_buffers_set:
+            value = getattr(holder, name, None)
+            # A model that is about to be loaded has its tables on meta, and nobody but the source's class fills them.
+            known = value is not None and not (value.is_meta and node.target in constants)
+            targets[node.target] = value if known else constants[node.target]
+            if value is None or name in holder._non_persistent_buffers_set:
                 temporary.append((owner, name))
     result = fx.GraphModule(targets, copied, class_name=type(module).__name__)
     for owner, name in temporary:

@@ -151,6 +151,7 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
 @contextlib.contextmanager
 def probing(model: torch.nn.Module) -> Iterator[None]:
     """For forwards of a live model under the probe backend; a failure becomes a CaptureError."""
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         with (
             torch.no_grad(),
@@ -167,6 +168,9 @@ def probing(model: torch.nn.Module) -> Iterator[None]:
         raise CaptureError(
             f"{type(model).__name__}: a forward on {BATCH} x {LENGTH} tokens failed: {reason}"
         ) from error
+    finally:
+        for module, before in buffers:  # some move their tables to where the tokens are
+            module._buffers.update(before)
 
 
 class _RecordingCache(DynamicCache):

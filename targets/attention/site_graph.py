@@ -76,6 +76,8 @@ def replace_attention(
     for path, part in result.named_modules():
         known = root.get_submodule(path)._non_persistent_buffers_set  # a new one saves all
         part._non_persistent_buffers_set |= known & set(part._buffers)
+    # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
+    result.tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
     result.train(root.training)
     return result
 

@@ -75,6 +75,16 @@ class _Rewritten(BoundedGeneration):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _rebuild(cast(PreTrainedModel, self))
 
+    def _move_missing_keys_from_meta_to_device(self, *args: Any, **kwargs: Any) -> None:
+        """Fill the tables of the new graphs, which loading has just emptied; the source's class knows its own only."""
+        parent: Any = super()
+        parent._move_missing_keys_from_meta_to_device(*args, **kwargs)
+        for module in cast(torch.nn.Module, self).modules():
+            tables: Mapping[str, torch.Tensor] = getattr(module, "tables", None) or {}
+            for name, value in tables.items():
+                with torch.no_grad():
+                    module.get_buffer(name).copy_(value)
+
 
 def attnedit_classes(
     source_config: PreTrainedConfig, model_class: ModelClass | None = None
