@@ -33,7 +33,10 @@ DEFAULT_SAMPLED_TOKENS = 8_192  # of the model's own samples, which cost time to
 _CHARACTERS_PER_TOKEN = 8
 
 
-_LIMITS = ("max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "seq_length")
+_LIMITS = (
+    *("max_position_embeddings", "max_target_positions", "max_seq_len", "max_sequence_length", "n_positions"),
+    "seq_length",
+)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

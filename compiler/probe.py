@@ -58,8 +58,8 @@ class CachedCall:
 class AttentionCall:
     """One attention module as the probe saw it.
 
-    `cached` is None where it calls the attention interface. `layer` is its cache slot, None where it names none. `outer`
-    is the module around it, which may hold the output projection.
+    `cached` is None where it calls the attention interface, `layer` (the cache slot) where it names none. `outer` is
+    the module around it, which may hold the output projection.
     """
 
     name: str
@@ -141,8 +141,8 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
     found = [_located(attention, windows, cached) for attention in recorder.attention if attention not in shared]
     if shared and not found:
         raise CaptureError(
-            f"{type(model).__name__}: its {len(shared)} attention layers all share keys and values with others, so "
-            f"that none can be replaced alone"
+            f"{type(model).__name__}: all {len(shared)} attention layers share keys and values with others, so that "
+            f"none can be replaced alone"
         )
     _refuse_unsupported(model, found)
     return _attention_calls(recorder, found)
@@ -259,7 +259,9 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
     masks = [mask_window(leaf) for _, leaf in _bound(frame) if isinstance(leaf, torch.Tensor)]
     given = {mask for mask in masks if mask is not None} or set(windows)
     problem = "it is given several masks" if len(given) > 1 else None
-    one = _Located(frame, next(iter(given), None), ("written out",), problem, cached[frame.name], cached[frame.name].layer)
+    one = _Located(
+        frame, next(iter(given), None), ("written out",), problem, cached[frame.name], cached[frame.name].layer
+    )
     return dataclasses.replace(one, outer=_around(one, attention.stack, cached))
 
 
