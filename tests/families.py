@@ -33,6 +33,7 @@ class Family:
         attention_layers: how many layers run softmax attention.
         interface: attention goes through transformers' attention interface; else it is written out.
         mla: it has latent attention already.
+        unread: positions reach queries and keys in a way that is no rotary embedding.
     """
 
     model_type: str
@@ -50,6 +51,7 @@ class Family:
     attention_layers: int = 2
     interface: bool = True
     mla: bool = False
+    unread: bool = False
 
 
 _MHA = {"heads": (4, 4)}
@@ -115,6 +117,10 @@ FAMILIES: dict[str, Family] = {
         qk_norm="per_head",
         kinds=2,
     ),
+    # norms after the rotary embedding
+    "hunyuan_v1_dense": Family("hunyuan_v1_dense", {"head_dim": 8}, rotary_dims=(0, 0), unread=True),
+    # the output projection is in the module around
+    "bert": Family("bert", {"is_decoder": True}, rotary_dims=(0, 0), bias=True, **_MHA),  # type: ignore[arg-type]
     "gpt2": Family("gpt2", {"n_layer": 2}, rotary_dims=(0, 0), bias=True, fused=True, **_MHA),  # type: ignore[arg-type]
     "gpt_neox": Family("gpt_neox", {"rotary_pct": 0.5}, rotary_dims=(4, 4), bias=True, fused=True, **_MHA),  # type: ignore[arg-type]
     "gptj": Family(
@@ -126,13 +132,6 @@ FAMILIES: dict[str, Family] = {
         **_MHA,  # type: ignore[arg-type]
     ),
     "falcon": Family("falcon", heads=(4, 1), fused=True, interface=False),
-    "falcon_gqa": Family(
-        "falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2},
-        fused=True,
-        interface=False,
-        **_MHA,  # type: ignore[arg-type]
-    ),
     "falcon_alibi": Family(
         "falcon",
         {"alibi": True, "multi_query": False, "bias": True},

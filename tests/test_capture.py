@@ -103,7 +103,9 @@ def test_facts_are_those_of_the_configuration(name: str) -> None:
         assert (site.sinks is not None) == (name == "gpt_oss")
         if scaling is not None:
             assert site.scale == pytest.approx(scaling)
-        if family.mla:
+        assert (site.unread_rope is not None) is family.unread
+        if family.mla or family.unread:
+            assert site.rope is None
             continue
         assert site.key_norm == site.query_norm == family.qk_norm
         assert site.linear_kv is (family.qk_norm is None)
@@ -121,8 +123,8 @@ def test_facts_are_those_of_the_configuration(name: str) -> None:
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_projections_rebuild_queries_keys_and_values(name: str) -> None:
     """Weights and rows named by the facts give the very nodes the facts name."""
-    if FAMILIES[name].mla:
-        pytest.skip("latent attention has no such projections")
+    if FAMILIES[name].mla or FAMILIES[name].unread:
+        pytest.skip("no such projections are read")
     model, site = shared(name), sites_of(name)[0]
     module = model.get_submodule(site.name)
     hidden = torch.randn(2, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
