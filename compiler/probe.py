@@ -160,6 +160,8 @@ def probing(model: torch.nn.Module) -> Iterator[None]:
             contextlib.ExitStack() as stack,
         ):
             if next(model.parameters()).is_meta:
+                for module, tables in buffers:  # some mix them with what is computed
+                    module._buffers.update({n: b if b is None else b.to("meta") for n, b in tables.items()})
                 # The default, grouped_mm, has a meta kernel for bfloat16 only.
                 stack.enter_context(experts_implementation(model, "batched_mm"))
             yield
