@@ -19,8 +19,9 @@ from attnedit.compiler.dataflow import anchors, structure_hash
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.export import Exported, export_attention, export_program, shadow
 from attnedit.compiler.facts import FactReader, Facts, NoOutputProjectionError
+from attnedit.compiler.forwards import evaluation_mode, probe_inputs
 from attnedit.compiler.normalise import clean
-from attnedit.compiler.probe import AttentionCall, by_reason, discover, evaluation_mode, probe_inputs
+from attnedit.compiler.probe import AttentionCall, by_reason, discover
 from attnedit.compiler.recorder import LENGTH
 from attnedit.compiler.sites import AttentionSite
 

@@ -23,8 +23,9 @@ from transformers import Cache
 from attnedit.compiler.anchor import ANCHOR
 from attnedit.compiler.dataflow import Evaluator, where
 from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.forwards import PAST
 from attnedit.compiler.normalise import ChildCall, clean, merge_duplicates, prune, raise_children, retarget_sizes
-from attnedit.compiler.probe import PAST, AttentionCall
+from attnedit.compiler.probe import AttentionCall
 from attnedit.compiler.recorder import BATCH, LENGTH
 from attnedit.compiler.written_out import Past, drop_past, emit_anchor
 

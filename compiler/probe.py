@@ -5,53 +5,25 @@ The forward runs without cache or gradient on B=2, T=11; it works on meta models
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from transformers import DynamicCache
 
 from attnedit.compiler.anchor import (
-    PROBE,
     MaskWindow,
-    attention_implementation,
-    experts_implementation,
     listening,
     mask_window,
     recording_windows,
 )
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.recorder import BATCH, LENGTH, Attention, Frame, Produced, Recorder
+from attnedit.compiler.forwards import CachedCall, bound, cached_calls, probe_inputs, probing
+from attnedit.compiler.recorder import Attention, Frame, Produced, Recorder
 from attnedit.compiler.sites import RotarySource
-
-PAST = 6  # tokens cached, where attention is probed with a cache
-
-
-@dataclass(frozen=True)
-class CachedCall:
-    """How an attention module that writes its attention out is called with tokens cached, see `cached_calls`.
-
-    Attributes:
-        args: with the cache among them.
-        kwargs: the same.
-        keys: [B, G, P, d], as cached; only the shape means something.
-        values: [B, G, P, dv].
-        implementation: of attention, under which the module is read: the one transformers would choose.
-        layer: cache slot.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    keys: torch.Tensor
-    values: torch.Tensor
-    implementation: str
-    layer: int
 
 
 @dataclass(frozen=True)
@@ -74,18 +46,6 @@ class AttentionCall:
     outer: AttentionCall | None = None
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout and gradient checkpointing off inside the block; every module's `training` flag is restored."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _check_model(model: torch.nn.Module) -> None:
     config = getattr(model, "config", None)
     kind = type(model).__name__
@@ -98,19 +58,6 @@ def _check_model(model: torch.nn.Module) -> None:
         tower = next((name for name, m in model.named_modules() if name and getattr(m, "config", None) is text), None)
         where = f"its text tower is {tower!r} ({type(text).__name__})" if tower else "its text tower was not found"
         raise CaptureError(f"{kind} is multimodal; {where}: pass a causal language model built from it instead")
-
-
-def probe_inputs(model: torch.nn.Module, length: int = LENGTH) -> dict[str, torch.Tensor]:
-    """Arguments of the probe forward, on the device of the embedding; ids are valid for any vocabulary of 20 up."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device = embedding.weight.device
-    ids = 3 + torch.arange(length, device=device).repeat(BATCH, 1)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" in parameters:
-        # One row per sequence, so that cos and sin have the batch dimension padding gives them.
-        inputs["position_ids"] = torch.arange(length, device=device).repeat(BATCH, 1)
-    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def discover(model: torch.nn.Module) -> list[AttentionCall]:
@@ -146,75 +93,6 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
         )
     _refuse_unsupported(model, found)
     return _attention_calls(recorder, found)
-
-
-@contextlib.contextmanager
-def probing(model: torch.nn.Module) -> Iterator[None]:
-    """For forwards of a live model under the probe backend; a failure becomes a CaptureError."""
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        with (
-            torch.no_grad(),
-            evaluation_mode(model),
-            attention_implementation(model, PROBE),
-            contextlib.ExitStack() as stack,
-        ):
-            if next(model.parameters()).is_meta:
-                for module, tables in buffers:  # some mix them with what is computed
-                    module._buffers.update({n: b if b is None else b.to("meta") for n, b in tables.items()})
-                # The default, grouped_mm, has a meta kernel for bfloat16 only.
-                stack.enter_context(experts_implementation(model, "batched_mm"))
-            yield
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(
-            f"{type(model).__name__}: a forward on {BATCH} x {LENGTH} tokens failed: {reason}"
-        ) from error
-    finally:
-        for module, before in buffers:  # some move their tables to where the tokens are
-            module._buffers.update(before)
-
-
-class _RecordingCache(DynamicCache):
-    """Remembers which module put what into it."""
-
-    def __init__(self, recorder: Recorder, implementation: str) -> None:
-        super().__init__()
-        self.recorder = recorder
-        self.implementation = implementation
-        self.calls: dict[str, CachedCall] = {}
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.recorder.stack and key_states.dim() == value_states.dim() == 4:
-            keys, values = (x[:, :, :1].expand(-1, -1, PAST, -1) for x in (key_states, value_states))
-            for frame in self.recorder.stack:
-                if any(leaf is self for _, leaf in _bound(frame)):
-                    call = CachedCall(frame.args, dict(frame.kwargs), keys, values, self.implementation, layer_idx)
-                    self.calls[frame.name] = call
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-def cached_calls(model: torch.nn.Module) -> dict[str, CachedCall]:
-    """Run a forward of LENGTH tokens after PAST cached ones; by name, the modules that update the cache or hold such.
-
-    Empty where the model takes no cache.
-    """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        return {}
-    recorder = Recorder(model)
-    cache = _RecordingCache(recorder, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-    with probing(model):
-        inputs = probe_inputs(model, PAST + LENGTH)
-        first = {name: value[:, :PAST] for name, value in inputs.items()}
-        model(**first, past_key_values=cache, use_cache=True)
-        rest = {name: value[:, PAST:] for name, value in inputs.items() if name != "attention_mask"}
-        if "attention_mask" in inputs:
-            rest["attention_mask"] = inputs["attention_mask"]
-        with recorder.watching(model):
-            model(**rest, past_key_values=cache, use_cache=True)
-    return cache.calls
 
 
 def _sharing(found: list[Attention]) -> list[Attention]:
@@ -258,7 +136,7 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
             f"its attention runs at {attention.place} and does not go through transformers' attention interface, and "
             f"no module around it is given a cache, so it cannot be traced",
         )
-    masks = [mask_window(leaf) for _, leaf in _bound(frame) if isinstance(leaf, torch.Tensor)]
+    masks = [mask_window(leaf) for _, leaf in bound(frame) if isinstance(leaf, torch.Tensor)]
     given = {mask for mask in masks if mask is not None} or set(windows)
     problem = "it is given several masks" if len(given) > 1 else None
     one = _Located(
@@ -326,11 +204,6 @@ def _attention_calls(recorder: Recorder, located: list[_Located]) -> list[Attent
     return found
 
 
-def _bound(frame: Frame) -> list[tuple[str, Any]]:
-    leaves, _ = pytree.tree_flatten_with_path((frame.args, frame.kwargs))
-    return [(pytree.keystr(path), leaf) for path, leaf in leaves]
-
-
 def _shared_identities(frames: list[Frame]) -> list[dict[str, int]]:
     """Which tensor object each argument is, numbered by first appearance, where layers share them at all.
 
@@ -340,7 +213,7 @@ def _shared_identities(frames: list[Frame]) -> list[dict[str, int]]:
     rows: list[dict[str, int]] = []
     for frame in frames:
         row = {}
-        for path, leaf in _bound(frame):
+        for path, leaf in bound(frame):
             if isinstance(leaf, torch.Tensor):
                 numbers = seen.setdefault(path, {})
                 row[path] = numbers.setdefault(id(leaf), len(numbers))
@@ -369,7 +242,7 @@ def _signature(one: _Located, identity: dict[str, int], rotary: RotarySource | N
         [(name, tuple(t.shape), str(t.dtype)) for name, t in module.state_dict(keep_vars=True).items()],
         [
             (path, (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, torch.Tensor) else repr(leaf))
-            for path, leaf in _bound(frame)
+            for path, leaf in bound(frame)
         ],
         sorted(identity.items()),
         # Buffers that are no weights are constants of the layer: windows of its own, tables of angles.
@@ -391,7 +264,7 @@ def _rotary_source(recorder: Recorder, frame: Frame) -> RotarySource | None:
     """The module that made the (cos, sin) pair this attention module was called with."""
     produced = [
         recorder.produced[id(leaf)]
-        for _, leaf in _bound(frame)
+        for _, leaf in bound(frame)
         if isinstance(leaf, torch.Tensor) and id(leaf) in recorder.produced and leaf.dim() in (3, 4)
     ]
     by_call: dict[tuple[str, int], list[Produced]] = {}

@@ -56,8 +56,10 @@ class Past:
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _SDPA = aten.scaled_dot_product_attention.default
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
-_CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default, aten.contiguous.default)
-_CASTS += (aten.alias.default, aten.detach.default, aten.detach_.default, aten.dropout.default)
+_CASTS = (
+    *(aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default, aten.contiguous.default),
+    *(aten.alias.default, aten.detach.default, aten.detach_.default, aten.dropout.default),
+)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _REPEATS = (aten.expand.default, aten.unsqueeze.default, aten.flatten.using_ints)
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor)
@@ -222,7 +224,7 @@ def _only_reshaped(node: fx.Node, source: fx.Node) -> bool:
     """A change between [B, H, T, d] and the shape that a product takes."""
     if node.target not in (*_RESHAPES, *_REPEATS):
         return False
-    return node.meta["val"].dim() != 4 or source.meta["val"].shape == node.meta["val"].shape
+    return bool(node.meta["val"].dim() != 4 or source.meta["val"].shape == node.meta["val"].shape)
 
 
 def _step(graph: fx.Graph, node: fx.Node, held: dict[fx.Node, _Logits], evaluator: Evaluator) -> _Logits:
@@ -289,6 +291,7 @@ def _plain_reshape(target: Any) -> Any:
 def _size(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
     """A node that holds a size: one the graph has already, if any, since the tensor itself is to go."""
     size = node.meta["val"].shape[dim]
+    known: fx.Node
     for known in graph.nodes:
         if known is node:
             break

@@ -77,7 +77,8 @@ def replace_attention(
         known = root.get_submodule(path)._non_persistent_buffers_set  # a new one saves all
         part._non_persistent_buffers_set |= known & set(part._buffers)
     # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
-    result.tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
+    tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
+    object.__setattr__(result, "tables", tables)
     result.train(root.training)
     return result
 
