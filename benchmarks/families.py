@@ -74,7 +74,11 @@ SIZES: dict[str, Any] = {
     **{"is_decoder": True, "tie_word_embeddings": False},
 }
 
-EXPERTS = ("num_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+ALWAYS = (
+    *("head_dim", "num_key_value_heads"),
+    *("num_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
+"""Sizes that are given where a class's default is None, too."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _KINDS = ["sliding_attention", "full_attention"]
@@ -102,6 +106,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
@@ -113,7 +118,7 @@ def tiny(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     fields = vars(defaults)
     known = {name: size for name, size in SIZES.items() if name in fields and name not in defaults.attribute_map}
     # None mostly means: follows from the others, as they are.
-    known = {name: size for name, size in known.items() if fields[name] is not None or name in ("head_dim", *EXPERTS)}
+    known = {name: size for name, size in known.items() if fields[name] is not None or name in ALWAYS}
     if "kv_lora_rank" in known:
         known["num_key_value_heads"], known["head_dim"] = HEADS, SIZES["qk_rope_head_dim"]
     kinds = fields.get("layer_types")
@@ -158,7 +163,7 @@ def generates(model: PreTrainedModel) -> str:
 def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
     """Yield one column of the table after another."""
     defaults = config_class()
-    if not defaults.is_encoder_decoder and defaults.get_text_config(decoder=True) is not defaults:
+    if type(defaults.get_text_config(decoder=True)) is not config_class:
         check_config(defaults, config_class.model_type)  # says that it is multimodal
     config = tiny(config_class)
     model = randomise(AutoModelForCausalLM.from_config(config))

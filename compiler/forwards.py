@@ -85,7 +85,7 @@ def probing(model: torch.nn.Module) -> Iterator[None]:
                 # The default, grouped_mm, has a meta kernel for bfloat16 only.
                 stack.enter_context(experts_implementation(model, "batched_mm"))
             yield
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
             f"{type(model).__name__}: a forward on {BATCH} x {LENGTH} tokens failed: {reason}"

@@ -62,7 +62,7 @@ def test_scales_biases_and_masks_in_any_order(weights: Weights, monkeypatch: pyt
     ("weights", "reason"),
     [
         (lambda q, k, m: ((q @ k.mT) ** 2 + m).softmax(-1), "what cannot be a scale, a bias or a mask"),
-        (lambda q, k, m: (q @ k.mT * (q @ k.mT) + m).softmax(-1), "takes attention logits twice|no product|2 soft"),
+        (lambda q, k, m: (q @ k.mT * (q @ k.mT) + m).softmax(-1), "what cannot be a scale, a bias or a mask"),
         (lambda q, k, m: (q @ k.mT + m).softmax(-1) * 2, "changes the attention weights"),
         (lambda q, k, m: (q @ k.mT + m).softmax(-2), "is not over keys"),
         (lambda q, k, m: (q @ k.mT + m).softmax(-1).softmax(-1), "more than once"),
