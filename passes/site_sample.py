@@ -47,6 +47,8 @@ def take_sample(
     names = (site.query, site.key, site.value, site.hidden)
     rope = site.rope
     graph = part_of(model, site, names + ((rope.cos, rope.sin) if rope else ()))
+    biased = part_of(model, site, (site.mask,)) if site.bias and site.mask else None
+    bias: Tensor | None = None
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     states: list[Tensor] = []
     tables: tuple[Tensor, Tensor] | None = None
@@ -57,6 +59,10 @@ def take_sample(
             positions = _positions(query.shape[2], queries, seed + site.layer_idx).to(query.device)
         parts.append((query[:, :, positions].float(), key.float(), value.float()))
         states += [before.float()] if hidden else []
+        if biased is not None and bias is None:
+            # Windows have no padding, so that it is the same for all.
+            bias = biased(*batch.args, **batch.kwargs)[0][0, :, positions].float()
+            bias = bias - bias.amax(-1, keepdim=True)
         if angles and tables is None:
             cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
             tables = cos, sin
@@ -76,6 +82,7 @@ def take_sample(
         softcap=site.softcap,
         window=site.window,
         sinks=sinks,
+        bias=bias,
         fixed_output=site.output_gate,
         hidden=torch.cat(states) if hidden else None,
     )

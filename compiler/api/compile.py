@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_LENGTH
 from attnedit.compiler.data import context_length, position_limit, token_windows
 from attnedit.compiler.errors import UsageError
@@ -42,7 +43,7 @@ from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
-from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
+from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.hf.towards import check_form
 
 
@@ -217,9 +218,11 @@ def _one_shot(
     seconds: dict[str, float] = {}
     modes = {part: module.training for part, module in model.named_modules()}
     model.eval()
+    implementation = contextlib.ExitStack()
     try:
         with timed(seconds, "capture"), stage("capture", progress):
             sites = capture(model)
+            implementation.enter_context(as_captured(model, sites))
             plan = plan_sites(model, sites, kv_usage(model), target, windowing, kv_budget, full_layers, form)
             # Which layers are latent need not be known yet to refuse a budget that cannot be met.
             shapes = plan.shapes(plan.latent_sites())
@@ -248,10 +251,11 @@ def _one_shot(
         latent = Latent({}, {})
         if plan.latent:
             kept = plan.latent_sites(list(windowed.graphs))
-            with timed(seconds, "fit"):
-                latent = latent_layers(
-                    model, result, kept, plan.shapes(kept), options, windows, linear=plan.linear, **work
-                )
+            if kept:
+                with timed(seconds, "fit"):
+                    latent = latent_layers(
+                        model, result, kept, plan.shapes(kept), options, windows, linear=plan.linear, **work
+                    )
         graphs = {**windowed.graphs, **latent.graphs}
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
@@ -269,7 +273,9 @@ def _one_shot(
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids))
     finally:
+        implementation.close()
         _set_modes(model, modes)
+    use_captured_implementation(result, sites)
     _set_modes(result, modes)
     report = Report(
         source=name,

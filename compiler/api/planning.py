@@ -143,6 +143,15 @@ def plan_sites(
         columns = slot_columns(model, sites, form)
         return Plan(sites, sites, before, kv_budget, latent, notes=notes, form=form, columns=columns)
     chosen, notes = choose_sites(sites)
+    caching = sum(values > 0 for values in before.per_layer)
+    if caching > len(sites):
+        notes.append(f"{caching - len(sites)} layers that keep a cache stay as they are: others read their keys too")
+    turned = [site for site in chosen if site.unread_rope]
+    if latent and turned:
+        notes.append(
+            f"keys of {len(turned)} layers are compressed with their positions in them, which needs a larger cache for "
+            f"the same quality: {turned[0].name}: {turned[0].unread_rope}"
+        )
     if windowing is None:
         return Plan(sites, chosen, before, kv_budget, latent, notes=notes)
     share = min(1.0, windowing.cached_tokens / before.length)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.compiler.capture import capture_model
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.licenses import source_license
+from attnedit.compiler.models import READING_ERRORS
 from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
@@ -116,8 +117,20 @@ def load(directory: str | os.PathLike[str]) -> CompileResult:
     path = Path(directory).expanduser()
     model = load_model(path)
     report = read_report(path)
-    has_tokenizer = (path / "tokenizer_config.json").exists()
-    return CompileResult(model, report, AutoTokenizer.from_pretrained(path) if has_tokenizer else None)
+    return CompileResult(model, report, _read_tokenizer(path))
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+    if not (path / "tokenizer_config.json").exists():
+        return None
+    try:
+        # Unset, transformers may ask on the terminal whether to run code.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except READING_ERRORS as error:
+        raise UsageError(f"cannot read the tokenizer in {path}: {type(error).__name__}: {error}") from error
+    return tokenizer
 
 
 def read_report(directory: str | os.PathLike[str]) -> Report:

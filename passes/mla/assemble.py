@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from attnedit.compiler.dataflow import sources
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.linear import LinearSite
@@ -146,14 +147,23 @@ def kv_as_affine(model: nn.Module, site: AttentionSite) -> tuple[Tensor, Tensor]
     graph = part_of(model, site, (site.key, site.value))
     # float64 copies of the projections: folded weights should be rounded once, at the end
     graph = copy.deepcopy(graph).double()
-    hidden = next(n for n in graph.graph.nodes if n.op == "placeholder" and n.name == site.hidden)
+    hidden = next(n for n in graph.graph.nodes if n.name == site.hidden)
+    given = [
+        str(n.target) for n in sources(site.node(site.hidden))
+    ]  # of a norm before the projections only the size is read
+    if hidden.op != "placeholder":
+        with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
+            place = graph.graph.placeholder("projected")
+        hidden.replace_all_uses_with(place)
+        graph.recompile()
+        given.append("projected")
     size = _input_size(model, site)
     device = next(graph.parameters()).device
     unit = torch.cat([torch.zeros(1, size), torch.eye(size)]).double().to(device)[None]
     arguments = {
         str(n.target): None for n in graph.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
     }
-    key, value = graph(**{**arguments, str(hidden.target): unit})
+    key, value = graph(**{**arguments, **dict.fromkeys(given, unit)})
     states = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], -1)[0]
     return (states[1:] - states[0]).T, states[0]
 

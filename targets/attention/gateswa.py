@@ -240,6 +240,10 @@ class GateSWA(nn.Module):
         if config.softcap is not None:
             logits = config.softcap * torch.tanh(logits / config.softcap)
         lowest = torch.finfo(logits.dtype).min
+        virtual = [logit for logit in (sinks, self.sink_logit) if logit is not None]
+        if virtual and mask.shape[1] > 1 and mask.dtype != torch.bool:
+            # A bias per head may count from either end of the keys, which only a key without bias would notice.
+            mask = mask - mask.amax(-1, keepdim=True)
         # Clamped: a row of -inf only would be 0 / 0.
         logits = (
             logits.masked_fill(~mask, lowest)
@@ -247,7 +251,6 @@ class GateSWA(nn.Module):
             else (logits + mask.to(logits.dtype)).clamp(min=lowest)
         )
         count = logits.shape[-1]
-        virtual = [logit for logit in (sinks, self.sink_logit) if logit is not None]
         if virtual:
             extra = torch.stack(virtual, dim=-1).to(logits.dtype)[None, :, None]
             logits = torch.cat((logits, extra.expand(batch, -1, length, -1)), dim=-1)

@@ -76,6 +76,12 @@ def replace_attention(
     # A new GraphModule takes along only what its graph uses.
     source = type(model.get_submodule(site.name)).__name__
     result = fx.GraphModule(root, graph, class_name=f"{type(module).__name__}{source}")
+    for path, part in result.named_modules():
+        known = root.get_submodule(path)._non_persistent_buffers_set  # a new one saves all
+        part._non_persistent_buffers_set |= known & set(part._buffers)
+    # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
+    tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
+    object.__setattr__(result, "tables", tables)
     result.train(root.training)
     return result
 

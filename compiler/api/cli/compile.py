@@ -10,6 +10,7 @@ import typer
 
 import attnedit
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     AlternationsOption,
     BudgetOption,
     CalibrationOption,
@@ -123,6 +124,7 @@ def compile_model(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -141,7 +143,12 @@ def compile_model(
     with ProgressBars() as progress:
         with stage("load model", progress):
             source = load_source(
-                wanted.model, revision=wanted.revision, dtype=wanted.dtype, device=device, dequantize=dequantize
+                wanted.model,
+                revision=wanted.revision,
+                dtype=wanted.dtype,
+                device=device,
+                dequantize=dequantize,
+                allow_pickle=allow_pickle,
             )
         if wanted.calibration is not None:
             check_tokenizer_there(source, "calibration text")

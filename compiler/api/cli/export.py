@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     DequantizeOption,
     JsonOption,
     ModelArgument,
@@ -53,6 +54,7 @@ def export(
     ] = False,
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a model, rewritten or not, for another runtime, and check it against the live one."""
@@ -65,7 +67,9 @@ def export(
     check_options(to, lower, options)
     with ProgressBars() as progress:
         with stage("load model", progress):
-            loaded = load_source(model, revision=revision, dtype="auto", device="cpu", dequantize=dequantize)
+            loaded = load_source(
+                model, revision=revision, dtype="auto", device="cpu", dequantize=dequantize, allow_pickle=allow_pickle
+            )
         source: Any = loaded
         if (Path(model).expanduser() / REPORT_FILE).exists():
             source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)

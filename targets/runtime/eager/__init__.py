@@ -3,7 +3,13 @@
 from attnedit.compiler.modules import share_copy
 from attnedit.targets.runtime.eager.cache import bind_cache, bounded_cache
 from attnedit.targets.runtime.eager.checkpoint import load_model, save
-from attnedit.targets.runtime.eager.classes import AttneditConfig, attnedit_classes, source_config, to_attnedit
+from attnedit.targets.runtime.eager.classes import (
+    AttneditConfig,
+    attnedit_classes,
+    source_config,
+    to_attnedit,
+    use_captured_implementation,
+)
 from attnedit.targets.runtime.eager.splice import splice
 
 __all__ = [
@@ -17,4 +23,5 @@ __all__ = [
     "source_config",
     "splice",
     "to_attnedit",
+    "use_captured_implementation",
 ]
