@@ -21,7 +21,7 @@ from attnedit.compiler.fused import fused_attention
 from attnedit.compiler.language import SETTINGS
 from attnedit.compiler.normalise import follow_dtype, prune
 from attnedit.compiler.pattern import ANCHOR_OP, Binding
-from attnedit.compiler.probe import LENGTH
+from attnedit.compiler.recorder import LENGTH
 from attnedit.compiler.rewrite import FACTS, Match, Rewrite, with_parts
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.tracing import PAST, Traced, as_forward, parameters_of, place_of, trace

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnedit.compiler.evaluate import KVUsage
+from attnedit.compiler.graph_svg import GraphSketch
 
 
 class LayerReport(BaseModel):
@@ -120,6 +121,39 @@ class StageReport(BaseModel):
     skipped: int = 0
 
 
+class KVCurve(BaseModel):
+    """Memory of the cache of one sequence, by the cost model.
+
+    Attributes:
+        lengths: tokens of context, ascending.
+        before: bytes of the source's cache at each.
+        after: of the result's.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    lengths: list[int]
+    before: list[float]
+    after: list[float]
+
+
+class SiteGraphs(BaseModel):
+    """The graph of an attention module before and after, of all layers that are alike.
+
+    Attributes:
+        kind: what the attention became.
+        layers: those that have these graphs, but for their sizes.
+        before, after: of the first of them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    layers: list[int]
+    before: GraphSketch
+    after: GraphSketch
+
+
 class Report(BaseModel):
     """Everything a compilation has to say about itself.
 
@@ -146,6 +180,8 @@ class Report(BaseModel):
         recipe: what was asked for, with choices that were measured; see `attnedit.recipe.Recipe`.
         notes: what the user should know.
         license: of the source, as its model card says; None if not known.
+        kv_curve: memory of the cache against the length of the context; None in reports of earlier versions.
+        graphs: before and after, of each kind of attention module.
     """
 
     source: str
@@ -170,14 +206,22 @@ class Report(BaseModel):
     recipe: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     license: str | None = None
+    kv_curve: KVCurve | None = None
+    graphs: list[SiteGraphs] = Field(default_factory=list)
 
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite become null."""
         return self.model_dump_json()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain Python values."""
-        return self.model_dump(mode="json")
+        """The same as plain Python values, without the graphs."""
+        return self.model_dump(mode="json", exclude={"graphs"})
+
+    def to_html(self) -> str:
+        """One HTML page that needs no other file: figures, plots per layer, memory, and the graphs as drawings."""
+        from attnedit.compiler.report_html import report_html  # imports matplotlib's and jinja's machinery
+
+        return report_html(self)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -197,11 +241,8 @@ class Report(BaseModel):
             console.print(self)
         return captured.get().rstrip()
 
-    def _table(self) -> Table:
-        table = Table(title=f"{self.source} to {self.target}: {self.sites_rewritten} of {self.sites_matched} sites")
-        table.add_column("layer", justify="right")
-        table.add_column("attention")
-        table.add_column("becomes")
+    def columns(self) -> dict[str, list[str]]:
+        """Figures per layer as text, by heading; those that say nothing are left out."""
         columns: dict[str, list[str]] = {
             "rank": [_number(row.kv_lora_rank) for row in self.layers],
             "rotary": [_number(row.qk_rope_head_dim) for row in self.layers],
@@ -215,7 +256,14 @@ class Report(BaseModel):
         unused = {"window", "loss"} if self.full_layers is None else {"rank", "rotary", "energy kept", "loss"}
         if not any(row.kv_lora_rank for row in self.layers):
             unused |= {"rank", "rotary", "energy kept"}
-        shown = {name: cells for name, cells in columns.items() if name not in unused or set(cells) - {"-"}}
+        return {name: cells for name, cells in columns.items() if name not in unused or set(cells) - {"-"}}
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self.source} to {self.target}: {self.sites_rewritten} of {self.sites_matched} sites")
+        table.add_column("layer", justify="right")
+        table.add_column("attention")
+        table.add_column("becomes")
+        shown = self.columns()
         for heading in shown:
             table.add_column(heading, justify="right")
         for index, row in enumerate(self.layers):

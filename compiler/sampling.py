@@ -190,7 +190,8 @@ def _half(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in bfloat16, where casting float32 weights anew at every token would take most of the time."""
     if embedding_weight(model).dtype != torch.float32:
         return model
-    return copy.deepcopy(model).to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps it
+    half: PreTrainedModel = copy.deepcopy(model).to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps it
+    return half
 
 
 def _batch_size(model: PreTrainedModel, length: int) -> int:

@@ -18,16 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from attnedit.compiler.anchor import ANCHOR
 from attnedit.compiler.errors import CaptureError, RewriteError
 from attnedit.compiler.export import PROBE_DTYPE, export_program, record_children, shadow
+from attnedit.compiler.forwards import PAST as PROBED_PAST
 from attnedit.compiler.language import LEGEND, AttentionUse, Speaking, known_sizes, shape_letters, speaking
 from attnedit.compiler.normalise import clean, prune, raise_children
-from attnedit.compiler.probe import BATCH, LENGTH
+from attnedit.compiler.recorder import BATCH, LENGTH
 from attnedit.compiler.sites import AttentionSite
 
 PAST = 23
 """Cached tokens in traces; a prime like the probe's sizes."""
 FREE = (29, 31, 37, 41, 43, 47, 53)
 """Sizes of letters that only a match knows."""
-HINTS = {BATCH: "B", LENGTH: "T", LENGTH + PAST: "S"}
+HINTS = {BATCH: "B", LENGTH: "T", LENGTH + PAST: "S", LENGTH + PROBED_PAST: "S"}
 PARTS = "parts"
 _PAST = "_past"
 
@@ -271,7 +272,7 @@ def _assemble(
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
     clean(graph)
-    raise_children(graph, children, parts, PARTS)
+    raise_children(graph, children, PARTS)
     prune(graph)
     final = next(node for node in graph.nodes if node.op == "output")
     return Traced(graph, tuple(pytree.tree_leaves(final.args)), constants, uses)

@@ -61,7 +61,8 @@ def same_decode(result: PreTrainedModel, ids: Tensor, rounding: float = 0.0) -> 
     Raises:
         VerificationError: it does not, within `TOLERANCE` of the largest logit.
     """
-    prefill = logits_of(result, ids)
+    # Positions are given in both: left out, some families start to count elsewhere.
+    prefill: Tensor = result(ids, use_cache=False, **position_ids(result, ids, 0)).logits
     cache = DynamicCache(config=result.config)
     first = max(ids.shape[1] // 2, ids.shape[1] - LENGTH // 2)
     steps = []

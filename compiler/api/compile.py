@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
-from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_LENGTH
 from attnedit.compiler.data import context_length, position_limit, token_windows
 from attnedit.compiler.drawing import Dump
@@ -28,6 +29,7 @@ from attnedit.compiler.registry import names_of
 from attnedit.compiler.report import LayerReport, Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
+from attnedit.figures import linear_notes, memory_curve, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers, GateSWAOptions
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
@@ -39,7 +41,8 @@ from attnedit.result import CompileResult, load
 from attnedit.rewrite import rewrite
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
-from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
+from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
+from attnedit.targets.runtime.hf.towards import check_form
 
 
 def compile(
@@ -51,6 +54,8 @@ def compile(
     full_layers: FullLayers = None,
     gate: str | None = None,
     sinks: str | None = None,
+    profile: str | None = None,
+    kernel_dims: bool = False,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
@@ -82,6 +87,9 @@ def compile(
         gate: GateSWA: output gate per "head", per "element" or "none", the default. It starts without effect.
         sinks: GateSWA: what stands for tokens outside the window: "none", or "logit", "value" (a value for the
             logit) and "keep:N" (the first tokens stay visible) with commas between; "keep:4" unless given.
+        profile: of a checkpoint that the result is to become (docs/export-hf.md): what its class lacks is left out
+            from the start, so that export changes nothing. For "mla" norms and biases become linear maps.
+        kernel_dims: with profile "deepseek_v3" or "youtu": the sizes of engines' kernels, in place of `kv_budget`.
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
@@ -112,7 +120,7 @@ def compile(
     custom = target if isinstance(target, Target) else None
     target = target.name if isinstance(target, Target) else target
     if custom is None:
-        check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+        check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     steps = CalibrationOptions.of(**training)
     arguments: dict[str, Any] = {
         "target": target,
@@ -121,6 +129,8 @@ def compile(
         "full_layers": full_layers,
         "gate": gate,
         "sinks": sinks,
+        "profile": profile,
+        "kernel_dims": kernel_dims,
         "calibration": calibration,
         "tokenizer": tokenizer,
         "calibration_tokens": calibration_tokens,
@@ -191,6 +201,8 @@ def _one_shot(
     full_layers: FullLayers,
     gate: str | None,
     sinks: str | None,
+    profile: str | None,
+    kernel_dims: bool,
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration_tokens: int | None,
@@ -210,7 +222,7 @@ def _one_shot(
         own |= {"seed": seed, "device": device, "verify": verify, "progress": progress}
         return rewrite(model, custom or target, fuel=fuel, dump_graphs=dump_graphs, **own)
     limit, dump = Fuel(fuel), Dump(dump_graphs)
-    windowing = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    windowing, form = check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     options = FitOptions.of(alternations)
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     if rewritten := getattr(model.config, "attnedit", None):
@@ -224,10 +236,12 @@ def _one_shot(
     seconds: dict[str, float] = {}
     modes = {part: module.training for part, module in model.named_modules()}
     model.eval()
+    implementation = contextlib.ExitStack()
     try:
         with timed(seconds, "capture"), stage("capture", progress):
             sites = capture(model)
-            plan = plan_sites(sites, kv_usage(model), target, windowing, kv_budget, full_layers)
+            implementation.enter_context(as_captured(model, sites))
+            plan = plan_sites(model, sites, kv_usage(model), target, windowing, kv_budget, full_layers, form)
             # Which layers are latent need not be known yet to refuse a budget that cannot be met.
             shapes = plan.shapes(plan.latent_sites())
         exact = windowing is None and all(shape.exact for shape in shapes.values())
@@ -255,8 +269,11 @@ def _one_shot(
         latent = Latent({}, {})
         if plan.latent:
             kept = plan.latent_sites(list(windowed.graphs))
-            with timed(seconds, "fit"):
-                latent = latent_layers(model, result, kept, plan.shapes(kept), options, windows, **work)
+            if kept:
+                with timed(seconds, "fit"):
+                    latent = latent_layers(
+                        model, result, kept, plan.shapes(kept), options, windows, linear=plan.linear, **work
+                    )
         made = {**windowed.graphs, **latent.graphs}
         graphs = limit.limit(made, [site.name for site in plan.chosen])
         for site in (site for site in plan.chosen if site.name in graphs):
@@ -264,8 +281,11 @@ def _one_shot(
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
         expected = logits_of(model, ids) if verify and exact else None
+        drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
+        if form is not None:
+            check_form(result, form)
         after = kv_usage(result)
         checks: list[Verification] = []
         if verify:
@@ -274,7 +294,9 @@ def _one_shot(
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids))
     finally:
+        implementation.close()
         _set_modes(model, modes)
+    use_captured_implementation(result, sites)
     _set_modes(result, modes)
     report = Report(
         source=name,
@@ -291,13 +313,15 @@ def _one_shot(
             if rule.matched
         ],
         verification=checks,
-        kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None else kv_budget,
+        kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None and not kernel_dims else kv_budget,
         calibration="" if windows is None else calibration_name(calibration),
         calibration_tokens=0 if windows is None else windows.numel(),
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else windowed.full,
-        notes=[*plan.notes, *limit.note()],
+        notes=[*plan.notes, *linear_notes(latent), *limit.note()],
+        kv_curve=memory_curve(model, plan, configs),
+        graphs=drawn,
         **kv_fields(plan.before, after),
     )
     return CompileResult(result, report, tokenizer)

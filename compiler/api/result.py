@@ -14,12 +14,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.compiler.capture import capture_model
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.licenses import source_license
+from attnedit.compiler.models import READING_ERRORS
 from attnedit.compiler.registry import RUNTIMES, registered
 from attnedit.compiler.registry import load as load_entry
 from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
-from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
 BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export", "hf": "attnedit.targets.runtime.hf:export"}
@@ -58,6 +59,8 @@ class CompileResult:
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write weights, configuration, tokenizer, chat template, generation config, report, recipe and model card.
 
+        The report is there as JSON, and as an HTML page to look at.
+
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
         """
@@ -67,6 +70,7 @@ class CompileResult:
         license = self.report.license or source_license(self.report.source)
         report = self.report.model_copy(update={"license": license})
         files[CARD_FILE] = model_card(report, license=license)
+        files[HTML_FILE] = report.to_html()
         return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report.to_json(), files=files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
@@ -106,8 +110,20 @@ def load(directory: str | os.PathLike[str]) -> CompileResult:
     path = Path(directory).expanduser()
     model = load_model(path)
     report = read_report(path)
-    has_tokenizer = (path / "tokenizer_config.json").exists()
-    return CompileResult(model, report, AutoTokenizer.from_pretrained(path) if has_tokenizer else None)
+    return CompileResult(model, report, _read_tokenizer(path))
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+    if not (path / "tokenizer_config.json").exists():
+        return None
+    try:
+        # Unset, transformers may ask on the terminal whether to run code.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except READING_ERRORS as error:
+        raise UsageError(f"cannot read the tokenizer in {path}: {type(error).__name__}: {error}") from error
+    return tokenizer
 
 
 def read_report(directory: str | os.PathLike[str]) -> Report:

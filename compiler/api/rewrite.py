@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from os import PathLike
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import calibration_name
-from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import token_windows
 from attnedit.compiler.drawing import Dump
 from attnedit.compiler.errors import CaptureError, UsageError
@@ -30,7 +31,7 @@ from attnedit.planning import TARGETS as OWN_TARGETS
 from attnedit.planning import first_of
 from attnedit.result import CompileResult
 from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfig, config_of, lower, pure
-from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
+from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.eager.classes import source_sites
 
 
@@ -92,10 +93,13 @@ def rewrite(
             used.append(token_windows(calibration, tokenizer, model, tokens=count, seed=seed, progress=progress))
         return used[0]
 
+    implementation = contextlib.ExitStack()
     try:
         before = kv_usage(model)
         with timed(seconds, "capture"), stage("capture", progress):
             records = _records(model)
+            sites = [record.site for record in records]
+            implementation.enter_context(as_captured(model, sites))
         result = share_copy(model)
         needs_data = any(one.fit is not None for one in chosen)
         prompt = _prompt(model, windows() if needs_data else None) if verify else None
@@ -123,8 +127,10 @@ def rewrite(
                 rounding = max(one.contract.atol + one.contract.rtol for one in chosen)
                 checks.append(same_decode(result, check_tokens(used[0] if used else None, model), rounding))
     finally:
+        implementation.close()
         _restore(model, modes)
     _restore(result, modes)
+    use_captured_implementation(result, sites)
     report = Report(
         source=name,
         target="+".join(r.name for r in chosen),

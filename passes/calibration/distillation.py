@@ -64,7 +64,7 @@ class Distillation:
             with torch.set_grad_enabled(scale is not None):
                 divergence = self._divergence(mine, other, found, wanted) / ids.numel()
                 if scale is not None:
-                    (divergence * scale).backward()  # type: ignore[no-untyped-call]
+                    (divergence * scale).backward()
             total = total + divergence.detach()
         if scale is not None:
             ends, gradients = [found.last_hidden_state], [hidden.grad]

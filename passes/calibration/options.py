@@ -34,7 +34,8 @@ class CalibrationOptions:
         self_generated: fraction of the training windows that the source samples itself, 0 to 1.
         checkpoint_every: steps between two checkpoints, where there is a directory for them.
         evaluate_every: steps between two looks at held-out windows; a twelfth of a stage if 0.
-        patience: looks without a better one after which a stage ends.
+        patience: looks without a better one after which a stage ends; 0 for none. Where the start is good, the loss
+            rises until the rate has fallen, so a patient run ends better than an impatient one.
         memory_limit: bytes that fitting may take for weights and optimiser; layers are then fitted a few at a time,
             with hidden states on disk. None for no limit.
         activation_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
@@ -46,22 +47,22 @@ class CalibrationOptions:
     seq_len: int = 1024
     accumulation: int = 1
     fit_learning_rate: float = 0.01
-    distill_learning_rate: float = 0.004
+    distill_learning_rate: float = 0.002
     train: Train = "attention"
     feature_weight: float = 0.0
     feature_layers: int = 4
     self_generated: float = 0.0
     checkpoint_every: int = 100
     evaluate_every: int = 0
-    patience: int = 8
+    patience: int = 0
     memory_limit: int | None = None
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no model could be trained with."""
-        for name in ("fit_steps", "distill_steps", "feature_layers", "evaluate_every"):
+        for name in ("fit_steps", "distill_steps", "feature_layers", "evaluate_every", "patience"):
             self._demand(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("batch_size", "accumulation", "checkpoint_every", "patience"):
+        for name in ("batch_size", "accumulation", "checkpoint_every"):
             self._demand(name, getattr(self, name) >= 1, "at least 1")
         self._demand("seq_len", self.seq_len >= 2, "at least 2")
         self._demand("accumulation", self.accumulation <= self.batch_size, f"at most batch_size ({self.batch_size})")

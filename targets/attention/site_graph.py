@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ def replace_attention(
     module: nn.Module,
     arguments: Callable[[AnchorCall], tuple[Any, ...]],
     output_projection: nn.Module | None = None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> fx.GraphModule:
     """Build the graph of one attention module with its attention replaced by one call of a new module.
 
@@ -52,6 +53,7 @@ def replace_attention(
         module: the new module (`weights_like` says in which dtype, on which device); it returns [B, T, H, dv].
         arguments: makes the arguments of its call; may add nodes.
         output_projection: a module to use in place of the source's, with parameters of the same names and shapes.
+        others: modules by name that come first: in place of the source's, or for nodes that ``arguments`` adds.
 
     Returns:
         A GraphModule with the signature of the source's attention module. Parts that nothing uses any more are gone.
@@ -61,8 +63,9 @@ def replace_attention(
         CaptureError: the attention module is not given the cache.
     """
     root = graph_module(model, site)
+    for other, replacement in {name: module, **(others or {})}.items():
+        root.set_submodule(other, replacement)
     projection = root.get_submodule(site.o_proj.module)
-    root.add_module(name, module)
     if output_projection is not None:
         _check_same_parameters(site, projection, output_projection)
         root.set_submodule(site.o_proj.module, output_projection)
@@ -73,6 +76,12 @@ def replace_attention(
     # A new GraphModule takes along only what its graph uses.
     source = type(model.get_submodule(site.name)).__name__
     result = fx.GraphModule(root, graph, class_name=f"{type(module).__name__}{source}")
+    for path, part in result.named_modules():
+        known = root.get_submodule(path)._non_persistent_buffers_set  # a new one saves all
+        part._non_persistent_buffers_set |= known & set(part._buffers)
+    # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
+    tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
+    object.__setattr__(result, "tables", tables)
     result.train(root.training)
     return result
 

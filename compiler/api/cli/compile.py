@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 import attnedit
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     AlternationsOption,
     BudgetOption,
     CalibrationOption,
@@ -54,7 +56,7 @@ from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
 from attnedit.recipe import RECIPE_FILE, Recipe
-from attnedit.targets.runtime.eager.checkpoint import check_free
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, check_free
 
 OptionalModelArgument = Annotated[
     str | None,
@@ -85,6 +87,14 @@ SinksOption = Annotated[
         help=f"GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; {DEFAULT_SINKS}."
     ),
 ]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(help="Compile towards a checkpoint of this form (docs/export-hf.md), so that export changes nothing."),
+]
+KernelDimsOption = Annotated[
+    bool,
+    typer.Option("--kernel-dims", help="With a latent profile: the sizes of engines' kernels, in place of a budget."),
+]
 
 
 def compile_model(
@@ -98,6 +108,8 @@ def compile_model(
     full_layers: FullLayersOption = None,
     gate: GateOption = None,
     sinks: SinksOption = None,
+    profile: ProfileOption = None,
+    kernel_dims: KernelDimsOption = False,
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
@@ -119,6 +131,7 @@ def compile_model(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     overwrite: OverwriteOption = False,
     fuel: FuelOption = None,
     dump_graphs: DumpOption = None,
@@ -129,7 +142,7 @@ def compile_model(
     if wanted.model is None:
         raise UsageError("no model is named; give MODEL, or a recipe that names it")
     arguments = wanted.arguments()
-    check_arguments(*(arguments[name] for name in ("target", "kv_budget", "window", "full_layers", "gate", "sinks")))
+    check_arguments(**{name: arguments[name] for name in inspect.signature(check_arguments).parameters})
     trained = CalibrationOptions.of(**wanted.training).steps > 0
     if trained:
         open_run(output, {"command": "compile", **wanted.model_dump(mode="json")}, overwrite=overwrite)
@@ -139,7 +152,12 @@ def compile_model(
     with ProgressBars() as progress:
         with stage("load model", progress):
             source = load_source(
-                wanted.model, revision=wanted.revision, dtype=wanted.dtype, device=device, dequantize=dequantize
+                wanted.model,
+                revision=wanted.revision,
+                dtype=wanted.dtype,
+                device=device,
+                dequantize=dequantize,
+                allow_pickle=allow_pickle,
             )
         if wanted.calibration is not None:
             check_tokenizer_there(source, "calibration text")
@@ -164,7 +182,7 @@ def compile_model(
         print_json({"output": str(output), **result.report.to_dict()})
     else:
         show(result.report)
-        show(f"saved in {output}, with {RECIPE_FILE}:")
+        show(f"saved in {output}, with {HTML_FILE} to look at and {RECIPE_FILE}:")
         show(Recipe.model_validate(result.report.recipe).to_yaml().rstrip())
 
 
