@@ -29,7 +29,7 @@ import transformers
 from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import attnedit
 from attnedit.compiler.anchor import attention_implementation
@@ -71,7 +71,7 @@ SIZES: dict[str, Any] = {
     **{"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "mamba_dt_rank": 4},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
-    **{"is_decoder": True, "tie_word_embeddings": False},
+    "tie_word_embeddings": False,
 }
 
 ALWAYS = (
@@ -107,6 +107,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
         **{"indexer_budget": 8, "indexer_compress_ratio": 4},
     },
+    "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
@@ -125,6 +126,8 @@ def tiny(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     known = {name: size for name, size in known.items() if fields[name] is not None or name in ALWAYS}
     if "kv_lora_rank" in known:
         known["num_key_value_heads"], known["head_dim"] = HEADS, SIZES["qk_rope_head_dim"]
+    if config_class.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        known["is_decoder"] = True
     kinds = fields.get("layer_types")
     if isinstance(kinds, list):
         kinds = sorted(set(kinds), key=kinds.index)

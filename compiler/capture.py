@@ -87,7 +87,8 @@ def _read_kind(call: AttentionCall) -> _Kind:
     if call.mask is not None and not call.mask.regular:
         raise CaptureError("its mask is neither causal nor a sliding window")
     exported = export_attention(call)
-    facts = FactReader(exported.graph, call.module, exported.constants, call.cached is not None).read()
+    known = call.rotary is not None
+    facts = FactReader(exported.graph, call.module, exported.constants, call.cached is not None, known).read()
     exported.graph.lint()
     exported = dataclasses.replace(exported, constants={**exported.constants, **_tables(call.module, exported.graph)})
     _check_against_eager(call, exported)

@@ -91,6 +91,7 @@ class FactReader:
     """Reads one graph; the graph may gain nodes that put pre-rope tensors and angles into their usual layout.
 
     `written_out`: the module writes its attention out, so lengths of new and attended tokens are apart in its graph.
+    `angles_known`: some module of the model computes cosines and sines.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class FactReader:
         module: torch.nn.Module,
         constants: Mapping[str, torch.Tensor],
         written_out: bool = False,
+        angles_known: bool = True,
     ) -> None:
         self.graph = graph
+        self.angles_known = angles_known
         self.written_out = written_out
         self.module = module
         self.evaluator = Evaluator(module, constants)
@@ -185,6 +188,9 @@ class FactReader:
                 measure(self.evaluator, self.input, node, after) for node, after in ((query, self.q), (key, self.k))
             ]
             rope = combine(turned[0], turned[1], self.anchor)
+            given = [n for n in sources(turned[0].cos) if n.meta["val"].is_floating_point()]
+            if given and not self.angles_known:
+                raise CaptureError(f"{where(self.anchor)}: {given[0].name}, its angles, is no module's own output")
         except CaptureError as error:
             return _Positions(self.q, self.k, None, 1.0, str(error))
         rope = dataclasses.replace(rope, cos=self._table(rope.cos), sin=self._table(rope.sin))

@@ -125,6 +125,8 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
         if problem is None and call.mask is None:
             problem = "no attention mask reaches the attention interface, so it may not be causal"
         layer = getattr(call.module, "layer_idx", None)
+        if problem is None and "layer_idx" in attention.stack[-1].kwargs:
+            problem = "its caller says which layer it is (layer_idx), so several layers share it"
         one = _Located(attention.stack[-1], mask_window(call.mask), call.settings, problem, layer=layer)
         return dataclasses.replace(one, outer=_around(one, attention.stack, None))
     frame = next((frame for frame in reversed(attention.stack) if frame.name in cached), None)

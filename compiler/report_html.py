@@ -83,7 +83,7 @@ def _tiles(report: Report) -> list[Tile]:
     asked = "" if report.kv_budget_asked is None else f"; asked for {report.kv_budget_asked:.4g}"
     less = report.kv_bytes_before / report.kv_bytes_after
     tiles = [
-        Tile("Key/value cache", f"{less:.3g} times smaller", f"at {report.context_length:,} tokens of context"),
+        Tile("Key/value cache", f"{less:.3g}× smaller", f"at {report.context_length:,} tokens of context"),
         Tile(
             "Bytes per token",
             f"{report.kv_bytes_after:,.0f}",
@@ -170,7 +170,7 @@ def _layers(report: Report) -> Markup:
     panels: list[tuple[str, Sequence[float | None]]] = [
         ("energy lost", [None if row.energy_kept is None else max(1 - row.energy_kept, 1e-12) for row in rows]),
         ("output error", [row.output_error for row in rows]),
-        ("loss of a window here", [row.loss_increase for row in rows]),
+        ("window's loss", [row.loss_increase for row in rows]),
     ]
     panels = [(name, values) for name, values in panels if any(value is not None for value in values)]
     figure, first = _figure(9.0, 2.4 + 1.5 * len(panels), 1 + len(panels))
