@@ -90,7 +90,9 @@ def stream(
     """
     layers, by_layer = decoder_layers(model, sites)
     report = progress or silent
-    fast = not exact and next(model.parameters()).device.type == "cpu" and fast_bfloat16()
+    fast = (
+        not exact and next(model.parameters()).device.type == "cpu" and fast_bfloat16() and _autocasts(model, windows)
+    )
     context = torch.autocast("cpu", torch.bfloat16, enabled=fast)
     batches = _enter(model, layers, windows)
     last = max(by_layer)
@@ -195,6 +197,16 @@ def _inputs(
         finally:
             handle.remove()
         yield seen.pop()
+
+
+def _autocasts(model: PreTrainedModel, windows: Tensor) -> bool:
+    """Whether the model runs under autocast: some mixtures of experts add up outputs in the dtype they came in."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            _decoder(model)(input_ids=windows[:1, :2], use_cache=False)
+    except RuntimeError:
+        return False
+    return True
 
 
 def fast_bfloat16() -> bool:
