@@ -13,6 +13,7 @@ from attnedit.compiler.report import KVCurve, SiteGraphs
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.mla.rewrite import Latent
 from attnedit.planning import Plan
+from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost, config_values
 from attnedit.targets.attention.kinds import AnyConfig, kind_of
 
@@ -31,7 +32,8 @@ def memory_curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, AnyCo
         sizes = (site.num_attention_heads, site.num_key_value_heads, site.head_dim, site.v_head_dim)
         values = own * LENGTH if site.already_mla else attention_cost(hidden_size, *sizes, site.window).cached_values
         before.append(values)
-        after.append(config_values(configs[site.name]) if site.name in configs else values)
+        config = configs.get(site.name)
+        after.append(config_values(config) if isinstance(config, MLAConfig | GateSWAConfig) else values)
     lengths = sorted({max(1, plan.before.length * step // CURVE_POINTS) for step in range(1, CURVE_POINTS + 1)})
     totals = [sum(values) * model.dtype.itemsize for values in (before, after)]
     curves = [[float(total.subs({BATCH: 1, LENGTH: length})) for length in lengths] for total in totals]
