@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -302,6 +303,7 @@ def _insert(
             new.meta.pop("nn_module_stack", None)
             values[node] = new
             fresh.append(new)
+    _read_cached_sizes(graph, traced, values, fresh)
     results = [values[node] for node in traced.outputs]
     for index, result in enumerate(results):
         if result not in fresh:  # a capture as it is: a node of its own can bear the provenance
@@ -310,6 +312,27 @@ def _insert(
             results[index].meta["val"] = result.meta.get("val")
             fresh.append(results[index])
     return fresh, results
+
+
+def _read_cached_sizes(graph: fx.Graph, traced: Traced, values: dict[fx.Node, fx.Node], fresh: list[fx.Node]) -> None:
+    """Read the number of cached tokens off what the cache returns: in the trace it was a sum of stand-ins."""
+    cached = next(
+        (values[n] for n in traced.graph.nodes if n.target is operator.getitem and _is_cache(n.args[0])), None
+    )
+    if cached is None:
+        return
+    sizes = [node for node in values if is_size(node) and node.op == "call_function" and size_of(node) == "S"]
+    with graph.inserting_after(cached):
+        read = graph.call_function(aten.sym_size.int, (cached, 2))
+    for node in sizes:
+        read.meta.update(values[node].meta)
+        values[node].replace_all_uses_with(read)
+        values[node] = read
+    fresh.append(read)
+
+
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.target is CACHE_OP
 
 
 def _finish(graph: fx.Graph, fresh: list[fx.Node], site: AttentionSite, layer: Any) -> dict[fx.Node, fx.Node]:
