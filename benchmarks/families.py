@@ -1,14 +1,17 @@
 """Every causal language model of transformers through the compiler, and the table of it in docs/families.md.
 
-    python benchmarks/families.py [--only llama,gptj] [--output docs/families.md]
+    python benchmarks/families.py --rows families.json --output docs/families.md [--only llama,gptj]
 
 Each class of ``AutoModelForCausalLM`` is built with a tiny random configuration, found by program: its defaults, with
-every size that has a usual name made small. Each runs in a process of its own with a time limit.
+every size that has a usual name made small. Each runs in a process of its own with a time limit. Rows are kept in a
+file as they are found, so that a survey that was stopped goes on; ``--only`` finds those named again.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -19,17 +22,19 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import attnedit
 from attnedit.compiler.anchor import attention_implementation
-from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.capture import capture, captured_implementation, graph_module
+from attnedit.compiler.source_checks import check_config
 from attnedit.targets.runtime.eager import share_copy, splice
 
 SECONDS = 180
@@ -48,7 +53,10 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), HEADS),
     "num_key_value_heads": GROUPS,
     "head_dim": HEAD_DIM,
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"), POSITIONS),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx", "max_target_positions"),
+        POSITIONS,
+    ),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size"), 4),
     # mixtures of experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -63,31 +71,68 @@ SIZES: dict[str, Any] = {
     **{"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "mamba_dt_rank": 4},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
-    **{"is_decoder": True, "tie_word_embeddings": False},
+    "tie_word_embeddings": False,
 }
 
+ALWAYS = (
+    *("head_dim", "num_key_value_heads"),
+    *("num_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
+"""Sizes that are given where a class's default is None, too."""
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_KINDS = ["sliding_attention", "full_attention"]
+
 SPECIAL: dict[str, dict[str, Any]] = {
-    # sizes that must agree with each other in a way no name tells
-    "gptj": {"rotary_dim": 4},
+    # what must agree with something else in a way no name tells
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1, "head_dim": 8},
+    "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "cohere_compass_text": {"layer_types": _KINDS, "rope_parameters": {kind: _ROPE for kind in _KINDS}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": GROUPS, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {"query_pre_attn_scalar": 16},
+    "gemma3n_text": {"num_hidden_layers": 6, "layer_types": 3 * _KINDS, "num_kv_shared_layers": 2},
+    "gemma4_text": {"num_hidden_layers": 6, "layer_types": 3 * _KINDS, "num_kv_shared_layers": 2},
+    "gemma4_unified_text": {"num_hidden_layers": 6, "layer_types": 3 * _KINDS, "num_kv_shared_layers": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+        **{"indexer_budget": 8, "indexer_compress_ratio": 4},
+    },
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 
 
 def tiny(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """Make a small configuration: the class's defaults with `SIZES` where it has such a field."""
     defaults = config_class()
-    aliases = set(defaults.attribute_map)
-    known = {name: size for name, size in SIZES.items() if hasattr(defaults, name) and name not in aliases}
+    fields = vars(defaults)
+    known = {name: size for name, size in SIZES.items() if name in fields and name not in defaults.attribute_map}
     # None mostly means: follows from the others, as they are.
-    known = {name: size for name, size in known.items() if getattr(defaults, name) is not None or name == "head_dim"}
-    for name, value in vars(defaults).items():
-        if name == "layer_types" and isinstance(value, list):
-            kinds = sorted(set(value), key=value.index)
-            known[name] = (kinds * LAYERS)[:LAYERS] if len(kinds) <= LAYERS else kinds
-            known["num_hidden_layers"] = len(known[name])
+    known = {name: size for name, size in known.items() if fields[name] is not None or name in ALWAYS}
+    if "kv_lora_rank" in known:
+        known["num_key_value_heads"], known["head_dim"] = HEADS, SIZES["qk_rope_head_dim"]
+    if config_class.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        known["is_decoder"] = True
+    kinds = fields.get("layer_types")
+    if isinstance(kinds, list):
+        kinds = sorted(set(kinds), key=kinds.index)
+        known["layer_types"] = (kinds * LAYERS)[:LAYERS] if len(kinds) <= LAYERS else kinds
+        known["num_hidden_layers"] = len(known["layer_types"])
     return config_class(**{**known, **SPECIAL.get(config_class.model_type, {})})
 
 
@@ -124,6 +169,9 @@ def generates(model: PreTrainedModel) -> str:
 
 def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
     """Yield one column of the table after another."""
+    defaults = config_class()
+    if type(defaults.get_text_config(decoder=True)) is not config_class:
+        check_config(defaults, config_class.model_type)  # says that it is multimodal
     config = tiny(config_class)
     model = randomise(AutoModelForCausalLM.from_config(config))
     yield "parameters", str(sum(parameter.numel() for parameter in model.parameters()))
@@ -131,15 +179,20 @@ def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
     sites = capture(model)
     latent = [site for site in sites if site.already_mla]
     yield "sites", f"{len(sites)}" + (f", {len(latent)} latent already" if latent else "")
-    with attention_implementation(model, "eager"):
+    with attention_implementation(model, captured_implementation(sites) or "eager"):
         expected = logits(model, ids)
         copy = share_copy(model)
         splice(copy, {site.name: graph_module(model, site) for site in sites})
         error = float((logits(copy, ids) - expected).abs().max())
     yield "identity", "exact" if error == 0 else f"{error:.0e}"
-    data = torch.randint(3, VOCABULARY, (16, 128), generator=torch.Generator().manual_seed(2))
+    data = torch.randint(3, VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(2))
     options: dict[str, Any] = {"calibration": data}
+    unread = sum(site.unread_rope is not None for site in sites)
+    if unread:
+        yield "note", f"positions stay in the keys of {unread} layers"
     if len(latent) < len(sites):
+        # Tracing takes most of the time, and finds the same each time.
+        mock.patch.object(importlib.import_module("attnedit.compile"), "capture", return_value=sites).start()
         full = attnedit.compile(model, "mla", kv_budget=1.0, **options).model
         expected = logits(model, ids)
         yield "MLA 1", f"{float((logits(full, ids) - expected).abs().max() / expected.abs().max()):.0e}"
@@ -202,14 +255,21 @@ def table(rows: dict[str, dict[str, str]]) -> str:
         "",
         f"{len(rows)} classes: " + ", ".join(f"{count} {word}" for word, count in counts.most_common()) + ".",
         "",
-        "- sites: attention modules that were found. identity: logits when each is replaced by its own graph.",
+        "- sites: attention modules that were found. identity: logits when each is replaced by its own graph;",
+        "  families that write their attention out, past transformers' attention interface, agree to rounding.",
         "- MLA 1: deviation at the whole budget, of the largest logit. MLA 1/2, GateSWA: generates for a padded batch.",
+        "- positions stay in the keys: what the model does with positions is no rotary embedding that can be taken",
+        "  out, so keys are compressed as they are cached.",
+        "",
+        "Only softmax attention is converted: state-space and linear-attention layers of hybrids stay as they are.",
+        "Random small configurations of common families are compiled by `tests/test_random_configs.py`: 50 in",
+        "`make test-long`, others with `ATTNEDIT_EXAMPLES=500 pytest -m long tests/test_random_configs.py`.",
         "",
         "| model | sites | identity | MLA 1 | MLA 1/2 | GateSWA | |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        reason = row.get("refused") or (f"fails: {row['fails']}" if "fails" in row else "")
+        reason = row.get("refused") or (f"fails: {row['fails']}" if "fails" in row else row.get("note", ""))
         reason = re.sub(r"\s+", " ", reason).replace("|", "\\|")
         cells = [row.get(column, "") for column in ("sites", "identity", "MLA 1", "MLA 1/2", "GateSWA")]
         lines.append(f"| {' | '.join([name, *cells, reason])} |")
@@ -225,17 +285,22 @@ def main() -> None:
     """Examine all classes and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="model types, with commas between")
+    parser.add_argument("--rows", type=Path, help="file that keeps what was found, as JSON")
     parser.add_argument("--output", type=Path, help="where to write the page; standard output unless given")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     chosen = classes()
-    if options.only:
-        chosen = {name: chosen[name] for name in options.only.split(",")}
-    rows = {}
-    for model_type, config_class in track(chosen.items(), "families", disable=options.output is None):
-        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-        row = rows[f"{found.__name__} (`{model_type}`)"] = survey(config_class)
+    kept: dict[str, dict[str, str]] = {}
+    if options.rows is not None and options.rows.exists():
+        kept = json.loads(options.rows.read_text(encoding="utf-8"))
+    wanted = options.only.split(",") if options.only else [name for name in chosen if name not in kept]
+    for model_type in track(wanted, "families", disable=options.output is None):
+        row = kept[model_type] = survey(chosen[model_type])
         print(f"{model_type}: {outcome(row)}; {row.get('refused') or row.get('fails') or row}", file=sys.stderr)
+        if options.rows is not None:
+            options.rows.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    rows = {f"{found[chosen[name]].__name__} (`{name}`)": kept[name] for name in chosen if name in kept}
     page = table(rows)
     if options.output is None:
         print(page)

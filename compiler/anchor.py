@@ -263,12 +263,29 @@ def _measure(mask_function: Callable[..., torch.Tensor], local_size: int | None)
     return MaskWindow(counts[0], counts[0] == counts[1])
 
 
+_windows: ContextVar[tuple[list[MaskWindow], ...]] = ContextVar("attnedit_windows", default=())
+
+
+@contextlib.contextmanager
+def recording_windows() -> Iterator[list[MaskWindow]]:
+    """Collect the windows of all masks made under the probe backend inside the block."""
+    found: list[MaskWindow] = []
+    token = _windows.set((*_windows.get(), found))
+    try:
+        yield found
+    finally:
+        _windows.reset(token)
+
+
 def _probe_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
     mask = eager_mask(*args, **kwargs)
     function = kwargs.get("mask_function")
     if mask is not None and function is not None:
         # Read back by `mask_window`: the tensor itself is far too short to show a window of thousands.
-        setattr(mask, _WINDOW, _measure(function, kwargs.get("local_size")))
+        window = _measure(function, kwargs.get("local_size"))
+        setattr(mask, _WINDOW, window)
+        for found in _windows.get():
+            found.append(window)
     return mask
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from attnedit.compiler.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.dataflow import anchors, structure_hash
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.export import Exported, export_attention, export_program, shadow
-from attnedit.compiler.facts import FactReader, Facts
+from attnedit.compiler.facts import FactReader, Facts, NoOutputProjectionError
+from attnedit.compiler.forwards import evaluation_mode, probe_inputs
 from attnedit.compiler.normalise import clean
-from attnedit.compiler.probe import LENGTH, AttentionCall, by_reason, discover, evaluation_mode, probe_inputs
+from attnedit.compiler.probe import AttentionCall, by_reason, discover
+from attnedit.compiler.recorder import LENGTH
 from attnedit.compiler.sites import AttentionSite
 
 _log = logging.getLogger(__name__)
@@ -50,12 +54,14 @@ def capture(model: torch.nn.Module) -> list[AttentionSite]:
     with torch.device("cpu"):
         calls = discover(model)
         kinds: dict[str, _Kind | CaptureError] = {}
-        for call in calls:
+        for index, call in enumerate(calls):
             if call.signature not in kinds:
-                try:
-                    kinds[call.signature] = _read_kind(call)
-                except CaptureError as error:
-                    kinds[call.signature] = error
+                kinds[call.signature] = _kind_or_error(call)
+            wider = call.outer
+            if wider is not None and isinstance(kinds[call.signature], NoOutputProjectionError):
+                kinds.setdefault(wider.signature, _kind_or_error(wider))
+                if isinstance(kinds[wider.signature], _Kind):
+                    calls[index] = wider
         _log.debug("%d attention sites of %d kinds", len(calls), len(kinds))
         sites: list[AttentionSite] = []
         problems: list[tuple[str, str]] = []
@@ -70,14 +76,34 @@ def capture(model: torch.nn.Module) -> list[AttentionSite]:
     return sites
 
 
+def _kind_or_error(call: AttentionCall) -> _Kind | CaptureError:
+    try:
+        return _read_kind(call)
+    except CaptureError as error:
+        return error
+
+
 def _read_kind(call: AttentionCall) -> _Kind:
     if call.mask is not None and not call.mask.regular:
         raise CaptureError("its mask is neither causal nor a sliding window")
     exported = export_attention(call)
-    facts = FactReader(exported.graph, call.module, exported.constants).read()
+    known = call.rotary is not None
+    facts = FactReader(exported.graph, call.module, exported.constants, call.cached is not None, known).read()
     exported.graph.lint()
+    exported = dataclasses.replace(exported, constants={**exported.constants, **_tables(call.module, exported.graph)})
     _check_against_eager(call, exported)
     return _Kind(exported, facts, structure_hash(exported.graph))
+
+
+def _tables(module: torch.nn.Module, graph: fx.Graph) -> dict[str, torch.Tensor]:
+    """Values of the buffers that a graph reads and no checkpoint holds."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    saved = set(module.state_dict(keep_vars=True))
+    return {
+        name: buffer.detach().cpu().clone()
+        for name, buffer in module.named_buffers()
+        if name in read - saved and not buffer.is_meta
+    }
 
 
 def _site(call: AttentionCall, kind: _Kind, position: int) -> AttentionSite:
@@ -85,17 +111,31 @@ def _site(call: AttentionCall, kind: _Kind, position: int) -> AttentionSite:
     if call.mask is not None:
         # What the mask shows is what eager attention and SDPA compute, whatever the keyword argument says.
         facts["window"] = call.mask.window
-    layer = getattr(call.module, "layer_idx", None)
     return AttentionSite(
         name=call.name,
-        layer_idx=position if layer is None else int(layer),
+        layer_idx=position if call.layer is None else int(call.layer),
         kind=call.signature,
         structure=kind.structure,
         graph=kind.exported.graph,
         rotary=call.rotary if facts["rope"] is not None else None,
         constants=kind.exported.constants,
+        implementation=None if call.cached is None else call.cached.implementation,
         **facts,
     )
+
+
+def as_captured(model: torch.nn.Module, sites: Iterable[AttentionSite]) -> contextlib.AbstractContextManager[None]:
+    """Inside the block a model gives its attention modules the arguments that the graphs of `sites` are made for.
+
+    Only models that write their attention out give their modules other ones for each implementation.
+    """
+    name = captured_implementation(sites)
+    return contextlib.nullcontext() if name is None else attention_implementation(model, name)
+
+
+def captured_implementation(sites: Iterable[AttentionSite]) -> str | None:
+    """The one attention implementation that graphs of `sites` work with; None where any does."""
+    return next((site.implementation for site in sites if site.implementation), None)
 
 
 def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -108,9 +148,11 @@ def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if leaf.dim() == 4 and tuple(leaf.shape[-2:]) == (LENGTH, LENGTH):
-            return causal.expand(leaf.shape).clone()
-        if leaf.is_floating_point():
-            return torch.randn(leaf.shape, generator=generator)
+            hidden = causal.expand(leaf.shape).clone()
+            return hidden if leaf.is_floating_point() else hidden != 0
+        if leaf.is_floating_point() or leaf.is_complex():
+            dtype = torch.complex64 if leaf.is_complex() else torch.float32
+            return torch.randn(leaf.shape, generator=generator, dtype=dtype)
         return torch.arange(leaf.shape[-1], dtype=leaf.dtype).expand(leaf.shape).clone() if leaf.dim() else leaf.cpu()
 
     args, kwargs = pytree.tree_map(replace, (call.args, dict(call.kwargs)))
@@ -119,7 +161,8 @@ def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]
 
 def _check_against_eager(call: AttentionCall, exported: Exported) -> None:
     """Hold the graph to the module's own eager attention, on random weights: what the anchor left out shows here."""
-    module = shadow(call.module, "eager", "cpu", torch.float32, seed=0)
+    implementation = "eager" if call.cached is None else call.cached.implementation
+    module = shadow(call.module, implementation, "cpu", torch.float32, seed=0)
     graph = _assemble(module, exported.graph, exported.constants, None)
     args, kwargs = _random_inputs(call)
     with torch.no_grad():
@@ -159,14 +202,14 @@ def _assemble(module: torch.nn.Module, graph: fx.Graph, constants: Any, layer: i
     for node in copied.nodes:
         if node.op == "call_module":
             targets[node.target] = module.get_submodule(node.target)
-        elif node.op == "get_attr" and node.target in constants:
-            targets[node.target] = constants[node.target]
-            temporary.append(("", node.target))
         elif node.op == "get_attr":
             owner, _, name = node.target.rpartition(".")
             holder = module.get_submodule(owner)
-            targets[node.target] = getattr(holder, name)
-            if name in holder._non_persistent_buffers_set:
+            value = getattr(holder, name, None)
+            # A model that is about to be loaded has its tables on meta, and nobody but the source's class fills them.
+            known = value is not None and not (value.is_meta and node.target in constants)
+            targets[node.target] = value if known else constants[node.target]
+            if value is None or name in holder._non_persistent_buffers_set:
                 temporary.append((owner, name))
     result = fx.GraphModule(targets, copied, class_name=type(module).__name__)
     for owner, name in temporary:

@@ -33,10 +33,22 @@ DEFAULT_SAMPLED_TOKENS = 8_192  # of the model's own samples, which cost time to
 _CHARACTERS_PER_TOKEN = 8
 
 
+_LIMITS = (
+    *("max_position_embeddings", "max_target_positions", "max_seq_len", "max_sequence_length", "n_positions"),
+    "seq_length",
+)
+
+
 def position_limit(model: PreTrainedModel) -> int | None:
     """Positions that the model's configuration names, if it names any."""
     config = model.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or 0) or None
+    named = (getattr(config, name, None) for name in _LIMITS)
+    limit = next((int(value) for value in named if isinstance(value, int) and value > 0), None)
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    # A table with a row for padding starts to count after it (RoBERTa).
+    padded = [table.padding_idx for table in tables if table.num_embeddings == limit and table.padding_idx is not None]
+    words = embedding_weight(model).shape[0]
+    return limit if limit is None or limit == words or not padded else limit - padded[0] - 1
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -107,6 +107,7 @@ def where(node: fx.Node) -> str:
     files = [line for line in trace if line.startswith("File")]
     if not files:
         return f"node {node.name}"
+    files = [line for line in files if "/torch/nn/modules/" not in line] or files  # who called a layer says more
     parts = files[-1].split('"')
     return f"node {node.name} ({parts[1].rsplit('/', 1)[-1]}:{parts[2].split()[2].rstrip(',')})"
 

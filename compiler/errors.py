@@ -27,6 +27,10 @@ class VerificationError(AttneditError):
     """A rewrite broke the contract it declares, measured on real numbers."""
 
 
+class RewriteError(AttneditError):
+    """A rewrite is written wrongly; addressed to its author: what, where, expected and got, what to do."""
+
+
 class UsageError(AttneditError):
     """Wrong usage or bad input: the user can mend it."""
 

@@ -18,12 +18,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
+from transformers import Cache
 
 from attnedit.compiler.anchor import ANCHOR
-from attnedit.compiler.dataflow import where
+from attnedit.compiler.dataflow import Evaluator, where
 from attnedit.compiler.errors import CaptureError
-from attnedit.compiler.normalise import ChildCall, clean, prune, raise_children, retarget_sizes
-from attnedit.compiler.probe import BATCH, LENGTH, AttentionCall
+from attnedit.compiler.forwards import PAST
+from attnedit.compiler.normalise import ChildCall, clean, merge_duplicates, prune, raise_children, retarget_sizes
+from attnedit.compiler.probe import AttentionCall
+from attnedit.compiler.recorder import BATCH, LENGTH
+from attnedit.compiler.written_out import Past, drop_past, emit_anchor
 
 PROBE_DTYPE = torch.bfloat16
 _ROOT = "attn"
@@ -45,9 +49,9 @@ def shadow(
     Args:
         module: any attention module.
         implementation: for the copy of its configuration; the module's own is left alone.
-        device: "meta", or where random parameters are made.
+        device: "meta", or where parameters are made.
         dtype: of the floating parameters and buffers.
-        seed: for random parameters; None on meta.
+        seed: for random parameters; None for empty ones.
     """
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     memo: dict[int, Any] = {}
@@ -55,7 +59,7 @@ def shadow(
         floating = tensor.is_floating_point()
         replacement: torch.Tensor
         if generator is None:
-            replacement = torch.empty_like(tensor, device="meta", dtype=dtype if floating else tensor.dtype)
+            replacement = torch.empty_like(tensor, device=device, dtype=dtype if floating else tensor.dtype)
         elif floating and (isinstance(tensor, torch.nn.Parameter) or tensor.is_meta):
             # Variance 1/fan_in keeps activations near 1, vectors near 1 keep norms from vanishing.
             spread = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
@@ -100,6 +104,8 @@ class _Flat(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.structure.leaves]
+        if past := tuple(given):
+            leaves = [Past(*past) if isinstance(leaf, Cache) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.structure.spec)
         output = self.attn(*args, **kwargs)
         values, spec = pytree.tree_flatten(output)
@@ -107,20 +113,22 @@ class _Flat(torch.nn.Module):
         return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def _as_meta(leaf: Any) -> Any:
+def _empty(leaf: Any, device: str) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     dtype = PROBE_DTYPE if leaf.is_floating_point() else leaf.dtype
     # Contiguous and distinct: a view of another argument would become a guard on its base.
-    return torch.empty(leaf.shape, dtype=dtype, device="meta")
+    return torch.empty(leaf.shape, dtype=dtype, device=device)
 
 
 def bind(call: AttentionCall) -> inspect.BoundArguments:
-    """The probe's arguments by parameter name, without defaults."""
-    return inspect.signature(call.module.forward).bind(*call.args, **call.kwargs)
+    """The arguments of the call that is exported by parameter name, without defaults."""
+    given = call if call.cached is None else call.cached
+    return inspect.signature(call.module.forward).bind(*given.args, **given.kwargs)
 
 
-def _record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]]:
+def record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]]:
+    """Note every call of a child module from now on; returns the calls so far, and hooks to remove."""
     calls: list[ChildCall] = []
     counts: dict[str, int] = {}
     handles = []
@@ -149,14 +157,20 @@ def export_attention(call: AttentionCall) -> Exported:
     Raises:
         CaptureError: torch.export could not trace the module, or the graph holds something that is no plain op.
     """
-    copied = shadow(call.module, ANCHOR, "meta", PROBE_DTYPE)
-    leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
-    leaves = [_as_meta(leaf) for leaf in leaves]
+    cached = call.cached
+    # Constants that a module makes on the way have values on a real device only; nothing is computed there.
+    implementation, device = (ANCHOR, "meta") if cached is None else (cached.implementation, "cpu")
+    copied = shadow(call.module, implementation, device, PROBE_DTYPE)
+    given = (call.args, call.kwargs) if cached is None else (cached.args, cached.kwargs)
+    leaves, spec = pytree.tree_flatten((given[0], dict(given[1])))
+    leaves = [_empty(leaf, device) for leaf in leaves]
     structure = _Structure(leaves, spec)
     flat = _Flat(copied, structure).eval()
     inputs = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    children, handles = _record_children(copied)
-    dynamic = (tuple(_dynamic(tensor) for tensor in inputs),)
+    if cached is not None:
+        inputs += (_empty(cached.keys, device), _empty(cached.values, device))
+    children, handles = record_children(copied)
+    dynamic = (tuple(_dynamic(tensor, cached is not None) for tensor in inputs),)
     try:
         program = export_program(flat, inputs, dynamic)
     finally:
@@ -182,14 +196,19 @@ def export_program(
     return program
 
 
-def _dynamic(tensor: torch.Tensor) -> dict[int, Any]:
+def _dynamic(tensor: torch.Tensor, written_out: bool) -> dict[int, Any]:
     # Batch, and whatever is as long as the sequence; feature dims stay numbers.
-    lengths = {size for size in tensor.shape if size in (BATCH, LENGTH)}
-    return {
-        dim: torch.export.Dim.AUTO
+    lengths = {size for size in tensor.shape if size in (BATCH, LENGTH, PAST, PAST + LENGTH)}
+    dims = [
+        dim
         for dim, size in enumerate(tensor.shape)
         if size in lengths and dim < max(tensor.dim() - 1, 2 if tensor.dim() < 4 else 4)
-    }
+    ]
+    if written_out and tensor.dim() and tensor.shape[0] % BATCH == 0:
+        dims.append(0)  # batch and heads in one
+    if written_out and tensor.dim() and tensor.shape[-1] == PAST + LENGTH:
+        dims.append(tensor.dim() - 1)
+    return {dim: torch.export.Dim.AUTO for dim in dims}
 
 
 def _assemble(
@@ -202,6 +221,7 @@ def _assemble(
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     users = _source_signature(graph, call)
+    arguments: list[fx.Node] = []
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name in targets:
@@ -217,6 +237,8 @@ def _assemble(
                 new = next(users)
             new.meta.update(node.meta)
             values[node] = new
+            if node.name not in targets and node.name not in lifted:
+                arguments.append(new)
         elif node.op == "output":
             graph.output(_output(structure, [values[n] for n in node.args[0]]))
         elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -224,8 +246,14 @@ def _assemble(
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
     clean(graph)
+    if call.cached is not None:
+        emit_anchor(graph, Evaluator(call.module, constants))
+        *arguments, keys, values_ = arguments
+        drop_past(graph, [keys, values_], _attended(arguments, structure))
     retarget_sizes(graph)
-    raise_children(graph, children, call.module, _ROOT)
+    if call.cached is not None:
+        merge_duplicates(graph)
+    raise_children(graph, children, _ROOT)
     prune(graph)
     graph.lint()
     return Exported(graph, constants)
@@ -264,14 +292,26 @@ def _source_signature(graph: fx.Graph, call: AttentionCall) -> Any:
                 made[at] = graph.call_function(operator.getitem, (node, keys[-1]))
             node = made[at]
         by_identity.setdefault(id(leaf), []).append(node)
-    originals = pytree.tree_leaves((call.args, dict(call.kwargs)))
-    return iter(
-        [
-            (by_identity[id(leaf)].pop(0) if len(by_identity[id(leaf)]) > 1 else by_identity[id(leaf)][0])
-            for leaf in originals
-            if isinstance(leaf, torch.Tensor)
-        ]
-    )
+    given = call if call.cached is None else call.cached
+    originals = pytree.tree_leaves((given.args, dict(given.kwargs)))
+    nodes = [
+        (by_identity[id(leaf)].pop(0) if len(by_identity[id(leaf)]) > 1 else by_identity[id(leaf)][0])
+        for leaf in originals
+        if isinstance(leaf, torch.Tensor)
+    ]
+    if call.cached is not None:
+        nodes += [graph.placeholder(f"_past_{name}") for name in ("keys", "values")]
+    return iter(nodes)
+
+
+def _attended(arguments: list[fx.Node], structure: _Structure) -> tuple[fx.Node, int] | None:
+    """An argument that is as long as what is attended to, new and cached tokens, and its dim."""
+    tensors = [leaf for leaf in structure.leaves if isinstance(leaf, torch.Tensor)]
+    for node, tensor in zip(arguments, tensors, strict=True):
+        for dim in reversed(range(tensor.dim())):
+            if tensor.shape[dim] == PAST + LENGTH:
+                return node, dim
+    return None
 
 
 def _step(entry: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,10 @@ from attnedit.compiler.sites import NormKind, Projection, Rope
 _EXACT = 1e-9
 
 
+class NoOutputProjectionError(CaptureError):
+    """The output projection is not in the module that runs attention."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """The facts that all sites of a kind share; meanings as in `AttentionSite`."""
@@ -48,7 +53,9 @@ class Facts:
     window: int | None
     sinks: str | None
     mask: str | None
+    bias: bool
     rope: Rope | None
+    unread_rope: str | None
     q_proj: Projection | None
     k_proj: Projection | None
     v_proj: Projection | None
@@ -69,11 +76,35 @@ class _Path:
     affine: bool
 
 
-class FactReader:
-    """Reads one graph; the graph may gain a pair of transposes where rope runs before heads move to dim 1."""
+@dataclass(frozen=True)
+class _Positions:
+    """Query and key before their rotary embedding, what it is, its constant factor; or why it cannot be read."""
 
-    def __init__(self, graph: fx.Graph, module: torch.nn.Module, constants: Mapping[str, torch.Tensor]) -> None:
+    query: fx.Node
+    key: fx.Node
+    rope: Rope | None
+    scale: float
+    unread: str | None
+
+
+class FactReader:
+    """Reads one graph; the graph may gain nodes that put pre-rope tensors and angles into their usual layout.
+
+    `written_out`: the module writes its attention out, so lengths of new and attended tokens are apart in its graph.
+    `angles_known`: some module of the model computes cosines and sines.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        module: torch.nn.Module,
+        constants: Mapping[str, torch.Tensor],
+        written_out: bool = False,
+        angles_known: bool = True,
+    ) -> None:
         self.graph = graph
+        self.angles_known = angles_known
+        self.written_out = written_out
         self.module = module
         self.evaluator = Evaluator(module, constants)
         found = anchors(graph)
@@ -96,21 +127,13 @@ class FactReader:
     def read(self) -> Facts:
         """All facts, or CaptureError naming the node where one cannot be read."""
         mla = self._already_mla()
-        query, key = self.q, self.k
-        rope, extra = None, 1.0
-        if not mla:
-            query, key = self._before_rope(self.q), self._before_rope(self.k)
-            if (query is self.q) != (key is self.k):
-                raise CaptureError(f"{where(self.anchor)}: only one of query and key depends on positions")
-            if key is not self.k:
-                turned = [
-                    measure(self.evaluator, self.input, node, after) for node, after in ((query, self.q), (key, self.k))
-                ]
-                rope = combine(turned[0], turned[1], self.anchor)
-                extra = turned[0].scale * turned[1].scale
+        positions = _Positions(self.q, self.k, None, 1.0, None) if mla else self._positions()
+        query, key = positions.query, positions.key
         hidden = self._region_input(query, key)
         unread = _Path(None, None, False)
-        q, k, v = (unread if mla else self._path(node, hidden) for node in (query, key, self.v))
+        known = not mla and positions.unread is None
+        q, k = (self._path(node, hidden) if known else unread for node in (query, key))
+        v = unread if mla else self._path(self.v, hidden)
         output = self._output_projection()
         _, heads, _, head_dim = self.q.meta["val"].shape
         groups, v_head_dim = self.v.meta["val"].shape[1], self.v.meta["val"].shape[3]
@@ -118,8 +141,11 @@ class FactReader:
         mask, scale, softcap, sinks, window = settings
         if sinks is not None and not (isinstance(sinks, fx.Node) and sinks.op == "get_attr"):
             raise CaptureError(f"{where(self.anchor)}: its sinks are computed ({sinks}); expected a parameter")
-        if isinstance(mask, fx.Node) and not self._passed_through(mask):
+        bias = isinstance(mask, fx.Node) and not self._passed_through(mask)
+        if bias and (not self.written_out or self.input in sources(mask)):
             raise CaptureError(f"{where(mask)}: its attention mask is computed inside the attention module")
+        if isinstance(mask, fx.Node) and mask.meta["val"].dim() == 4:
+            bias = bias or mask.meta["val"].shape[1] == heads  # the model has added biases to the mask
         return Facts(
             hidden=hidden.name,
             query=query.name,
@@ -131,12 +157,14 @@ class FactReader:
             num_key_value_heads=int(groups),
             head_dim=int(head_dim),
             v_head_dim=int(v_head_dim),
-            scale=scale * extra,
+            scale=scale * positions.scale,
             softcap=softcap if softcap is None else float(softcap),
             window=window if window is None else int(window),
             sinks=None if sinks is None else str(sinks.target),
             mask=mask.name if isinstance(mask, fx.Node) else None,
-            rope=rope,
+            bias=bias,
+            rope=positions.rope,
+            unread_rope=positions.unread,
             q_proj=q.projection,
             k_proj=k.projection,
             v_proj=v.projection,
@@ -147,6 +175,26 @@ class FactReader:
             linear_kv=k.affine and v.affine,
             already_mla=mla,
         )
+
+    def _positions(self) -> _Positions:
+        """Where the rotary embedding starts; where it cannot be read, query and key are the anchor's inputs."""
+        try:
+            query, key = self._before_rope(self.q), self._before_rope(self.k)
+            if (query is self.q) != (key is self.k):
+                raise CaptureError(f"{where(self.anchor)}: only one of query and key depends on positions")
+            if key is self.k:
+                return _Positions(query, key, None, 1.0, None)
+            turned = [
+                measure(self.evaluator, self.input, node, after) for node, after in ((query, self.q), (key, self.k))
+            ]
+            rope = combine(turned[0], turned[1], self.anchor)
+            given = [n for n in sources(turned[0].cos) if n.meta["val"].is_floating_point()]
+            if given and not self.angles_known:
+                raise CaptureError(f"{where(self.anchor)}: {given[0].name}, its angles, is no module's own output")
+        except CaptureError as error:
+            return _Positions(self.q, self.k, None, 1.0, str(error))
+        rope = dataclasses.replace(rope, cos=self._table(rope.cos), sin=self._table(rope.sin))
+        return _Positions(query, key, rope, turned[0].scale * turned[1].scale, None)
 
     def _passed_through(self, mask: fx.Node) -> bool:
         """The mask is an argument of the module, at most sliced."""
@@ -184,9 +232,20 @@ class FactReader:
         if sources(node) == [self.input]:
             return node
         for candidate in dominators(self.flow, self.input, node):
-            if is_tensor(candidate) and sources(candidate) == [self.input]:
+            # A cast belongs to what comes after it: queries and keys are in the model's dtype.
+            cast = candidate.target in (aten.to.dtype, aten.type_as.default)
+            if is_tensor(candidate) and not cast and sources(candidate) == [self.input]:
                 return self._heads_first(candidate, node)
         raise CaptureError(f"{where(node)}: no node before its rotary embedding depends on the hidden states alone")
+
+    def _table(self, name: str) -> str:
+        """The node of cos or sin as [B or 1, T, columns]; where it has a dim for heads, that one is taken out."""
+        node = next(n for n in self.graph.nodes if n.name == name)
+        shape = node.meta["val"].shape
+        single = [dim for dim in (1, 2) if isinstance(shape[dim], int) and shape[dim] == 1] if len(shape) == 4 else []
+        if not single:
+            return name
+        return self._through(node, aten.squeeze.dim, aten.unsqueeze.default, (single[-1],)).name
 
     def _heads_first(self, candidate: fx.Node, node: fx.Node) -> fx.Node:
         """`candidate` as [B, heads, T, d]; where heads come after T, transposes are put around it."""
@@ -199,16 +258,20 @@ class FactReader:
                 f"{where(candidate)}: before its rotary embedding {node.name} has shape {list(shape)}; "
                 f"expected [batch, {expected[0]}, length, {expected[1]}]"
             )
-        users = list(candidate.users)
-        with self.graph.inserting_after(candidate):
-            moved = self.graph.call_function(aten.transpose.int, (candidate, 1, 2))
+        return self._through(candidate, aten.transpose.int, aten.transpose.int, (1, 2))
+
+    def _through(self, node: fx.Node, forth: Any, back: Any, arguments: tuple[int, ...]) -> fx.Node:
+        """Another layout of `node` that everything after it now comes from, by way of the opposite change of layout."""
+        users = list(node.users)
+        with self.graph.inserting_after(node):
+            moved = self.graph.call_function(forth, (node, *arguments))
         with self.graph.inserting_after(moved):
-            back = self.graph.call_function(aten.transpose.int, (moved, 1, 2))
-        for new, value in ((moved, candidate.meta["val"].transpose(1, 2)), (back, candidate.meta["val"])):
-            new.meta.update(candidate.meta)
+            original = self.graph.call_function(back, (moved, *arguments))
+        for new, value in ((moved, forth(node.meta["val"], *arguments)), (original, node.meta["val"])):
+            new.meta.update(node.meta)
             new.meta["val"] = value
         for user in users:
-            user.replace_input_with(candidate, back)
+            user.replace_input_with(node, original)
         self.flow = digraph(self.graph)
         return moved
 
@@ -217,7 +280,10 @@ class FactReader:
         chain = dominators(self.flow, self.input, self.v)
         common = set(dominators(self.flow, self.input, query)) & set(dominators(self.flow, self.input, key))
         start = next((i for i, n in enumerate(chain) if self._linear(n) is not None), -1)
-        return next(n for n in chain[start + 1 :] if n in common and is_tensor(n))
+        found = next((n for n in chain[start + 1 :] if n in common and is_tensor(n)), None)
+        if found is None:
+            raise CaptureError(f"{where(self.anchor)}: queries, keys and values do not come from one input")
+        return found
 
     def _path(self, node: fx.Node, hidden: fx.Node) -> _Path:
         chain = dominators(self.flow, hidden, node)
@@ -292,7 +358,7 @@ class FactReader:
         for node in dominators(self.flow.reverse(copy=False), output, self.anchor)[1:]:
             if self._linear(node) is not None:
                 return node
-        raise CaptureError(f"{where(self.anchor)}: no linear module takes all of its output")
+        raise NoOutputProjectionError(f"{where(self.anchor)}: no linear module takes all of its output")
 
     def _output_gate(self, output: fx.Node) -> bool:
         """Something between anchor and output projection brings in values that bypass the anchor."""

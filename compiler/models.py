@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import pickle
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from attnedit.compiler.gguf_reading import shared_gguf_reader
 from attnedit.compiler.processes import processes
 from attnedit.compiler.source_checks import (
     check_config,
-    check_holds_weights,
     check_tokenizer,
+    check_weight_files,
     check_weights,
     needs_own_code,
     quantization_method,
@@ -53,6 +54,9 @@ READING_ERRORS = (
     ImportError,
     AssertionError,
     EOFError,
+    ArithmeticError,
+    MemoryError,
+    pickle.UnpicklingError,
     struct.error,
     SafetensorError,
     StrictDataclassError,
@@ -102,6 +106,7 @@ def load_source(
     dtype: torch.dtype | str = torch.float32,
     device: str = "auto",
     dequantize: bool = False,
+    allow_pickle: bool = False,
 ) -> Source:
     """Load a model and its tokenizer, and check that both can be worked on.
 
@@ -111,6 +116,7 @@ def load_source(
         dtype: of the weights; ``"auto"`` keeps the checkpoint's own.
         device: a torch device, or ``"auto"``: CUDA where there is one.
         dequantize: accept an already quantised checkpoint and unpack it. A ``.gguf`` is always unpacked.
+        allow_pickle: read weights saved as pickles (``.bin``) where there are no safetensors; tensors only, no code.
 
     Raises:
         UsageError: nothing there, damaged, or not a model attnedit converts.
@@ -120,9 +126,11 @@ def load_source(
     config = _read_config(location, revision)
     check_config(config, location.name, dequantize=dequantize)
     if location.directory is not None and location.gguf is None:
-        check_holds_weights(Path(location.path), location.name)
+        check_weight_files(Path(location.path), location.name, allow_pickle=allow_pickle)
     # The configuration is handed on everywhere: parsing the header of a GGUF takes seconds each time.
     arguments = location.arguments(revision) | {"config": config}
+    if not allow_pickle and location.gguf is None:
+        arguments["use_safetensors"] = True
     if location.gguf is not None:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     elif quantization_method(config) is not None:

@@ -53,6 +53,18 @@ def clean(graph: fx.Graph) -> None:
     prune(graph)
 
 
+def merge_duplicates(graph: fx.Graph) -> None:
+    """Let one node stand for all that compute the same from the same."""
+    known: dict[tuple[Any, str, str], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
 def prune(graph: fx.Graph) -> None:
     """Remove nodes nothing uses; every op of an exported inference graph is free of side effects."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
@@ -90,7 +102,7 @@ def retarget_sizes(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is aten.sym_size.int and node.args[0] is not hidden:
+        if isinstance(node.meta.get("val"), torch.SymInt) and node.args[0] is not hidden:
             size = node.meta.get("val")
             for dim, own in enumerate(value.shape[:2]):
                 if isinstance(own, torch.SymInt) and isinstance(size, torch.SymInt) and own.node.expr == size.node.expr:
@@ -102,10 +114,10 @@ def retarget_sizes(graph: fx.Graph) -> None:
                     graph.erase_node(node)
                     break
         elif node.target is aten._to_copy.default:
-            _cast(graph, node, hidden)
+            follow_dtype(graph, node, hidden)
 
 
-def _cast(graph: fx.Graph, node: fx.Node, hidden: fx.Node) -> None:
+def follow_dtype(graph: fx.Graph, node: fx.Node, hidden: fx.Node) -> None:
     """`_to_copy` with only a dtype becomes `to`; a cast back to the dtype of the hidden states becomes `type_as`."""
     dtype = node.kwargs.get("dtype")
     source = node.args[0]
@@ -121,50 +133,60 @@ def _cast(graph: fx.Graph, node: fx.Node, hidden: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _outermost_child(node: fx.Node, root: str) -> tuple[str, int] | None:
-    """FQN and call number of the outermost child module `node` was traced in; None for the module's own ops."""
+def _children(node: fx.Node, root: str) -> list[tuple[str, int]]:
+    """FQN and call number of the child modules `node` was traced in, outermost first; none for the module's own ops."""
     stack = node.meta.get("nn_module_stack") or {}
+    found = []
     for path, _ in stack.values():
         if path.startswith(f"{root}."):
             name, _, number = path.removeprefix(f"{root}.").partition("@")
-            return name, int(number or 0)
-    return None
+            found.append((name, int(number) if number.isdecimal() else 0))
+    return found
 
 
-def raise_children(graph: fx.Graph, calls: list[ChildCall], module: torch.nn.Module, root: str) -> None:
+def raise_children(graph: fx.Graph, calls: list[ChildCall], root: str) -> None:
     """Replace the ops of each child call by a `call_module` of that child.
 
-    A child is raised where it took one tensor and returned one; another stays inline.
+    A child is raised where it took one tensor and returned one, and runs no attention; of another, its own children
+    are.
     """
     known = {(call.name, call.number): call for call in calls}
-    regions: dict[tuple[str, int], list[fx.Node]] = {}
-    for node in graph.nodes:
-        child = _outermost_child(node, root) if node.op == "call_function" else None
-        if child is not None and not isinstance(node.meta.get("val"), torch.SymInt):
-            regions.setdefault(child, []).append(node)
-    for key, nodes in regions.items():
-        call = known.get(key)
-        if call is None or sum(leaf is ChildCall.TENSOR for leaf in call.leaves) != 1:
-            continue
-        inside = set(nodes)
-        outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-        inputs = list(
-            dict.fromkeys(
-                i for n in nodes for i in value_inputs(n) if i not in inside and is_tensor(i) and i.op != "get_attr"
-            )
+    inside = {node: _children(node, root) for node in graph.nodes if node.op == "call_function"}
+    inside = {n: path for n, path in inside.items() if path and not isinstance(n.meta.get("val"), torch.SymInt)}
+    for depth in range(max((len(path) for path in inside.values()), default=0)):
+        regions: dict[tuple[str, int], list[fx.Node]] = {}
+        for node, path in inside.items():
+            if depth < len(path):
+                regions.setdefault(path[depth], []).append(node)
+        for key, nodes in regions.items():
+            call = known.get(key)
+            if call is not None and _raise(graph, call, nodes):
+                for node in nodes:
+                    del inside[node]
+
+
+def _raise(graph: fx.Graph, call: ChildCall, nodes: list[fx.Node]) -> bool:
+    """Replace the nodes of one child call, if that can be."""
+    if sum(leaf is ChildCall.TENSOR for leaf in call.leaves) != 1 or set(anchors(graph)) & set(nodes):
+        return False
+    inside = set(nodes)
+    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    inputs = list(
+        dict.fromkeys(
+            i for n in nodes for i in value_inputs(n) if i not in inside and is_tensor(i) and i.op != "get_attr"
         )
-        if len(outputs) != 1 or not is_tensor(outputs[0]):
-            continue
-        if len(inputs) != 1:
-            continue
-        args, kwargs = pytree.tree_unflatten(
-            [inputs[0] if leaf is ChildCall.TENSOR else leaf for leaf in call.leaves], call.spec
-        )
-        output = outputs[0]
-        with graph.inserting_before(output):
-            raised = graph.create_node("call_module", key[0], args, kwargs, name=key[0].replace(".", "_"))
-        raised.meta.update(output.meta)
-        output.replace_all_uses_with(raised)
-        for node in reversed(nodes):
-            if not node.users:
-                graph.erase_node(node)
+    )
+    if len(outputs) != 1 or not is_tensor(outputs[0]) or len(inputs) != 1:
+        return False
+    args, kwargs = pytree.tree_unflatten(
+        [inputs[0] if leaf is ChildCall.TENSOR else leaf for leaf in call.leaves], call.spec
+    )
+    output = outputs[0]
+    with graph.inserting_before(output):
+        raised = graph.create_node("call_module", call.name, args, kwargs, name=call.name.replace(".", "_"))
+    raised.meta.update(output.meta)
+    output.replace_all_uses_with(raised)
+    for node in reversed(nodes):
+        if not node.users:
+            graph.erase_node(node)
+    return True

@@ -5,38 +5,34 @@ The forward runs without cache or gradient on B=2, T=11; it works on meta models
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hashlib
-import inspect
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnedit.compiler.anchor import (
-    PROBE,
-    InterfaceCall,
     MaskWindow,
-    attention_implementation,
-    experts_implementation,
     listening,
     mask_window,
+    recording_windows,
 )
 from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.forwards import CachedCall, bound, cached_calls, probe_inputs, probing
+from attnedit.compiler.recorder import Attention, Frame, Produced, Recorder
 from attnedit.compiler.sites import RotarySource
-
-BATCH, LENGTH = 2, 11  # two primes that no head count, group count or number of experts is likely to be at once
-
-_SOFTMAX = ("_softmax", "softmax", "_safe_softmax")
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention module as the probe saw it."""
+    """One attention module as the probe saw it.
+
+    `cached` is None where it calls the attention interface, `layer` (the cache slot) where it names none. `outer` is
+    the module around it, which may hold the output projection.
+    """
 
     name: str
     module: torch.nn.Module
@@ -45,105 +41,9 @@ class AttentionCall:
     mask: MaskWindow | None
     signature: str
     rotary: RotarySource | None
-
-
-@dataclass
-class _Frame:
-    name: str
-    module: torch.nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    trace: list[str]
-
-
-@dataclass
-class _Produced:
-    """A tensor some module returned: which module, at which place of its output, called with what."""
-
-    tensor: torch.Tensor
-    name: str
-    index: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Recorder(TorchDispatchMode):
-    """Keeps the stack of running modules, the aten ops of each, and every softmax outside the interface."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names = {id(module): name for name, module in model.named_modules()}
-        self.stack: list[_Frame] = []
-        self.calls: list[tuple[_Frame, InterfaceCall]] = []
-        self.bypassing: dict[str, str] = {}
-        self.produced: dict[int, _Produced] = {}
-
-    def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.stack.append(_Frame(self.names.get(id(module), ""), module, args, kwargs, []))
-
-    def leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        frame = self.stack.pop()
-        # Only tuples: that is how rotary modules return (cos, sin).
-        if isinstance(output, tuple):
-            for index, item in enumerate(output):
-                if isinstance(item, torch.Tensor):
-                    self.produced[id(item)] = _Produced(item, frame.name, index, frame.args, frame.kwargs)
-
-    def attention(self, call: InterfaceCall) -> None:
-        frame = next((f for f in reversed(self.stack) if f.module is call.module), self.stack[-1])
-        self.calls.append((frame, call))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if name == "_local_scalar_dense" and args[0].is_meta and args[0].dtype == torch.bool:
-            return True  # models with linear attention ask whether the padding mask is all ones, and it is
-        output = func(*args, **(kwargs or {}))
-        shown = [
-            f"{tuple(a.shape)}" if isinstance(a, torch.Tensor) else repr(a)
-            for a in pytree.tree_leaves((args, kwargs or {}))
-            if isinstance(a, (torch.Tensor, int, float, bool, str, type(None), torch.dtype))
-        ]
-        for frame in self.stack:
-            frame.trace.append(f"{name}({', '.join(shown)})")
-        if self.stack and self._is_attention(name, output):
-            frame = self.stack[-1]
-            self.bypassing.setdefault(frame.name, f"{_line_of(frame.module)}, {name}")
-        return output
-
-    @staticmethod
-    def _is_attention(name: str, output: Any) -> bool:
-        if "scaled_dot_product" in name:
-            return True
-        # The softmax of a router is over experts; that of attention is over keys.
-        return name in _SOFTMAX and isinstance(output, torch.Tensor) and tuple(output.shape[-2:]) == (LENGTH, LENGTH)
-
-
-def _line_of(module: torch.nn.Module) -> str:
-    """The source line that `module.forward` is executing right now."""
-    frame = sys._getframe()
-    source = inspect.getsourcefile(type(module))
-    found = type(module).__name__
-    while frame is not None:
-        if frame.f_code.co_filename == source and frame.f_locals.get("self") is module:
-            return f"{source.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return found
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout and gradient checkpointing off inside the block; every module's `training` flag is restored."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    cached: CachedCall | None = None
+    layer: int | None = None
+    outer: AttentionCall | None = None
 
 
 def _check_model(model: torch.nn.Module) -> None:
@@ -160,19 +60,6 @@ def _check_model(model: torch.nn.Module) -> None:
         raise CaptureError(f"{kind} is multimodal; {where}: pass a causal language model built from it instead")
 
 
-def probe_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Arguments of the probe forward, on the device of the embedding; ids are valid for any vocabulary of 16 up."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device = embedding.weight.device
-    ids = torch.arange(3, 3 + LENGTH, device=device).repeat(BATCH, 1)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" in parameters:
-        # One row per sequence, so that cos and sin have the batch dimension padding gives them.
-        inputs["position_ids"] = torch.arange(LENGTH, device=device).repeat(BATCH, 1)
-    return {name: value for name, value in inputs.items() if name in parameters}
-
-
 def discover(model: torch.nn.Module) -> list[AttentionCall]:
     """Find the attention modules of a live model.
 
@@ -180,7 +67,8 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
         model: a transformers causal language model, on any device (meta too) and in any dtype; left as it was.
 
     Returns:
-        One entry per attention module, in the order they run.
+        One entry per attention module, in the order they run. Modules that attend to the keys of another one, and those
+        whose keys others attend to, are left out: neither can be replaced alone.
 
     Raises:
         UsageError: not a transformers model.
@@ -188,57 +76,95 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
             is listed with its reason).
     """
     _check_model(model)
-    recorder = _Recorder(model)
-    handles = []
-    try:
-        for module in model.modules():
-            handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(recorder.leave))
-        with (
-            torch.no_grad(),
-            evaluation_mode(model),
-            attention_implementation(model, PROBE),
-            listening(recorder.attention),
-            contextlib.ExitStack() as stack,
-        ):
-            inputs = probe_inputs(model)
-            if inputs["input_ids"].is_meta:
-                # The default, grouped_mm, has a meta kernel for bfloat16 only.
-                stack.enter_context(experts_implementation(model, "batched_mm"))
-            stack.enter_context(recorder)
+    recorder = Recorder(model)
+    with probing(model), listening(recorder.called), recording_windows() as windows:
+        inputs = probe_inputs(model)
+        with recorder.watching(model):
             model(**inputs, use_cache=False)
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    cached: dict[str, CachedCall] = {}
+    if any(found.call is None for found in recorder.attention):
+        cached = cached_calls(model)
+    shared = _sharing(recorder.attention)
+    found = [_located(attention, windows, cached) for attention in recorder.attention if attention not in shared]
+    if shared and not found:
         raise CaptureError(
-            f"{type(model).__name__}: a forward on {BATCH} x {LENGTH} tokens failed: {reason}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    _refuse_unsupported(model, recorder)
-    return _attention_calls(recorder)
-
-
-def _refuse_unsupported(model: torch.nn.Module, recorder: _Recorder) -> None:
-    modules = dict(model.named_modules())
-    problems = [
-        (
-            name,
-            f"({type(modules[name]).__name__}): its attention runs at {where} and does not go through transformers' "
-            "attention interface, so it cannot be traced",
+            f"{type(model).__name__}: all {len(shared)} attention layers share keys and values with others, so that "
+            f"none can be replaced alone"
         )
-        for name, where in recorder.bypassing.items()
-    ]
+    _refuse_unsupported(model, found)
+    return _attention_calls(recorder, found)
+
+
+def _sharing(found: list[Attention]) -> list[Attention]:
+    """Attention over keys that several modules attend to."""
+    by_key: dict[int, list[Attention]] = {}
+    for attention in found:
+        if attention.call is not None:
+            by_key.setdefault(id(attention.call.key), []).append(attention)
+    several = [group for group in by_key.values() if len({id(one.stack[-1].module) for one in group}) > 1]
+    return [attention for group in several for attention in group]
+
+
+@dataclass(frozen=True)
+class _Located:
+    """Attention and the module whose site it is."""
+
+    frame: Frame
+    mask: MaskWindow | None
+    settings: tuple[Any, ...]
+    problem: str | None
+    cached: CachedCall | None = None
+    layer: int | None = None
+    outer: _Located | None = None
+
+
+def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[str, CachedCall]) -> _Located:
+    call = attention.call
+    if call is not None:
+        problem = call.problem
+        if problem is None and call.mask is None:
+            problem = "no attention mask reaches the attention interface, so it may not be causal"
+        layer = getattr(call.module, "layer_idx", None)
+        if problem is None and "layer_idx" in attention.stack[-1].kwargs:
+            problem = "its caller says which layer it is (layer_idx), so several layers share it"
+        one = _Located(attention.stack[-1], mask_window(call.mask), call.settings, problem, layer=layer)
+        return dataclasses.replace(one, outer=_around(one, attention.stack, None))
+    frame = next((frame for frame in reversed(attention.stack) if frame.name in cached), None)
+    if frame is None:
+        return _Located(
+            attention.stack[-1],
+            None,
+            (),
+            f"its attention runs at {attention.place} and does not go through transformers' attention interface, and "
+            f"no module around it is given a cache, so it cannot be traced",
+        )
+    masks = [mask_window(leaf) for _, leaf in bound(frame) if isinstance(leaf, torch.Tensor)]
+    given = {mask for mask in masks if mask is not None} or set(windows)
+    problem = "it is given several masks" if len(given) > 1 else None
+    one = _Located(
+        frame, next(iter(given), None), ("written out",), problem, cached[frame.name], cached[frame.name].layer
+    )
+    return dataclasses.replace(one, outer=_around(one, attention.stack, cached))
+
+
+def _around(one: _Located, stack: list[Frame], cached: Mapping[str, CachedCall] | None) -> _Located | None:
+    index = next(i for i, frame in enumerate(stack) if frame is one.frame)
+    if index == 0 or (cached is not None and stack[index - 1].name not in cached):
+        return None
+    frame = stack[index - 1]
+    return dataclasses.replace(one, frame=frame, cached=None if cached is None else cached[frame.name])
+
+
+def _refuse_unsupported(model: torch.nn.Module, found: list[_Located]) -> None:
+    problems = []
     seen: set[int] = set()
-    for frame, call in recorder.calls:
-        reason = call.problem
-        if reason is None and id(frame.module) in seen:
-            reason = "it calls the attention interface more than once"
-        if reason is None and call.mask is None:
-            reason = "no attention mask reaches the attention interface, so it may not be causal"
+    for one in found:
+        reason = one.problem
+        if reason is None and id(one.frame.module) in seen:
+            reason = "it runs attention more than once"
         if reason is not None:
-            problems.append((frame.name, f"({type(frame.module).__name__}): {reason}"))
-        seen.add(id(frame.module))
+            problems.append((one.frame.name, f"({type(one.frame.module).__name__}): {reason}"))
+        seen.add(id(one.frame.module))
     if problems and hasattr(model.config, "attnedit"):
         names = ", ".join(name for name, _ in problems)
         raise CaptureError(
@@ -247,7 +173,7 @@ def _refuse_unsupported(model: torch.nn.Module, recorder: _Recorder) -> None:
         )
     if problems:
         raise CaptureError(f"{type(model).__name__}: {by_reason(problems)}")
-    if not recorder.calls:
+    if not found:
         raise CaptureError(
             f"{type(model).__name__}: no attention site; no module runs softmax attention, so there is nothing to "
             f"convert: give a model with attention"
@@ -266,23 +192,21 @@ def by_reason(problems: list[tuple[str, str]]) -> str:
     return "; ".join(f"{', '.join(names)} {reason}" for reason, names in grouped.items())
 
 
-def _attention_calls(recorder: _Recorder) -> list[AttentionCall]:
-    identities = _shared_identities([frame for frame, _ in recorder.calls])
+def _attention_calls(recorder: Recorder, located: list[_Located]) -> list[AttentionCall]:
+    outer = [one.outer for one in located if one.outer is not None]
+    around = _attention_calls(recorder, outer) if len(outer) == len(located) else [None] * len(located)
+    identities = _shared_identities([one.frame for one in located])
     found = []
-    for (frame, call), identity in zip(recorder.calls, identities, strict=True):
+    for one, identity, wider in zip(located, identities, around, strict=True):
+        frame = one.frame
         rotary = _rotary_source(recorder, frame)
-        signature = _signature(frame, call, identity, rotary)
-        window = mask_window(call.mask)
-        found.append(AttentionCall(frame.name, frame.module, frame.args, frame.kwargs, window, signature, rotary))
+        signature = _signature(one, identity, rotary)
+        call = AttentionCall(frame.name, frame.module, frame.args, frame.kwargs, one.mask, signature, rotary)
+        found.append(dataclasses.replace(call, cached=one.cached, layer=one.layer, outer=wider))
     return found
 
 
-def _bound(frame: _Frame) -> list[tuple[str, Any]]:
-    leaves, _ = pytree.tree_flatten_with_path((frame.args, frame.kwargs))
-    return [(pytree.keystr(path), leaf) for path, leaf in leaves]
-
-
-def _shared_identities(frames: list[_Frame]) -> list[dict[str, int]]:
+def _shared_identities(frames: list[Frame]) -> list[dict[str, int]]:
     """Which tensor object each argument is, numbered by first appearance, where layers share them at all.
 
     Hidden states differ in every layer and say nothing; masks and cos/sin tell sliding from full layers.
@@ -291,7 +215,7 @@ def _shared_identities(frames: list[_Frame]) -> list[dict[str, int]]:
     rows: list[dict[str, int]] = []
     for frame in frames:
         row = {}
-        for path, leaf in _bound(frame):
+        for path, leaf in bound(frame):
             if isinstance(leaf, torch.Tensor):
                 numbers = seen.setdefault(path, {})
                 row[path] = numbers.setdefault(id(leaf), len(numbers))
@@ -310,19 +234,27 @@ def _scalars(module: torch.nn.Module) -> list[tuple[str, str]]:
     )
 
 
-def _signature(frame: _Frame, call: InterfaceCall, identity: dict[str, int], rotary: RotarySource | None) -> str:
+def _signature(one: _Located, identity: dict[str, int], rotary: RotarySource | None) -> str:
     """Equal only where two modules run the same ops on the same shapes with the same settings and shared inputs."""
+    frame = one.frame
     module = frame.module
+    persistent = set(module.state_dict(keep_vars=True))
     parts: list[Any] = [
         [(name, type(child).__qualname__, _scalars(child)) for name, child in module.named_modules()],
         [(name, tuple(t.shape), str(t.dtype)) for name, t in module.state_dict(keep_vars=True).items()],
         [
             (path, (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, torch.Tensor) else repr(leaf))
-            for path, leaf in _bound(frame)
+            for path, leaf in bound(frame)
         ],
         sorted(identity.items()),
-        call.settings,
-        mask_window(call.mask),
+        # Buffers that are no weights are constants of the layer: windows of its own, tables of angles.
+        [
+            (name, tuple(buffer.shape), None if buffer.is_meta else float(buffer.double().sum()))
+            for name, buffer in module.named_buffers()
+            if name not in persistent
+        ],
+        one.settings,
+        one.mask,
         rotary and (rotary.module, rotary.outputs, repr(rotary.args), repr(sorted(rotary.kwargs.items()))),
         # layer_idx may steer the forward through the configuration; the ops that ran show it.
         frame.trace,
@@ -330,14 +262,14 @@ def _signature(frame: _Frame, call: InterfaceCall, identity: dict[str, int], rot
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _rotary_source(recorder: _Recorder, frame: _Frame) -> RotarySource | None:
+def _rotary_source(recorder: Recorder, frame: Frame) -> RotarySource | None:
     """The module that made the (cos, sin) pair this attention module was called with."""
     produced = [
         recorder.produced[id(leaf)]
-        for _, leaf in _bound(frame)
+        for _, leaf in bound(frame)
         if isinstance(leaf, torch.Tensor) and id(leaf) in recorder.produced and leaf.dim() in (3, 4)
     ]
-    by_call: dict[tuple[str, int], list[_Produced]] = {}
+    by_call: dict[tuple[str, int], list[Produced]] = {}
     for item in produced:
         by_call.setdefault((item.name, id(item.args)), []).append(item)
     for items in by_call.values():

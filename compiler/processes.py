@@ -1,6 +1,7 @@
 """Several processes with a device each, as `accelerate launch` starts them; one process is the usual case.
 
-Every process holds the whole model and learns from its share of each batch; gradients and losses are summed.
+Every process learns from its share of each batch; gradients and losses are summed. Each holds the whole model, or with
+``accelerate launch --use_fsdp --fsdp_version 2`` its part of every weight.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from attnedit.compiler.errors import UsageError
 
 PATIENCE = timedelta(hours=24)
 """How long the others wait while the main process works alone."""
@@ -26,15 +30,20 @@ class Processes:
     Attributes:
         count: how many.
         rank: which one this is.
+        sharded: whether each is to hold a part of every weight in place of the whole model.
     """
 
     def __init__(self) -> None:
         self._state: PartialState | None = None
-        self.count, self.rank = 1, 0
+        self.count, self.rank, self.sharded = 1, 0, False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # accelerate joins processes on CPUs only when told that there is nothing else.
             self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
             self.count, self.rank = self._state.num_processes, self._state.process_index
+            # accelerate tells those it launches what was asked for in these variables.
+            self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+            if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+                raise UsageError("sharded training is built on FSDP2; launch with --use_fsdp --fsdp_version 2")
 
     @property
     def main(self) -> bool:
@@ -51,10 +60,15 @@ class Processes:
         return rows[self.rank :: self.count]
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over the processes, in place; a parameter without gradient here counts as zero."""
+        """Sum gradients over the processes, in place; a parameter without gradient here counts as zero.
+
+        Those of parameters in parts have been summed when they were put in parts.
+        """
         if self.count == 1:
             return
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)

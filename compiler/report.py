@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnedit.compiler.evaluate import KVUsage
+from attnedit.compiler.graph_svg import GraphSketch
 
 
 class LayerReport(BaseModel):
@@ -24,7 +25,8 @@ class LayerReport(BaseModel):
     Attributes:
         layer: cache slot.
         name: fully qualified name of the attention module.
-        kind: what it became (``"mla"``, ``"gateswa"``), or ``"source"`` where it was left as it is.
+        kind: what it became (``"mla"``, ``"gateswa"``, or the names of the rewrites that it went through), or
+            ``"source"`` where it was left as it is.
         kv_lora_rank: latent size; None where there is none.
         qk_rope_head_dim: rotary values in the cache; None where there is no latent.
         sliding_window: tokens a query sees, of a layer that got a window.
@@ -69,6 +71,32 @@ class Verification(BaseModel):
     tolerance: float | None = None
 
 
+class RuleReport(BaseModel):
+    """What one rewrite, or one pass of our own, did.
+
+    Attributes:
+        name: of the rewrite.
+        place: file and line of its pattern; empty for a pass of our own.
+        contract: what it promises.
+        matched: places where it could apply.
+        rewritten: of those, how many it changed.
+        rejected: of the others, how many by reason.
+        nearest_miss: where nothing matched: the place that came closest, and what differs there.
+        seconds: spent on matching, rewriting, fitting and verifying.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    place: str = ""
+    contract: str
+    matched: int
+    rewritten: int
+    rejected: dict[str, int] = Field(default_factory=dict)
+    nearest_miss: str | None = None
+    seconds: float
+
+
 class StageReport(BaseModel):
     """One stage of training.
 
@@ -93,6 +121,39 @@ class StageReport(BaseModel):
     skipped: int = 0
 
 
+class KVCurve(BaseModel):
+    """Memory of the cache of one sequence, by the cost model.
+
+    Attributes:
+        lengths: tokens of context, ascending.
+        before: bytes of the source's cache at each.
+        after: of the result's.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    lengths: list[int]
+    before: list[float]
+    after: list[float]
+
+
+class SiteGraphs(BaseModel):
+    """The graph of an attention module before and after, of all layers that are alike.
+
+    Attributes:
+        kind: what the attention became.
+        layers: those that have these graphs, but for their sizes.
+        before, after: of the first of them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    layers: list[int]
+    before: GraphSketch
+    after: GraphSketch
+
+
 class Report(BaseModel):
     """Everything a compilation has to say about itself.
 
@@ -102,6 +163,7 @@ class Report(BaseModel):
         sites_matched: attention sites found.
         sites_rewritten: of those, how many were replaced.
         layers: one row per site.
+        rules: what each rewrite did, in order.
         verification: contracts checked, with their errors.
         kv_budget_asked: as given; None where none was.
         kv_budget_achieved: cached values per token and layer of the result, as a fraction of the source's.
@@ -118,6 +180,8 @@ class Report(BaseModel):
         recipe: what was asked for, with choices that were measured; see `attnedit.recipe.Recipe`.
         notes: what the user should know.
         license: of the source, as its model card says; None if not known.
+        kv_curve: memory of the cache against the length of the context; None in reports of earlier versions.
+        graphs: before and after, of each kind of attention module.
     """
 
     source: str
@@ -125,6 +189,7 @@ class Report(BaseModel):
     sites_matched: int
     sites_rewritten: int
     layers: list[LayerReport]
+    rules: list[RuleReport] = Field(default_factory=list)
     verification: list[Verification] = Field(default_factory=list)
     kv_budget_asked: float | None = None
     kv_budget_achieved: float
@@ -141,14 +206,22 @@ class Report(BaseModel):
     recipe: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     license: str | None = None
+    kv_curve: KVCurve | None = None
+    graphs: list[SiteGraphs] = Field(default_factory=list)
 
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite become null."""
         return self.model_dump_json()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain Python values."""
-        return self.model_dump(mode="json")
+        """The same as plain Python values, without the graphs."""
+        return self.model_dump(mode="json", exclude={"graphs"})
+
+    def to_html(self) -> str:
+        """One HTML page that needs no other file: figures, plots per layer, memory, and the graphs as drawings."""
+        from attnedit.compiler.report_html import report_html  # imports matplotlib's and jinja's machinery
+
+        return report_html(self)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -168,11 +241,8 @@ class Report(BaseModel):
             console.print(self)
         return captured.get().rstrip()
 
-    def _table(self) -> Table:
-        table = Table(title=f"{self.source} to {self.target}: {self.sites_rewritten} of {self.sites_matched} sites")
-        table.add_column("layer", justify="right")
-        table.add_column("attention")
-        table.add_column("becomes")
+    def columns(self) -> dict[str, list[str]]:
+        """Figures per layer as text, by heading; those that say nothing are left out."""
         columns: dict[str, list[str]] = {
             "rank": [_number(row.kv_lora_rank) for row in self.layers],
             "rotary": [_number(row.qk_rope_head_dim) for row in self.layers],
@@ -184,7 +254,16 @@ class Report(BaseModel):
             "output error": ["-" if row.output_error is None else f"{row.output_error:.2e}" for row in self.layers],
         }
         unused = {"window", "loss"} if self.full_layers is None else {"rank", "rotary", "energy kept", "loss"}
-        shown = {name: cells for name, cells in columns.items() if name not in unused or set(cells) - {"-"}}
+        if not any(row.kv_lora_rank for row in self.layers):
+            unused |= {"rank", "rotary", "energy kept"}
+        return {name: cells for name, cells in columns.items() if name not in unused or set(cells) - {"-"}}
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self.source} to {self.target}: {self.sites_rewritten} of {self.sites_matched} sites")
+        table.add_column("layer", justify="right")
+        table.add_column("attention")
+        table.add_column("becomes")
+        shown = self.columns()
         for heading in shown:
             table.add_column(heading, justify="right")
         for index, row in enumerate(self.layers):
@@ -208,6 +287,12 @@ class Report(BaseModel):
         if self.perplexity:
             found = ", ".join(f"{when} {value:.2f}" for when, value in self.perplexity.items())
             lines.append(f"perplexity {found} on held-out windows")
+        for rule in self.rules:
+            place = f" ({rule.place})" if rule.place else ""
+            counts = f"{rule.matched} matched, {rule.rewritten} rewritten"
+            rejected = "".join(f", {count} rejected: {reason}" for reason, count in rule.rejected.items())
+            missed = f", nearest miss: {rule.nearest_miss}" if rule.nearest_miss else ""
+            lines.append(f"rule       {rule.name}{place}: {counts} in {rule.seconds:.1f} s{rejected}{missed}")
         for check in self.verification:
             error = "" if check.error is None else f", error {check.error:.1e}"
             allowed = "" if check.tolerance is None else f" (allowed {check.tolerance:.1e})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,43 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope | R
     return result
 
 
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """`rotate` for code that is traced: slices where they do, no index tensors, nothing in place.
+
+    Args:
+        x: [B, heads, T, d].
+        cos: [B or 1, T, columns].
+        sin: like `cos`.
+        rope: which dims turn, by which columns.
+
+    >>> rope = Rope(((0, 1),), (0,), (0,), "cos", "sin", "half")
+    >>> x = torch.tensor([1.0, 2.0, 5.0]).view(1, 1, 1, 3)
+    >>> rotated(x, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), rope).flatten().tolist()
+    [-2.0, 1.0, 5.0]
+    """
+    real, imaginary = ([pair[part] for pair in rope.pairs] for part in (0, 1))
+    still = [dim for dim in range(x.shape[-1]) if dim not in {*real, *imaginary}]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = pick(x, real), pick(x, imaginary)
+    new_first = first * pick(cos, rope.columns) - second * pick(sin, rope.columns)
+    new_second = second * pick(cos, rope.imaginary_columns) + first * pick(sin, rope.imaginary_columns)
+    if rope.style == "interleaved":
+        turned = torch.stack((new_first, new_second), dim=-1).flatten(-2)
+        return torch.cat((turned, pick(x, still)), dim=-1) if still else turned
+    joined = torch.cat((new_first, new_second, *([pick(x, still)] if still else [])), dim=-1)
+    order = [*real, *imaginary, *still]
+    return pick(joined, [order.index(dim) for dim in range(x.shape[-1])])
+
+
+def pick(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """The given entries of the last dim: a slice where they are evenly spaced."""
+    step = dims[1] - dims[0] if len(dims) > 1 else 1
+    if step > 0 and list(dims) == list(range(dims[0], dims[0] + step * len(dims), step)):
+        whole = len(dims) == x.shape[-1]
+        return x if whole else x[..., dims[0] : dims[-1] + 1 : step]
+    return torch.stack([x[..., dim] for dim in dims], dim=-1)
+
+
 def combine(query: Rotation, key: Rotation, anchor: fx.Node) -> Rope:
     """The rope of a site, given that queries and keys turn alike; CaptureError where they do not."""
     for fact in ("pairs", "columns", "imaginary_columns", "permutation", "cos", "sin"):
@@ -197,19 +235,10 @@ def combine(query: Rotation, key: Rotation, anchor: fx.Node) -> Rope:
 
 
 def _live_rotary(model: torch.nn.Module, site: AttentionSite) -> torch.nn.Module:
-    if site.rotary is None:
-        raise CaptureError(f"{site.name}: no module of the model computes the cos and sin of its rotary embedding")
+    assert site.rotary is not None
     module = model.get_submodule(site.rotary.module)
     if any(t.is_meta for t in [*module.parameters(), *module.buffers()]):
-        # Its buffers follow from the configuration alone.
-        try:
-            with torch.device("cpu"):
-                return type(module)(module.config).eval()
-        except (TypeError, AttributeError) as error:
-            raise CaptureError(
-                f"{site.rotary.module} ({type(module).__name__}) is on the meta device and cannot be rebuilt from its "
-                "configuration; build the model with its buffers on CPU (init_empty_weights(include_buffers=False))"
-            ) from error
+        return _rebuilt(module, site.rotary.module)
     # A copy: rotary embeddings that depend on length update their own buffers when called.
     return copy.deepcopy(module).to("cpu").eval()
 
@@ -220,10 +249,11 @@ def live_angles(
     """The cosines and sines of the live model's rotary source at `positions` [T], each float64 [T, columns].
 
     Raises:
-        CaptureError: no module computes them, or it cannot be run on its own.
+        CaptureError: nothing computes them, or it cannot be run on its own.
     """
+    if site.rotary is None:
+        return _own_angles(model, site, positions)
     module = _live_rotary(model, site)
-    assert site.rotary is not None
     tensors = {"hidden": torch.zeros(1, len(positions), 1), "positions": positions[None].to(torch.long)}
 
     def fill(leaf: Any) -> Any:
@@ -234,6 +264,38 @@ def live_angles(
         output = module(*args, **kwargs)
     first, second = (output[i].double().reshape(len(positions), -1) for i in site.rotary.outputs)
     return first, second
+
+
+def _own_angles(
+    model: torch.nn.Module, site: AttentionSite, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles that the attention module looks up itself, given positions."""
+    assert site.rope is not None
+    module = model.get_submodule(site.name)
+    nodes = [site.node(site.rope.cos), site.node(site.rope.sin)]
+    given = {n for node in nodes for n in sources(node)}
+    if any(n.op == "placeholder" and n.meta["val"].is_floating_point() for n in given) or len(given) != 1:
+        raise CaptureError(f"{site.name}: no module of the model computes the cos and sin of its rotary embedding")
+    if any(buffer.is_meta for buffer in module.buffers()):
+        module = _rebuilt(module, site.name)
+    place: dict[fx.Node, Any] = {n: positions[None].to(torch.long) for n in given}
+    hidden = site.node(site.hidden)
+    place.setdefault(hidden, torch.zeros(1, len(positions), int(hidden.meta["val"].shape[-1])))
+    found = Evaluator(module, site.constants).run(nodes, place)
+    first, second = (table.double().reshape(len(positions), -1) for table in found)
+    return first, second
+
+
+def _rebuilt(module: torch.nn.Module, name: str) -> torch.nn.Module:
+    """A module on meta made again with values in its buffers, which follow from the configuration alone."""
+    try:
+        with torch.device("cpu"):
+            return type(module)(module.config).eval()
+    except (TypeError, AttributeError) as error:
+        raise CaptureError(
+            f"{name} ({type(module).__name__}) is on the meta device and cannot be rebuilt from its "
+            "configuration; build the model with its buffers on CPU (init_empty_weights(include_buffers=False))"
+        ) from error
 
 
 def rope_angles(model: torch.nn.Module, site: AttentionSite) -> tuple[torch.Tensor, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import os
@@ -19,13 +20,15 @@ from attnedit.compiler.source_checks import embedding_weight
 #: Sequences sampled side by side: a decoding step of a small model costs little more for 32 than for 1.
 _BATCH = 32
 #: The most on an accelerator with room for their cache.
-_LARGE_BATCH = 512
+_LARGE_BATCH = 2048
 
 SAMPLE_LENGTH = 512
 """Longer windows are packed from samples of about this length: decoding takes a step per token, however many side by
 side."""
-MOST_TOKENS = 1 << 20
+MOST_TOKENS = 1 << 21
 """Of own samples for training; later epochs see them again."""
+CHUNK = 512
+"""Windows that are sampled and kept together: who was stopped, or asks for more, samples only what is missing."""
 
 
 @torch.inference_mode()
@@ -67,6 +70,7 @@ def sample_windows(
     generator = torch.Generator(device).manual_seed(seed)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     size = _batch_size(model, length)
+    sampled = _half(model) if device.type == "cuda" else model
     total, done, rows = length * -(-count // size), 0, []
     for start in range(0, count, size):
         tokens = torch.full((min(size, count - start), 1), _first_token(model, tokenizer), device=device)
@@ -75,8 +79,7 @@ def sample_windows(
         for position in range(length - 1):
             report("sample calibration text", done, total)
             call = {**keep, **position_ids(model, tokens, position)}
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                logits = model(tokens, past_key_values=cache, use_cache=True, **call).logits[:, -1].float()
+            logits = sampled(tokens, past_key_values=cache, use_cache=True, **call).logits[:, -1].float()
             if not bool(torch.isfinite(logits.sum())):
                 raise UsageError("the model's logits are not finite, so it cannot be sampled; give calibration text")
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -102,26 +105,59 @@ def own_windows(
 ) -> torch.Tensor:
     """`sample_windows` for training: at most `MOST_TOKENS`, kept on disk, by model and seed, for the next time.
 
+    Samples of `SAMPLE_LENGTH` or less are packed into longer windows.
+
     Returns:
         int64 [N, L] on the CPU, N at most `count`.
     """
     count = max(1, min(count, MOST_TOKENS // length))
-    pieces = -(-length // SAMPLE_LENGTH)
-    size = -(-length // pieces)
-    key = hashlib.sha256(f"{_fingerprint(model)} {count} {length} {seed}".encode()).hexdigest()[:32]
-    file = _cache_directory() / f"{key}.safetensors"
-    if file.exists():
-        return load_file(file)["windows"].to(torch.int64)
-    samples = sample_windows(
-        model, tokenizer, count=count * pieces, length=size, seed=seed, varied=True, progress=progress
-    )
-    windows = samples.view(count, pieces * size)[:, :length].contiguous()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+    whose = _fingerprint(model)
+    starts = range(0, count, CHUNK)
+    parts = []
+    for index, first in enumerate(starts):
+        size = min(CHUNK, count - first)
+        key = hashlib.sha256(f"{whose} {size} {length} {seed} {index}".encode()).hexdigest()[:32]
+        file = _cache_directory() / f"{key}.safetensors"
+        if file.exists():
+            windows = load_file(file)["windows"]
+        else:
+            # Far from the seeds of other runs, so that no two of them sample the same text.
+            windows = _packed(model, tokenizer, size, length, (seed << 20) + index, _part(progress, index, len(starts)))
+            _keep(windows, file)
+        parts.append(windows.to(torch.int64))
+    return torch.cat(parts)
+
+
+def _part(progress: Progress | None, index: int, parts: int) -> Progress:
+    """Progress of one of several equal parts, told as progress of the whole."""
+    report = progress or silent
+    return lambda name, done, total: report(name, index * total + done, parts * total)
+
+
+def _keep(windows: torch.Tensor, file: Path) -> None:
+    """Write windows into the cache; one that cannot be written costs time, nothing else."""
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         save_file({"windows": windows.to(torch.int32)}, part)
         os.replace(part, file)
-    return windows
+
+
+def _packed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    count: int,
+    length: int,
+    seed: int,
+    progress: Progress | None,
+) -> torch.Tensor:
+    """Windows [N, L] of samples one after the other."""
+    pieces = -(-length // SAMPLE_LENGTH)
+    size = -(-length // pieces)
+    samples = sample_windows(
+        model, tokenizer, count=count * pieces, length=size, seed=seed, varied=True, progress=progress
+    )
+    return samples.view(count, pieces * size)[:, :length].contiguous()
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
@@ -150,6 +186,14 @@ def position_ids(model: PreTrainedModel, ids: torch.Tensor, start: int) -> dict[
     return {"position_ids": positions.expand(ids.shape)}
 
 
+def _half(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in bfloat16, where casting float32 weights anew at every token would take most of the time."""
+    if embedding_weight(model).dtype != torch.float32:
+        return model
+    half: PreTrainedModel = copy.deepcopy(model).to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps it
+    return half
+
+
 def _batch_size(model: PreTrainedModel, length: int) -> int:
     """Sequences side by side: as many as a quarter of an accelerator's free memory holds the caches of."""
     weight = embedding_weight(model)
@@ -158,7 +202,9 @@ def _batch_size(model: PreTrainedModel, length: int) -> int:
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * head_dim * length * min(2, weight.element_size())  # bytes: autocast
+    cache = (
+        2 * config.num_hidden_layers * heads * head_dim * length * min(2, weight.element_size())
+    )  # bytes, in bfloat16
     free, _ = torch.cuda.mem_get_info(weight.device)
     # Growing a cache makes a copy of a layer's, logits are in float32: a quarter leaves room for that.
     return max(_BATCH, min(_LARGE_BATCH, int(free // 4 // cache)))

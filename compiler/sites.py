@@ -96,15 +96,20 @@ class AttentionSite:
         softcap: logits are capped, or None.
         window: HF's sliding_window (counts the token itself), or None.
         sinks: FQN of the sink logits, or None.
-        mask: node of the attention mask, or None.
+        mask: node of what is added to the logits (or says where to attend), or None.
+        bias: `mask` holds more than what may be seen: biases per head (ALiBi), or a window of the module's own.
         rope: None for a site without rotary embedding.
-        rotary: where its angles come from; None without rope or where no module computes them.
+        unread_rope: why positions reach queries and keys in a way that is no rotary embedding, or None; `query` and
+            `key` are then the anchor's inputs, so that keys are compressed as they are, positions included.
+        rotary: where its angles come from; None without rope, or where the attention module itself computes them.
         q_proj, k_proj, v_proj: None where the path from hidden starts with no linear module.
         o_proj: the output projection.
         key_norm, query_norm: what stands between projection and key or query.
         output_gate: the attention output is multiplied by something computed from hidden.
         linear_kv: key and value are affine in hidden.
         already_mla: key and value come from a shared low-rank latent.
+        implementation: where the source calls no attention interface, the implementation whose arguments the graph
+            takes (`attnedit.compiler.capture.as_captured`); None for any.
     """
 
     name: str
@@ -127,7 +132,9 @@ class AttentionSite:
     window: int | None
     sinks: str | None
     mask: str | None
+    bias: bool
     rope: Rope | None
+    unread_rope: str | None
     rotary: RotarySource | None
     q_proj: Projection | None
     k_proj: Projection | None
@@ -138,6 +145,7 @@ class AttentionSite:
     output_gate: bool
     linear_kv: bool
     already_mla: bool
+    implementation: str | None = None
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def node(self, name: str) -> fx.Node:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from pathlib import Path, PurePath
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ def check_config(config: PreTrainedConfig, name: str, *, dequantize: bool = Fals
         raise UsageError(
             f"{name} is an encoder-decoder ({config.model_type}); attnedit converts decoder-only language models"
         )
+    check_sizes(config, name)
     text = config.get_text_config(decoder=True)
     if text is not config:
         raise UsageError(
@@ -38,6 +40,23 @@ def check_config(config: PreTrainedConfig, name: str, *, dequantize: bool = Fals
             f"{name} is already quantised ({method}); give the unquantised model, or --dequantize "
             f"(dequantize=True) to work on the dequantised weights"
         )
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+_MOST_LAYERS = 10_000
+
+
+def check_sizes(config: PreTrainedConfig, name: str) -> None:
+    """Refuse sizes that no model has, before anything is built from them.
+
+    Raises:
+        UsageError: with the field's name.
+    """
+    for field in _SIZES:
+        value = vars(config).get(field)
+        most = _MOST_LAYERS if field == "num_hidden_layers" else 2**31
+        if isinstance(value, int | float) and not 1 <= value <= most:
+            raise UsageError(f"the configuration of {name} has {field} {value}; it must be from 1 to {most}")
 
 
 def quantization_method(config: PreTrainedConfig) -> str | None:
@@ -69,6 +88,8 @@ def _check_architecture(config: PreTrainedConfig, name: str) -> None:
     base = MODEL_MAPPING_NAMES.get(config.model_type, ())
     allowed = names | ({base} if isinstance(base, str) else set(base))
     declared = getattr(config, "architectures", None) or []
+    if not isinstance(declared, list) or not all(isinstance(kind, str) for kind in declared):
+        raise UsageError(f"the configuration of {name} has architectures {declared!r}; it must be a list of names")
     if declared and not allowed & set(declared):
         raise UsageError(
             f"{name} holds {', '.join(declared)}, not a causal language model ({', '.join(sorted(names))}); "
@@ -82,21 +103,52 @@ def _check_architecture(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def check_holds_weights(path: Path, name: str) -> None:
-    """Refuse a configuration alone.
+def check_weight_files(path: Path, name: str, *, allow_pickle: bool = False) -> None:
+    """Refuse a directory whose weights are missing, pickled without ``allow_pickle``, or listed outside of it.
 
     Raises:
-        UsageError: a file, or a directory without weights.
+        UsageError: a file, a directory without weights, or one whose index names anything but files in it.
     """
     if path.is_file():
         raise UsageError(
             f"{name} is a configuration, which only inspect can work with; give the directory of the whole model"
         )
-    if not any(next(path.glob(f"*.{suffix}"), None) for suffix in ("safetensors", "bin", "index.json")):
+    index = path / "model.safetensors.index.json"
+    if index.exists() and not (path / "model.safetensors").exists():
+        _check_index(index, name, ".safetensors")
+    if next(path.glob("*.safetensors"), None):
+        return
+    pickled = next(path.glob("*.bin"), None)
+    if pickled is None:
         raise UsageError(
             f"cannot read the weights of {name}: it holds no model.safetensors; give the directory of the whole model "
             f"(inspect alone works without weights)"
         )
+    if not allow_pickle:
+        raise UsageError(
+            f"{name} holds its weights as pickles ({pickled.name}), which attnedit does not read unasked; save it as "
+            f"safetensors, or give --allow-pickle (allow_pickle=True) if you trust it"
+        )
+    index = path / "pytorch_model.bin.index.json"
+    if index.exists():
+        _check_index(index, name, ".bin")
+
+
+def _check_index(index: Path, name: str, suffix: str) -> None:
+    """Refuse an index of shards that names anything but plain files beside it."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = [shard for shard in shards if PurePath(shard).name == shard and "\\" not in shard]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{index.name} of {name} is damaged; fetch it again") from error
+    for shard in shards:
+        if shard not in plain or not shard.endswith(suffix):
+            raise UsageError(
+                f"{index.name} of {name} names {shard!r} as a shard, which is no {suffix} file beside it; get an "
+                f"intact checkpoint from a source you trust"
+            )
+        if not (index.parent / shard).is_file():
+            raise UsageError(f"{index.name} of {name} names {shard}, which is not there; fetch it again")
 
 
 def check_weights(model: PreTrainedModel, name: str) -> None:

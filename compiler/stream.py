@@ -82,10 +82,10 @@ class Stream:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, *, exact: bool = True) -> None:
         device = embedding_weight(model).device
-        fast = not exact and device.type == "cpu" and fast_bfloat16()
         self._model, self._layers = model, layers
-        self._context = torch.autocast("cpu", torch.bfloat16, enabled=fast)
         self._batches = _enter(model, layers, windows)
+        fast = not exact and device.type == "cpu" and fast_bfloat16()
+        self._probe = _enter(model, layers, windows[:1, :2])[0] if fast else None
 
     @property
     def hidden(self) -> Tensor:
@@ -102,19 +102,33 @@ class Stream:
 
     def advance(self, index: int) -> None:
         """Go through layer `index`, the next one."""
+        context = self._context(index)
         for batch in self._batches:
-            with torch.no_grad(), self._context:
+            with torch.no_grad(), context:
                 _advance(self._layers[index], index, batch)
 
     @contextmanager
     def inputs(self, index: int, attention: str) -> Iterator[Iterator[AttentionInputs]]:
         """Go through layer `index`, the next one, and give what its attention module is called with, by batch."""
         module = self._model.get_submodule(attention)
-        found = _inputs(self._layers[index], index, module, self._batches, self._context)
+        found = _inputs(self._layers[index], index, module, self._batches, self._context(index))
         with torch.no_grad():
             yield found
             for _ in found:  # a reader that stopped early must not stop the hidden states
                 pass
+
+    @torch.no_grad()
+    def _context(self, index: int) -> torch.autocast:
+        """Autocast where it is wanted and works: some mixtures of experts add up outputs in the dtype they came in."""
+        works = self._probe is not None
+        if self._probe is not None:
+            args, kwargs = self._probe.calls[index]
+            try:
+                with torch.autocast("cpu", torch.bfloat16):
+                    self._layers[index](self._probe.hidden, *args, **kwargs)
+            except RuntimeError:
+                works = False
+        return torch.autocast("cpu", torch.bfloat16, enabled=works)
 
 
 @torch.no_grad()

@@ -65,7 +65,12 @@ class LayerSample:
         scale, softcap: of the logits.
         sinks: sink logit per head [H], or None.
         window: tokens a query sees, itself included, or None for all.
+        bias: what the source adds to the logits of each head beyond causality (ALiBi, a window of its own),
+            [H or 1, Q, T], or None.
         fixed_output: o_proj must stay as it is, since a gate stands between attention and o_proj.
+        hidden: what queries, keys and values are computed from [N, T, D], or None where nothing asks for it.
+        teacher: the sample whose attention is to be met, where queries, keys and values here stand in for its own;
+            None where they are its own.
     """
 
     query: Tensor
@@ -80,7 +85,10 @@ class LayerSample:
     softcap: float | None = None
     sinks: Tensor | None = None
     window: int | None = None
+    bias: Tensor | None = None
     fixed_output: bool = False
+    hidden: Tensor | None = None
+    teacher: LayerSample | None = None
 
     @property
     def groups(self) -> int:
@@ -133,7 +141,13 @@ class LayerSample:
         rest = torch.arange(queries - first, device=self.query.device)
         rest = first + ((rest + 0.5) * (count - first) / max(len(rest), 1)).long()
         keep = torch.cat([torch.arange(first, device=rest.device), rest])
-        return dataclasses.replace(self, query=self.query[:, :, keep], positions=self.positions[keep])
+        return dataclasses.replace(
+            self,
+            query=self.query[:, :, keep],
+            positions=self.positions[keep],
+            bias=None if self.bias is None else self.bias[:, keep],
+            teacher=None if self.teacher is None else self.teacher.thinned(queries),
+        )
 
     def teacher_logits(self, chunk: Chunk) -> Tensor:
         """The source's scaled logits before softcap and mask [N', H, Q', T']."""
@@ -144,9 +158,11 @@ class LayerSample:
         return (grouped @ key.transpose(-1, -2)).view(n, h, q, -1)
 
     def masked(self, logits: Tensor, chunk: Chunk) -> Tensor:
-        """Logits [N', H, Q', T'] after softcap, -inf where a query does not see a key."""
+        """Logits [N', H, Q', T'] after softcap and bias, -inf where a query does not see a key."""
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.bias is not None:
+            logits = logits + self.bias[:, chunk.queries, chunk.keys]
         return logits.masked_fill(~self.visible(chunk), -torch.inf)
 
     def normalised(self, logits: Tensor) -> Tensor:
@@ -191,6 +207,8 @@ class LayerSample:
 
     @cached_property
     def _teacher(self) -> tuple[Tensor, Tensor]:
+        if self.teacher is not None:
+            return self.teacher._teacher
         mass = torch.zeros(self.key.shape[0], self.key.shape[2], device=self.key.device)
         seen = torch.zeros(self.key.shape[2], device=self.key.device)
         target = mass.new_empty(len(mass), len(self.positions), self.output_weight.shape[1])

@@ -27,7 +27,12 @@ def part_of(model: nn.Module, site: AttentionSite, names: tuple[str, ...]) -> fx
 
 
 def take_sample(
-    model: nn.Module, site: AttentionSite, inputs: Iterator[AttentionInputs], queries: int, seed: int
+    model: nn.Module,
+    site: AttentionSite,
+    inputs: Iterator[AttentionInputs],
+    queries: int,
+    seed: int,
+    hidden: bool = False,
 ) -> LayerSample:
     """Run the site's own queries, keys and values on the calibration stream.
 
@@ -37,18 +42,27 @@ def take_sample(
         inputs: batches of the attention module's arguments.
         queries: sampled queries per sequence, all positions where there are fewer; the same in all sequences.
         seed: of the sampled positions.
+        hidden: whether to keep the hidden states.
     """
-    names = (site.query, site.key, site.value)
+    names = (site.query, site.key, site.value, site.hidden)
     rope = site.rope
     graph = part_of(model, site, names + ((rope.cos, rope.sin) if rope else ()))
+    biased = part_of(model, site, (site.mask,)) if site.bias and site.mask else None
+    bias: Tensor | None = None
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    states: list[Tensor] = []
     tables: tuple[Tensor, Tensor] | None = None
     positions = torch.zeros(0)
     for batch in inputs:
-        query, key, value, *angles = graph(*batch.args, **batch.kwargs)
+        query, key, value, before, *angles = graph(*batch.args, **batch.kwargs)
         if not parts:
             positions = _positions(query.shape[2], queries, seed + site.layer_idx).to(query.device)
         parts.append((query[:, :, positions].float(), key.float(), value.float()))
+        states += [before.float()] if hidden else []
+        if biased is not None and bias is None:
+            # Windows have no padding, so that it is the same for all.
+            bias = biased(*batch.args, **batch.kwargs)[0][0, :, positions].float()
+            bias = bias - bias.amax(-1, keepdim=True)
         if angles and tables is None:
             cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
             tables = cos, sin
@@ -68,7 +82,9 @@ def take_sample(
         softcap=site.softcap,
         window=site.window,
         sinks=sinks,
+        bias=bias,
         fixed_output=site.output_gate,
+        hidden=torch.cat(states) if hidden else None,
     )
 
 

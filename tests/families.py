@@ -31,8 +31,9 @@ class Family:
         gate: the attention output is gated.
         kinds: how many distinct attention graphs the layers have.
         attention_layers: how many layers run softmax attention.
-        interface: attention goes through transformers' attention interface.
+        interface: attention goes through transformers' attention interface; else it is written out.
         mla: it has latent attention already.
+        unread: positions reach queries and keys in a way that is no rotary embedding.
     """
 
     model_type: str
@@ -50,6 +51,7 @@ class Family:
     attention_layers: int = 2
     interface: bool = True
     mla: bool = False
+    unread: bool = False
 
 
 _MHA = {"heads": (4, 4)}
@@ -115,13 +117,56 @@ FAMILIES: dict[str, Family] = {
         qk_norm="per_head",
         kinds=2,
     ),
+    # norms after the rotary embedding
+    "hunyuan_v1_dense": Family("hunyuan_v1_dense", {"head_dim": 8}, rotary_dims=(0, 0), unread=True),
+    # the output projection is in the module around
+    "bert": Family("bert", {"is_decoder": True}, rotary_dims=(0, 0), bias=True, **_MHA),  # type: ignore[arg-type]
     "gpt2": Family("gpt2", {"n_layer": 2}, rotary_dims=(0, 0), bias=True, fused=True, **_MHA),  # type: ignore[arg-type]
     "gpt_neox": Family("gpt_neox", {"rotary_pct": 0.5}, rotary_dims=(4, 4), bias=True, fused=True, **_MHA),  # type: ignore[arg-type]
-    "gptj": Family("gptj", {"rotary_dim": 4, "n_layer": 2}, interface=False, **_MHA),  # type: ignore[arg-type]
-    "falcon": Family("falcon", interface=False),
+    "gptj": Family(
+        "gptj",
+        {"rotary_dim": 4, "n_layer": 2},
+        rotary_dims=(4, 4),
+        interleaved=True,
+        interface=False,
+        **_MHA,  # type: ignore[arg-type]
+    ),
+    "falcon": Family("falcon", heads=(4, 1), fused=True, interface=False),
+    "falcon_alibi": Family(
+        "falcon",
+        {"alibi": True, "multi_query": False, "bias": True},
+        rotary_dims=(0, 0),
+        bias=True,
+        fused=True,
+        interface=False,
+        **_MHA,  # type: ignore[arg-type]
+    ),
     "opt": Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, rotary_dims=(0, 0), bias=True, **_MHA),  # type: ignore[arg-type]
-    "bloom": Family("bloom", {"n_layer": 2}, interface=False, **_MHA),  # type: ignore[arg-type]
-    "mpt": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, interface=False, **_MHA),  # type: ignore[arg-type]
+    "bloom": Family(
+        "bloom",
+        {"n_layer": 2},
+        rotary_dims=(0, 0),
+        bias=True,
+        fused=True,
+        interface=False,
+        **_MHA,  # type: ignore[arg-type]
+    ),
+    "mpt": Family(
+        "mpt",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+        rotary_dims=(0, 0),
+        fused=True,
+        interface=False,
+        **_MHA,  # type: ignore[arg-type]
+    ),
+    "gpt_neo": Family(
+        "gpt_neo",
+        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 4},
+        rotary_dims=(0, 0),
+        kinds=2,
+        interface=False,
+        **_MHA,  # type: ignore[arg-type]
+    ),
     "gpt_oss": Family(
         "gpt_oss",
         {
@@ -178,8 +223,14 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-SUPPORTED = [name for name, family in FAMILIES.items() if family.interface]
-UNSUPPORTED = [name for name, family in FAMILIES.items() if not family.interface]
+REFUSED: dict[str, Family] = {
+    # no cache that could become smaller
+    "openai-gpt": Family("openai-gpt", {"n_positions": 128}, **_MHA),  # type: ignore[arg-type]
+    # the difference of two attentions
+    "diffllama": Family("diffllama"),
+}
+
+SUPPORTED, UNSUPPORTED = list(FAMILIES), list(REFUSED)
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -197,7 +248,7 @@ _COMMON: dict[str, Any] = {
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A fresh tiny model of a family, in evaluation mode, with weights large enough that attention matters."""
-    family = FAMILIES[name]
+    family = (FAMILIES | REFUSED)[name]
     config = CONFIG_MAPPING[family.model_type](**{**_COMMON, **family.options, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -57,11 +57,14 @@ def shared_rewrite(family: str, which: str = "all") -> PreTrainedModel:
 
 
 class Masked(nn.Module):
-    """The same function over whole sequences, masked from the definition; knows the padding, looks at no mask."""
+    """The same function over whole sequences, masked from the definition; knows the padding.
 
-    def __init__(self, source: GateSWA, real: Tensor) -> None:
+    It looks at no mask, except where the source adds biases of its own to it.
+    """
+
+    def __init__(self, source: GateSWA, real: Tensor, biased: bool) -> None:
         super().__init__()
-        self.source, self.real = source, real
+        self.source, self.real, self.biased = source, real, biased
 
     def forward(
         self,
@@ -83,6 +86,8 @@ class Masked(nn.Module):
         logits = (query @ key.transpose(-1, -2)) * config.scale
         if config.softcap:
             logits = config.softcap * (logits / config.softcap).tanh()
+        if self.biased:
+            logits = logits + mask - mask.amax(-1, keepdim=True)
         weights = logits.exp() * visible[:, None]
         total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
         out = weights @ value
@@ -98,7 +103,11 @@ def masked_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     other = copy.deepcopy(model)
     for name, module in list(other.named_modules()):
         if isinstance(module, GateSWA):
-            other.set_submodule(name, Masked(module, mask.bool()))
+            graph = other.get_submodule(name.removesuffix(".gateswa")).graph
+            given = next(node for node in graph.nodes if node.target == "gateswa").args[4]
+            shape = given.meta["val"].shape
+            biased = given.op != "placeholder" or shape[1] == module.config.num_attention_heads
+            other.set_submodule(name, Masked(module, mask.bool(), biased))
     return other(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
 
 

@@ -17,6 +17,7 @@ import torch
 from commands import Captured, answer, refusal
 from compiled import MODULE, _remembered, deviation, in_pieces, logits, source, tokens
 from conftest import make_llama
+from safetensors.torch import load_file
 
 import attnedit
 from attnedit.compiler.sampling import own_windows
@@ -82,6 +83,19 @@ def test_own_samples_are_kept_for_the_next_time(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(logits(first.model, ids), logits(again.model, ids))
     compiled("llama", "mla", **{**options, "seed": 1})
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_more_samples_begin_with_those_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("attnedit.compiler.sampling.CHUNK", 4)
+    steps: list[tuple[int, int]] = []
+    few = own_windows(source("llama"), None, count=4, length=9)
+    more = own_windows(source("llama"), None, count=10, length=9, progress=lambda _, *step: steps.append(step))
+    assert torch.equal(more[:4], few)
+    assert len({tuple(row) for row in more.tolist()}) == 10
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
 
 
 def test_long_windows_are_packed_from_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -228,20 +242,31 @@ def test_killed_and_started_again(moment: str, saved_llama: Path, text_file: Pat
 
 @pytest.mark.long
 def test_two_processes_learn_what_one_does(saved_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    """Over gloo; each takes half of every batch."""
+    """Over gloo; each takes half of every batch, and holds the whole model or, with FSDP2, half of every weight."""
     command = [str(Path(sys.executable).parent / "attnedit"), "compile", str(saved_llama), "--json"]
     command += ["--calibration", str(text_file), "--calibration-tokens", "4096", "--alternations", "0"]
-    command += ["--distill-steps", "20", "--batch-size", "8", "--seq-len", "64", "--self-generated", "0.25"]
+    command += ["--fit-steps", "8", "--distill-steps", "12", "--train", "norms", "--batch-size", "8", "--seq-len", "64"]
+    command += ["--self-generated", "0.25"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATTNEDIT_CACHE": str(tmp_path)}
+    # accelerate launch --use_fsdp --fsdp_version 2 sets these for the processes that it starts.
+    in_parts = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    logs = []
-    for name, launcher in (("one", []), ("two", two)):
-        subprocess.run(
-            [*launcher, *command, "-o", str(tmp_path / name)], env=environment, capture_output=True, check=True
+    runs: dict[str, tuple[list[str], dict[str, str]]] = {"one": ([], {}), "two": (two, {}), "parts": (two, in_parts)}
+    logs = {}
+    weights = {}
+    for name, (launcher, more) in runs.items():
+        directory = tmp_path / name
+        done = subprocess.run(
+            [*launcher, *command, "-o", str(directory)], env={**environment, **more}, capture_output=True, text=True
         )
-        logs.append([json.loads(line) for line in (tmp_path / name / LOG_FILE).read_text().splitlines()])
-    one, other = logs
-    assert [entry["step"] for entry in one] == [entry["step"] for entry in other]
-    for mine, theirs in zip(one, other, strict=True):
-        assert theirs["loss"] == pytest.approx(mine["loss"], rel=0.02)  # products may be in bfloat16
-        assert theirs["norm"] == pytest.approx(mine["norm"], rel=0.05)
+        assert done.returncode == 0, done.stderr[-2000:]
+        logs[name] = [json.loads(line) for line in (directory / LOG_FILE).read_text().splitlines()]
+        weights[name] = load_file(directory / "model.safetensors")
+    for name in ("two", "parts"):
+        assert [entry["step"] for entry in logs[name]] == [entry["step"] for entry in logs["one"]]
+        for mine, theirs in zip(logs["one"], logs[name], strict=True):
+            assert theirs["loss"] == pytest.approx(mine["loss"], rel=0.02)  # products may be in bfloat16
+            assert theirs["norm"] == pytest.approx(mine["norm"], rel=0.05)
+    assert weights["parts"].keys() == weights["two"].keys()
+    for name, weight in weights["two"].items():
+        assert deviation(weights["parts"][name], weight) < 0.02, name

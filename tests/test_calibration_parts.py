@@ -106,7 +106,8 @@ def test_layer_losses_and_gradients_are_those_of_each_module_alone(family: str, 
         handle.remove()
         ((args, kwargs, wanted),) = calls
         own = {name: p for name, p in parameters.items() if name.startswith(f"{site.name}.")}
-        loss = (students[site.name](*args, **kwargs)[0] - wanted).square().sum() / wanted.square().sum()
+        wrong, power = students[site.name](*args, **kwargs)[0] - wanted, wanted.square().sum((1, 2))
+        loss = (wrong.square().sum((1, 2)) / power).mean()
         expected = torch.autograd.grad(0.5 * loss, list(own.values()), allow_unused=True)
         assert float(found[site.name]) == pytest.approx(float(loss.detach()), rel=1e-4)
         for name, gradient in zip(own, expected, strict=True):
@@ -126,8 +127,7 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(family: str, monk
         parameter.requires_grad_(False)
     own_memory(chosen)
     names = [site.name.rsplit(".", 1)[0] for site in sites_of(family)]
-    divergence, features = Distillation(student, teacher, names)(ids)
-    (divergence + 0.3 * features).backward()
+    divergence, features = Distillation(student, teacher, names).losses(ids, 1.0, 0.3)
     found = {name: p.grad.clone() for name, p in chosen.items() if p.grad is not None}
 
     hidden: dict[str, list[Tensor]] = {"teacher": [], "student": []}
@@ -329,19 +329,21 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not(stop: int, tmp_path: Path)
     assert torch.equal(third.parameter, whole.parameter)
 
 
-def test_accumulated_parts_give_the_gradient_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distillation: its loss is a mean over positions, so parts add up exactly."""
+@pytest.mark.parametrize("stage", ["fit", "distill"])
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both losses are means over windows, so parts add up exactly."""
     results: list[dict[str, Tensor]] = []
 
-    def keep_gradients(stage: Stage, *_: Any, **__: Any) -> StageState:
-        stage.learn(0)
-        results.append({name: p.grad.clone() for name, p in stage.parameters.items() if p.grad is not None})
-        return StageState("distill")
+    def keep_gradients(made: Stage, *_: Any, **__: Any) -> StageState:
+        made.learn(0)
+        results.append({name: p.grad.clone() for name, p in made.parameters.items() if p.grad is not None})
+        return StageState(stage)
 
     monkeypatch.setattr("attnedit.passes.calibration.run.run_stage", keep_gradients)
     for accumulation in (1, 3):
         student = share_copy(rewritten("llama"))
-        options = CalibrationOptions(distill_steps=2, batch_size=5, seq_len=16, accumulation=accumulation)
+        steps: dict[str, Any] = {f"{stage}_steps": 2}
+        options = CalibrationOptions(**steps, batch_size=5, seq_len=16, accumulation=accumulation)
         batches = mix([tokens(24, 16, seed=4)], [1.0], steps=2, batch_size=5, seed=0)
         calibrate(student, source("llama"), sites_of("llama"), batches, options)
     one, other = results

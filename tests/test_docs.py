@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
+import runpy
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_packaging import ROOT
 
 from attnedit.cli import main
 
-PAGES = ["README.md", "docs/user-guide.md", "docs/onnx.md", "docs/export-hf.md"]
+PAGES = [
+    "README.md",
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "user-guide", "mla", "gateswa", "onnx", "export-hf", "writing-a-rewrite")
+    ),
+]
+LONG = ["docs/ecosystem.md"]
+"""Pages that want the extra `ecosystem`."""
 HUB_NAME = "Qwen/Qwen3-0.6B"
+NAMED = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,7 +35,8 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it by its old name
+@pytest.mark.parametrize("page", [*PAGES, *(pytest.param(page, marks=pytest.mark.long) for page in LONG)])
 def test_the_code_of_a_page_runs_in_order(
     page: str,
     saved_llama: Path,
@@ -37,6 +51,13 @@ def test_the_code_of_a_page_runs_in_order(
     names: dict[str, Any] = {}
     for language, text in blocks(page):
         code = text.replace(HUB_NAME, str(saved_llama))
+        if language == "toml":
+            tomllib.loads(code)
+            continue
+        if file := NAMED.match(code):
+            (tmp_path / file[1]).write_text(code, encoding="utf-8")
+            monkeypatch.syspath_prepend(tmp_path)
+            continue
         if language == "python":
             exec(compile(code, page, "exec"), names)
             continue
@@ -58,9 +79,25 @@ def check_setup(words: list[str]) -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in [*PAGES, *LONG, "docs/method.md", "docs/benchmarks.md", "docs/architecture.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = set(re.findall(r"[\w-]+\.md", str(site["nav"])))
+    assert listed == {file.name for file in (ROOT / "docs").glob("*.md")}
+    for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE):
+        assert pkgutil.resolve_name(name) is not None
+
+
+@pytest.mark.long
+def test_the_drawings_are_those_of_today() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "figures" / "make.py"))["drawings"]()
+    for name, text in made.items():
+        stored = (ROOT / "docs" / "figures" / name).read_text(encoding="utf-8")
+        assert stored == text + "\n", f"{name}: run docs/figures/make.py"
 
 
 def test_the_readme_is_short() -> None:

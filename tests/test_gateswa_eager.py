@@ -61,8 +61,8 @@ def test_cached_equals_masked(family: str, which: str, implementation: str) -> N
             assert cache.layers[module.config.layer_idx].keys.shape[2] == WINDOW - 1
 
 
-# Linear attention takes no mask of four dimensions.
-@pytest.mark.parametrize("family", [name for name in SUPPORTED if name != "qwen3_next"])
+# Linear attention and ALiBi take no mask of four dimensions.
+@pytest.mark.parametrize("family", [n for n in SUPPORTED if n not in ("qwen3_next", "bloom", "falcon_alibi")])
 def test_same_as_the_source_under_a_window_mask(family: str) -> None:
     """The source itself, given a mask with window and sinks, is the reference."""
     model, inputs = rewrite(family, sink_tokens=2), batch()
@@ -179,7 +179,7 @@ def test_recording_is_a_whole_caches() -> None:
 # Linear layers need the configuration.
 @pytest.mark.parametrize("family", [name for name in FEW if name != "qwen3_next"])
 def test_other_caches_are_masked(family: str) -> None:
-    """A static cache keeps every token; without a configuration dynamic caches are bounded all the same."""
+    """Static caches get a ring or keep every token; without a configuration dynamic ones are bounded all the same."""
     model = rewrite(family, sink_tokens=0, gate="head", sink_logit=True, sink_value=True)
     inputs = batch()
     expected = masked_logits(model, inputs["input_ids"], inputs["attention_mask"])
@@ -189,7 +189,7 @@ def test_other_caches_are_masked(family: str) -> None:
 
 
 def test_static_caches_and_kept_sinks() -> None:
-    """Right where the cache keeps every token, refused where its own window drops the sinks."""
+    """Right in a ring, refused where the cache's own window drops the sinks."""
     inputs = batch()
     arguments = {**inputs, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     model = shared_rewrite("llama")

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
-from collections import Counter
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,54 +18,11 @@ from torch import fx, nn
 
 import attnedit
 from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.graph_text import as_text
 
 GOLDEN = Path(__file__).with_name("golden")
 # One whose keys are normalised before rope, and one whose keys are linear in the hidden states, and so folded.
 FAMILIES = ["qwen3", "llama"]
-
-
-def as_text(module: fx.GraphModule) -> str:
-    """A graph, one node a line, then the shapes of everything it holds."""
-    names = _names(module.graph)
-    lines = [_node(node, names) for node in module.graph.nodes]
-    held = [*module.named_parameters(), *module.named_buffers()]
-    shapes = [f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in held]
-    return "\n".join([f"signature of {type(module).__name__}", *lines, "", "tensors", *sorted(shapes), ""])
-
-
-def _names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Names numbered from 0 for each stem: the tracer's numbers have gaps that say nothing."""
-    seen: Counter[str] = Counter()
-    names = {}
-    for node in graph.nodes:
-        stem = re.sub(r"(_\d+)+$", "", node.name)
-        names[node] = f"%{stem}_{seen[stem]}" if seen[stem] else f"%{stem}"
-        seen[stem] += 1
-    return names
-
-
-def _node(node: fx.Node, names: dict[fx.Node, str]) -> str:
-    arguments = [_value(value, names) for value in node.args]
-    if node.op == "output":
-        return f"return {', '.join(arguments)}"
-    arguments += [f"{key}={_value(value, names)}" for key, value in node.kwargs.items()]
-    return f"{names[node]} = {node.op} {_target(node.target)}({', '.join(arguments)})"
-
-
-def _target(target: Any) -> str:
-    if isinstance(target, str | torch._ops.OpOverload):
-        return str(target)
-    return f"{target.__module__}.{target.__qualname__}".replace("_VariableFunctionsClass.", "")
-
-
-def _value(value: Any, names: dict[fx.Node, str]) -> str:
-    if isinstance(value, fx.Node):
-        return names[value]
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_value(item, names) for item in value)}]"
-    text = repr(value)
-    assert " at 0x" not in text, f"{text} is another one in every run"
-    return text
 
 
 def compare(text: str, file: Path, *, update: bool) -> None:

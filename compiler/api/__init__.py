@@ -2,8 +2,9 @@
 
 >>> import attnedit
 >>> sorted(attnedit.__all__)
-['AttneditError', 'CaptureError', 'CompileResult', 'Report', 'UsageError', 'VerificationError',
- 'calibrate', 'compile', 'compile_checkpoint', 'load']
+['AttneditError', 'CaptureError', 'CompileResult', 'Match', 'Reject', 'Report', 'Rewrite', 'RewriteError', 'Target',
+ 'UsageError', 'VerificationError', 'attention', 'cache', 'calibrate', 'close', 'compile', 'compile_checkpoint',
+ 'exact', 'learned', 'load', 'rewrite']
 """
 
 from __future__ import annotations
@@ -18,19 +19,34 @@ import attnedit.targets.runtime.eager  # noqa: F401
 from attnedit.calibrate import calibrate
 from attnedit.compile import compile
 from attnedit.compile_checkpoint import compile_checkpoint
-from attnedit.compiler.errors import AttneditError, CaptureError, UsageError, VerificationError
+from attnedit.compiler.errors import AttneditError, CaptureError, RewriteError, UsageError, VerificationError
+from attnedit.compiler.language import attention, cache
+from attnedit.compiler.pipeline import Target
 from attnedit.compiler.report import Report
+from attnedit.compiler.rewrite import Match, Reject, Rewrite, close, exact, learned
 from attnedit.result import CompileResult, load
+from attnedit.rewrite import rewrite
 
 __all__ = [
     "AttneditError",
     "CaptureError",
     "CompileResult",
+    "Match",
+    "Reject",
     "Report",
+    "Rewrite",
+    "RewriteError",
+    "Target",
     "UsageError",
     "VerificationError",
+    "attention",
+    "cache",
     "calibrate",
+    "close",
     "compile",
     "compile_checkpoint",
+    "exact",
+    "learned",
     "load",
+    "rewrite",
 ]

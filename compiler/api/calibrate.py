@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.data import context_length, position_limit, shares_of, token_windows
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.processes import processes
@@ -82,9 +83,11 @@ def calibrate(
     modes = [(module, module.training) for part in (teacher, model) for module in part.modules()]
     teacher.eval()
     model.eval()
+    implementation = contextlib.ExitStack()
     try:
         with stage("capture teacher", progress):
             sites = [site for site in capture(teacher) if site.name in names]
+            implementation.enter_context(as_captured(teacher, sites))
         # Own samples are made once, by the main process, and read from the disk by the others.
         with timed(seconds, "training data"), processes().main_first():
             batches = training_batches(calibration, tokenizer, teacher, options, seed, directory, progress)
@@ -102,6 +105,7 @@ def calibrate(
             with timed(seconds, "verify"), stage("verify", progress):
                 checks.append(same_decode(model, check_tokens(batches.held_out, model)))
     finally:
+        implementation.close()
         for module, training_mode in modes:
             module.training = training_mode
     report = result.report.model_copy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from os import PathLike
@@ -13,37 +14,46 @@ from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import token_windows
+from attnedit.compiler.drawing import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
+from attnedit.compiler.fuel import Fuel
+from attnedit.compiler.pipeline import Target
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.report import Report, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.registry import names_of
+from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
+from attnedit.figures import linear_notes, memory_curve, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers
-from attnedit.planning import DEFAULT_BUDGET, check_arguments, first_of, plan_sites, window_length
+from attnedit.planning import DEFAULT_BUDGET, TARGETS, check_arguments, first_of, plan_sites, window_length
 from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
+from attnedit.rewrite import rewrite
 from attnedit.rows import layer_rows
-from attnedit.targets.attention.kinds import KINDS, AnyConfig
-from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
+from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
+from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
+from attnedit.targets.runtime.hf.towards import check_form
 
 
 def compile(
     model: PreTrainedModel,
-    target: str = "mla",
+    target: str | Target = "mla",
     *,
     kv_budget: float | None = None,
     window: int | None = None,
     full_layers: FullLayers = None,
     gate: str | None = None,
     sinks: str | None = None,
+    profile: str | None = None,
+    kernel_dims: bool = False,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
@@ -52,6 +62,8 @@ def compile(
     device: str | torch.device | None = None,
     in_place: bool = False,
     verify: bool = True,
+    fuel: int | None = None,
+    dump_graphs: str | PathLike[str] | None = None,
     run_directory: str | PathLike[str] | None = None,
     progress: Progress | None = None,
     **training: Any,
@@ -61,7 +73,8 @@ def compile(
     Args:
         model: a transformers causal language model; not changed unless `in_place`.
         target: what attention becomes: "mla"; "gateswa", a sliding window in most layers; or "gateswa+mla", where the
-            layers without window become latent.
+            layers without window become latent. Or a `Target`, or names that other packages register, which go through
+            `attnedit.rewrite`.
         kv_budget: cached values per token, averaged over layers at the model's context length, as a fraction of the
             source's. For "mla" 0.5 unless given; at 1.0 the result computes exactly what the source does. For
             "gateswa" it says how many layers stay full, in place of `full_layers`. For "gateswa+mla" it covers both;
@@ -72,6 +85,9 @@ def compile(
         gate: GateSWA: output gate per "head", per "element" or "none", the default. It starts without effect.
         sinks: GateSWA: what stands for tokens outside the window: "none", or "logit", "value" (a value for the
             logit) and "keep:N" (the first tokens stay visible) with commas between; "keep:4" unless given.
+        profile: of a checkpoint that the result is to become (docs/export-hf.md): what its class lacks is left out
+            from the start, so that export changes nothing. For "mla" norms and biases become linear maps.
+        kernel_dims: with profile "deepseek_v3" or "youtu": the sizes of engines' kernels, in place of `kv_budget`.
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
@@ -82,6 +98,9 @@ def compile(
         device: where to work; where the model is unless told.
         in_place: rewrite `model` itself instead of a copy that shares its tensors.
         verify: hold the result to its contract on real numbers.
+        fuel: rewrite so many layers at most, to find the one that breaks something by bisecting; the environment
+            variable ATTNEDIT_FUEL unless given, else all.
+        dump_graphs: a directory for the graphs before and after, as text and SVG.
         run_directory: where training keeps its checkpoints and log. The same call with the same directory goes on
             where an earlier one stopped.
         progress: see `attnedit.compiler.progress`.
@@ -96,7 +115,10 @@ def compile(
         VerificationError: the result broke its contract.
         DivergedError: training broke down; its best state is in the run directory.
     """
-    check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    custom = target if isinstance(target, Target) else None
+    target = target.name if isinstance(target, Target) else target
+    if custom is None:
+        check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     steps = CalibrationOptions.of(**training)
     arguments: dict[str, Any] = {
         "target": target,
@@ -105,6 +127,8 @@ def compile(
         "full_layers": full_layers,
         "gate": gate,
         "sinks": sinks,
+        "profile": profile,
+        "kernel_dims": kernel_dims,
         "calibration": calibration,
         "tokenizer": tokenizer,
         "calibration_tokens": calibration_tokens,
@@ -114,6 +138,9 @@ def compile(
         "in_place": in_place,
         "verify": verify,
         "progress": progress,
+        "custom": custom,
+        "fuel": fuel,
+        "dump_graphs": dump_graphs,
     }
     if not steps.steps:
         return _with_recipe(_one_shot(model, **arguments), arguments, training)
@@ -162,6 +189,8 @@ def _one_shot(
     full_layers: FullLayers,
     gate: str | None,
     sinks: str | None,
+    profile: str | None,
+    kernel_dims: bool,
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration_tokens: int | None,
@@ -171,9 +200,17 @@ def _one_shot(
     in_place: bool,
     verify: bool,
     progress: Progress | None,
+    custom: Target | None,
+    fuel: int | None,
+    dump_graphs: str | PathLike[str] | None,
 ) -> CompileResult:
     """`compile` without training."""
-    windowing = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    if custom is not None or names_of(target, TARGETS):
+        own = {"calibration": calibration, "tokenizer": tokenizer, "calibration_tokens": calibration_tokens}
+        own |= {"seed": seed, "device": device, "verify": verify, "progress": progress}
+        return rewrite(model, custom or target, fuel=fuel, dump_graphs=dump_graphs, **own)
+    limit, dump = Fuel(fuel), Dump(dump_graphs)
+    windowing, form = check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     options = FitOptions.of(alternations)
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     if rewritten := getattr(model.config, "attnedit", None):
@@ -187,10 +224,12 @@ def _one_shot(
     seconds: dict[str, float] = {}
     modes = {part: module.training for part, module in model.named_modules()}
     model.eval()
+    implementation = contextlib.ExitStack()
     try:
         with timed(seconds, "capture"), stage("capture", progress):
             sites = capture(model)
-            plan = plan_sites(sites, kv_usage(model), target, windowing, kv_budget, full_layers)
+            implementation.enter_context(as_captured(model, sites))
+            plan = plan_sites(model, sites, kv_usage(model), target, windowing, kv_budget, full_layers, form)
             # Which layers are latent need not be known yet to refuse a budget that cannot be met.
             shapes = plan.shapes(plan.latent_sites())
         exact = windowing is None and all(shape.exact for shape in shapes.values())
@@ -218,14 +257,23 @@ def _one_shot(
         latent = Latent({}, {})
         if plan.latent:
             kept = plan.latent_sites(list(windowed.graphs))
-            with timed(seconds, "fit"):
-                latent = latent_layers(model, result, kept, plan.shapes(kept), options, windows, **work)
-        graphs = {**windowed.graphs, **latent.graphs}
+            if kept:
+                with timed(seconds, "fit"):
+                    latent = latent_layers(
+                        model, result, kept, plan.shapes(kept), options, windows, linear=plan.linear, **work
+                    )
+        made = {**windowed.graphs, **latent.graphs}
+        graphs = limit.limit(made, [site.name for site in plan.chosen])
+        for site in (site for site in plan.chosen if site.name in graphs):
+            dump(kind_of(_config_of(graphs[site.name])).name, site.name, graph_module(model, site), graphs[site.name])
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
         expected = logits_of(model, ids) if verify and exact else None
+        drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
+        if form is not None:
+            check_form(result, form)
         after = kv_usage(result)
         checks: list[Verification] = []
         if verify:
@@ -234,7 +282,9 @@ def _one_shot(
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids))
     finally:
+        implementation.close()
         _set_modes(model, modes)
+    use_captured_implementation(result, sites)
     _set_modes(result, modes)
     report = Report(
         source=name,
@@ -252,14 +302,24 @@ def _one_shot(
             },
             loss_increase=windowed.loss_increases,
         ),
+        rules=[
+            rule
+            for rule in (
+                _rule("gateswa", windowed.graphs, configs, "learned", seconds.get("windows", 0.0)),
+                _rule("mla", latent.graphs, configs, "close" if exact else "learned", seconds.get("fit", 0.0)),
+            )
+            if rule.matched
+        ],
         verification=checks,
-        kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None else kv_budget,
+        kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None and not kernel_dims else kv_budget,
         calibration="" if windows is None else calibration_name(calibration),
         calibration_tokens=0 if windows is None else windows.numel(),
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else windowed.full,
-        notes=plan.notes,
+        notes=[*plan.notes, *linear_notes(latent), *limit.note()],
+        kv_curve=memory_curve(model, plan, configs),
+        graphs=drawn,
         **kv_fields(plan.before, after),
     )
     return CompileResult(result, report, tokenizer)
@@ -276,6 +336,13 @@ def _config_of(graph: fx.GraphModule) -> AnyConfig:
     """Configuration of the new attention in a rewritten graph."""
     found: AnyConfig = next(getattr(graph, name) for name in KINDS if hasattr(graph, name)).config
     return found
+
+
+def _rule(
+    name: str, graphs: Mapping[str, fx.GraphModule], configs: Mapping[str, AnyConfig], contract: str, seconds: float
+) -> RuleReport:
+    rewritten = sum(site in configs for site in graphs)
+    return RuleReport(name=name, contract=contract, matched=len(graphs), rewritten=rewritten, seconds=seconds)
 
 
 def _choice_note(full: list[int]) -> str:

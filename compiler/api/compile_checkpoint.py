@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import fx
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import calibration_name
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
 from attnedit.compiler.data import token_windows
 from attnedit.compiler.errors import UsageError
@@ -21,19 +22,21 @@ from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import SMOLLM2, load_config_only, load_tokenizer, parse_dtype, resolve_device
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.report import Report, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
-from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
+from attnedit.figures import memory_curve, site_graphs
+from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite, Rewritten
 from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import check_loss
 from attnedit.passes.mla.fit import FitOptions
-from attnedit.planning import DEFAULT_BUDGET, Plan, check_arguments, plan_sites, window_length
+from attnedit.planning import DEFAULT_BUDGET, TARGETS, Plan, check_arguments, plan_sites, window_length
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
 from attnedit.rows import layer_rows
 from attnedit.run_directory import check_run, open_run
 from attnedit.targets.attention.kinds import AnyConfig, kind_of
-from attnedit.targets.runtime.eager import splice, to_attnedit
+from attnedit.targets.runtime.eager import splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, write_beside
 from attnedit.targets.runtime.eager.shards import write_index
 
@@ -97,7 +100,9 @@ def compile_checkpoint(
         UsageError: wrong arguments or input; CaptureError (a UsageError) for attention that cannot be rewritten.
         VerificationError: the result broke its contract; the directory is left unfinished.
     """
-    windowing = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    if target not in TARGETS:
+        raise UsageError(f"layer by layer there is only {', '.join(TARGETS)}, not {target!r}")
+    windowing, _ = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
     options = FitOptions.of(alternations)
     if processes().count > 1:
         raise UsageError("layer by layer works in one process; start one")
@@ -127,7 +132,7 @@ def compile_checkpoint(
     tokenizer = tokenizer or load_tokenizer(source, revision=revision)
     with timed(seconds, "capture"), stage("capture", progress):
         sites = _capture(source, name)
-        plan = plan_sites(sites, kv_usage(source), target, windowing, kv_budget, full_layers)
+        plan = plan_sites(source, sites, kv_usage(source), target, windowing, kv_budget, full_layers)
     if where.type != "cpu":
         _place_buffers(source, where)
     if isinstance(plan.full, int) and plan.full:
@@ -158,7 +163,8 @@ def compile_checkpoint(
     open_run(output, run, overwrite=overwrite)
     job = Job(windowed, shapes, windowing, options, windows, seed)
     work = LayerwiseRewrite(source, reader, sites, job, output)
-    rewritten = work.run(progress)
+    with as_captured(source, sites):
+        rewritten = work.run(progress)
     seconds["fit"] = rewritten.seconds
     write_index(output, work.shards)
 
@@ -167,12 +173,18 @@ def compile_checkpoint(
     with timed(seconds, "verify"), stage("verify", progress):
         expected = None
         if verify and exact:
-            with reader.streaming(source.get_submodule(work.layers)):  # type: ignore[arg-type]  # a ModuleList
+            layers: Any = source.get_submodule(work.layers)
+            with as_captured(source, sites), reader.streaming(layers):
                 expected = logits_of(source, ids)
-        result = _rewritten(source, sites, rewritten.configs)
+        graphs = _graphs(source, sites, rewritten.configs)
+        drawn = site_graphs(source, plan, graphs, rewritten.configs)
+        splice(source, graphs)
+        result = to_attnedit(source, rewritten.configs)
+        use_captured_implementation(result, sites)
         if verify:
             written = CheckpointReader(output, result, device=where, name=str(output))
-            with written.streaming(result.get_submodule(work.layers)):  # type: ignore[arg-type]
+            layers = result.get_submodule(work.layers)
+            with written.streaming(layers):
                 if expected is not None:
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids, few_passes=True))
@@ -197,7 +209,10 @@ def compile_checkpoint(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else _full(plan),
+        rules=_rules(rewritten, exact),
         notes=[*plan.notes, "read, rewritten and written layer by layer"],
+        kv_curve=memory_curve(result, plan, rewritten.configs),
+        graphs=drawn,
         recipe=Recipe.of(arguments, None if windowing is None else _full(plan)).model_dump(exclude_defaults=True),
         **kv_fields(plan.before, after),
     )
@@ -231,7 +246,7 @@ def _stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
     return torch.float32
 
 
-def _capture(source: PreTrainedModel, name: str) -> list[Any]:
+def _capture(source: PreTrainedModel, name: str) -> list[AttentionSite]:
     try:
         return capture(source)
     except RuntimeError as error:  # some linear-attention layers read numbers off tensors
@@ -252,11 +267,28 @@ def _full(plan: Plan) -> list[int]:
     return [] if isinstance(plan.full, int) else plan.full
 
 
-def _rewritten(source: PreTrainedModel, sites: list[Any], configs: Mapping[str, AnyConfig]) -> PreTrainedModel:
-    """The source itself, still on meta, with its new attention in it."""
+def _graphs(
+    source: PreTrainedModel, sites: list[AttentionSite], configs: Mapping[str, AnyConfig]
+) -> dict[str, fx.GraphModule]:
+    """The new attention by the site's name, its weights on meta."""
     named = {site.name: site for site in sites}
-    splice(source, {name: kind_of(config).graph(source, named[name], config) for name, config in configs.items()})
-    return to_attnedit(source, configs)
+    return {name: kind_of(config).graph(source, named[name], config) for name, config in configs.items()}
+
+
+def _rules(rewritten: Rewritten, exact: bool) -> list[RuleReport]:
+    kinds = [kind_of(config).name for config in rewritten.configs.values()]
+    contracts = {"gateswa": "learned", "mla": "close" if exact else "learned"}
+    return [
+        RuleReport(
+            name=name,
+            contract=contracts[name],
+            matched=kinds.count(name),
+            rewritten=kinds.count(name),
+            seconds=rewritten.rule_seconds[name],
+        )
+        for name in contracts
+        if name in kinds
+    ]
 
 
 def _finish(result: PreTrainedModel, output: Path, report: Report, tokenizer: PreTrainedTokenizerBase | None) -> Report:

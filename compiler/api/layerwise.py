@@ -30,7 +30,7 @@ from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import FitOptions, fit_layer
 from attnedit.passes.mla.rewrite import exact_layer
 from attnedit.passes.site_sample import take_sample
-from attnedit.targets.attention.kinds import KINDS, AnyConfig, config_from_dict, config_to_dict
+from attnedit.targets.attention.kinds import KINDS, AnyConfig, config_from_dict, config_to_dict, kind_of
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard
 
 STATE_DIRECTORY = "run"
@@ -47,7 +47,8 @@ class Rewritten:
         done: shards written.
         configs: of the new attention, by the site's name.
         energy_kept, output_error: of the fits, by the site's name.
-        seconds: spent on them.
+        seconds: spent on all shards.
+        rule_seconds: of that on layers that were rewritten, by the kind of their new attention.
         hidden: the source's hidden states [N, T, D] before the next layer; None where they are not needed.
     """
 
@@ -56,6 +57,7 @@ class Rewritten:
     energy_kept: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    rule_seconds: dict[str, float] = field(default_factory=dict)
     hidden: Tensor | None = None
 
     def save(self, directory: Path) -> None:
@@ -172,11 +174,18 @@ class LayerwiseRewrite:
             # Where no later layer is fitted, nothing needs the hidden states any more.
             needed = stream is not None and shard.layer is not None and shard.layer < self._last_fitted
             rewritten.hidden = stream.hidden if stream is not None and needed else None
-            rewritten.seconds += perf_counter() - start
+            self._count(perf_counter() - start, shard, rewritten)
             rewritten.save(self._state)
             rewritten.hidden = None
             report("rewrite layers", rewritten.done, len(self.shards))
         return rewritten
+
+    def _count(self, seconds: float, shard: Shard, rewritten: Rewritten) -> None:
+        rewritten.seconds += seconds
+        site = None if shard.layer is None else self._by_layer.get(shard.layer)
+        if site is not None and site.name in rewritten.configs:
+            kind = kind_of(rewritten.configs[site.name]).name
+            rewritten.rule_seconds[kind] = rewritten.rule_seconds.get(kind, 0.0) + seconds
 
     def _rewrite(self, shard: Shard, stream: Stream | None, rewritten: Rewritten) -> dict[str, Tensor]:
         """The weights to store, by their names in the result; the stream goes through the source's layer."""

@@ -10,6 +10,9 @@ from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_WINDOW_TOKENS
 from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage
+from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
+from attnedit.compiler.registry import TARGETS as REGISTERED_TARGETS
+from attnedit.compiler.registry import names_of, registered
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.gateswa.options import (
     DEFAULT_GATE,
@@ -21,8 +24,17 @@ from attnedit.passes.gateswa.options import (
     full_count,
     full_layers_of,
 )
-from attnedit.passes.mla.budget import Shape, plan
+from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values, plan
 from attnedit.targets.attention.cost import gateswa_values
+from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
+from attnedit.targets.runtime.hf.towards import (
+    GATES,
+    Form,
+    check_source,
+    form_for,
+    kernel_fold,
+    slot_columns,
+)
 
 TARGETS = ("mla", "gateswa", "gateswa+mla")
 DEFAULT_BUDGET = 0.5
@@ -44,6 +56,8 @@ class Plan:
         windowed_values: cached values per token of each chosen site with its window, averaged over the context, by
             layer.
         notes: what the user should know.
+        form: of a profile that the result is to have.
+        columns: of cos and sin that its rotary slots may have, by the site's name.
     """
 
     sites: list[AttentionSite]
@@ -55,6 +69,13 @@ class Plan:
     full: int | list[int] = 0
     windowed_values: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    form: Form | None = None
+    columns: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def linear(self) -> bool:
+        """Whether latent layers are linear in the hidden states, whatever the source's are."""
+        return self.form is not None and self.form.latent
 
     def latent_sites(self, windowed: list[str] | None = None) -> list[AttentionSite]:
         """Those that become latent.
@@ -80,6 +101,8 @@ class Plan:
         """
         if not latent:
             return {}
+        if self.form is not None:
+            return self._common_shapes(latent, self.form)
         before = dict(enumerate(self.before.per_layer))
         own = {site.layer_idx for site in latent}
         changed = {layer: values for layer, values in self.windowed_values.items() if layer not in own}
@@ -89,14 +112,28 @@ class Plan:
             budget = sum(after.values()) / sum(before.values()) if changed else DEFAULT_BUDGET
         return plan(self.sites, before, latent, budget, changed)
 
+    def _common_shapes(self, latent: list[AttentionSite], form: Form) -> dict[str, Shape]:
+        """A class has one size for all layers."""
+        if form.kernel_dims:
+            return fixed_shapes(latent, KERNEL_DIMS["kv_lora_rank"], kernel_fold(latent[0]), self.columns)
+        budget = DEFAULT_BUDGET if self.kv_budget is None else self.kv_budget
+        values = int(budget * sum(self.before.per_layer) / len(self.sites) + 1e-6)
+        if values < (least := max(least_values(site) for site in latent)):
+            raise UsageError(
+                f"kv_budget {budget:g} leaves {values} cached values per token and layer, {least} are needed"
+            )
+        return common_shapes(latent, values, self.columns)
+
 
 def plan_sites(
+    model: PreTrainedModel,
     sites: list[AttentionSite],
     before: KVUsage,
     target: str,
     windowing: GateSWAOptions | None,
     kv_budget: float | None,
     full_layers: FullLayers,
+    form: Form | None = None,
 ) -> Plan:
     """Plan the rewriting of a model; the arguments are those of `attnedit.compile`, checked by `check_arguments`.
 
@@ -104,8 +141,22 @@ def plan_sites(
         UsageError: they make no sense for these sites.
         CaptureError: there is nothing to convert.
     """
-    chosen, notes = choose_sites(sites)
     latent = target.endswith("mla")
+    if form is not None and form.latent:
+        facts = check_source(model, sites, form)
+        notes = [f"profile {form.profile} has linear maps in place of {', '.join(facts)}"] if facts else []
+        columns = slot_columns(model, sites, form)
+        return Plan(sites, sites, before, kv_budget, latent, notes=notes, form=form, columns=columns)
+    chosen, notes = choose_sites(sites)
+    caching = sum(values > 0 for values in before.per_layer)
+    if caching > len(sites):
+        notes.append(f"{caching - len(sites)} layers that keep a cache stay as they are: others read their keys too")
+    turned = [site for site in chosen if site.unread_rope]
+    if latent and turned:
+        notes.append(
+            f"keys of {len(turned)} layers are compressed with their positions in them, which needs a larger cache for "
+            f"the same quality: {turned[0].name}: {turned[0].unread_rope}"
+        )
     if windowing is None:
         return Plan(sites, chosen, before, kv_budget, latent, notes=notes)
     share = min(1.0, windowing.cached_tokens / before.length)
@@ -114,7 +165,7 @@ def plan_sites(
         full: int | list[int] = full_count(kv_budget, dict(enumerate(before.per_layer)), windowed)
     else:
         full = full_layers_of(full_layers, chosen)
-    return Plan(sites, chosen, before, kv_budget, latent, windowing, full, windowed, notes)
+    return Plan(sites, chosen, before, kv_budget, latent, windowing, full, windowed, notes, form)
 
 
 def check_arguments(
@@ -124,33 +175,41 @@ def check_arguments(
     full_layers: FullLayers = None,
     gate: str | None = None,
     sinks: str | None = None,
-) -> GateSWAOptions | None:
+    profile: str | None = None,
+    kernel_dims: bool = False,
+) -> tuple[GateSWAOptions | None, Form | None]:
     """Refuse arguments that contradict each other, whatever the model; see `attnedit.compile`.
 
     Returns:
-        The form of the windowed layers, None for a target without.
+        The form of the windowed layers, None for a target without; the form that a profile asks for, or None.
 
     Raises:
         UsageError: one line that names the argument.
     """
-    if target not in TARGETS:
-        raise UsageError(f"no target {target!r}; there is {', '.join(TARGETS)}")
+    if target not in TARGETS and names_of(target, TARGETS) is None:
+        others = sorted({*registered(REGISTERED_TARGETS), *registered(REGISTERED_PASSES)})
+        raise UsageError(f"no target {target!r}; there is {', '.join((*TARGETS, *others))}")
+    if target not in TARGETS and kv_budget is not None:
+        raise UsageError(f"kv_budget is for the targets {', '.join(TARGETS)}, not for {target}")
     if kv_budget is not None and not 0 < kv_budget <= 1:
         raise UsageError(
             f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"
         )
+    form = form_for(profile, kernel_dims, target, kv_budget, gate, sinks)
     if not target.startswith("gateswa"):
         given = {"window": window, "full_layers": full_layers, "gate": gate, "sinks": sinks}
         if needless := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"{needless[0]} is for the targets gateswa and gateswa+mla, not for {target}")
-        return None
+        return None, form
     if target == "gateswa" and kv_budget is not None and full_layers is not None:
         raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
-    return GateSWAOptions(
+    default_gate, default_sinks = (DEFAULT_GATE, DEFAULT_SINKS) if form is None else (GATES[form.profile][0], "none")
+    options = GateSWAOptions(
         window=DEFAULT_WINDOW if window is None else window,
-        gate=DEFAULT_GATE if gate is None else gate,  # type: ignore[arg-type]  # refused if it is none
-        sinks=Sinks.parse(DEFAULT_SINKS if sinks is None else sinks),
+        gate=default_gate if gate is None else gate,  # type: ignore[arg-type]  # refused if it is none
+        sinks=Sinks.parse(default_sinks if sinks is None else sinks),
     )
+    return options, form
 
 
 def window_length(model: PreTrainedModel, options: GateSWAOptions) -> int:

@@ -26,6 +26,7 @@ class Recipe(BaseModel):
         format: of this file.
         model, revision, dtype: the source, as the command line takes it; Python code has it already.
         target, kv_budget, window, full_layers, gate, sinks: what attention becomes.
+        profile, kernel_dims: the checkpoint that the result is to become.
         calibration, calibration_tokens: text: a path, a dataset, or a mapping from such to weights.
         alternations, seed: of the closed-form fits.
         training: fields of `CalibrationOptions`; empty for none.
@@ -43,6 +44,8 @@ class Recipe(BaseModel):
     full_layers: int | str | list[int] | None = None
     gate: str | None = None
     sinks: str | None = None
+    profile: str | None = None
+    kernel_dims: bool = False
     calibration: str | dict[str, float] | None = None
     calibration_tokens: int | None = None
     alternations: int = FitOptions.alternations

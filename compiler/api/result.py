@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.compiler.capture import capture_model
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.licenses import source_license
+from attnedit.compiler.models import READING_ERRORS
+from attnedit.compiler.registry import RUNTIMES, registered
+from attnedit.compiler.registry import load as load_entry
 from attnedit.compiler.report import Report
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
-from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
-RUNTIMES = "attnedit.runtimes"
 BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export", "hf": "attnedit.targets.runtime.hf:export"}
 
 
@@ -58,6 +59,8 @@ class CompileResult:
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write weights, configuration, tokenizer, chat template, generation config, report, recipe and model card.
 
+        The report is there as JSON, and as an HTML page to look at.
+
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
         """
@@ -81,10 +84,10 @@ class CompileResult:
 
 
 def with_license(report: Report) -> tuple[Report, dict[str, str]]:
-    """The report with its source's licence, and the texts that go beside it, by file name: recipe and model card."""
+    """The report with its source's licence, and the texts that go beside it by file name: recipe, card and page."""
     license = report.license or source_license(report.source)
     report = report.model_copy(update={"license": license})
-    texts = {CARD_FILE: model_card(report, license=license)}
+    texts = {CARD_FILE: model_card(report, license=license), HTML_FILE: report.to_html()}
     if report.recipe:
         texts[RECIPE_FILE] = Recipe.model_validate(report.recipe).to_yaml()
     return report, texts
@@ -94,19 +97,12 @@ def find_runtime(name: str) -> Callable[..., Any]:
     """Return the export function of a runtime: ``export(result, directory, **options)``.
 
     Raises:
-        UsageError: no runtime of that name is installed, or it lacks a package.
+        UsageError: no runtime of that name is installed, it lacks a package, or two packages register one name.
     """
-    # Our own are known without their entry points, which an installation older than the sources does not list.
-    known = {point.name: point for point in entry_points(group=RUNTIMES)}
-    known |= {own: EntryPoint(own, place, RUNTIMES) for own, place in BUILT_IN.items()}
+    known = registered(RUNTIMES, BUILT_IN)
     if name not in known:
         raise UsageError(f"no runtime {name!r} to export to; installed: {', '.join(sorted(known))}")
-    try:
-        export: Callable[..., Any] = known[name].load()
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"export to {name} needs the package {error.name}; install it: pip install 'attnedit[{name}]'"
-        ) from error
+    export: Callable[..., Any] = load_entry(known[name], "export to")
     return export
 
 
@@ -119,8 +115,20 @@ def load(directory: str | os.PathLike[str]) -> CompileResult:
     path = Path(directory).expanduser()
     model = load_model(path)
     report = read_report(path)
-    has_tokenizer = (path / "tokenizer_config.json").exists()
-    return CompileResult(model, report, AutoTokenizer.from_pretrained(path) if has_tokenizer else None)
+    return CompileResult(model, report, _read_tokenizer(path))
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+    if not (path / "tokenizer_config.json").exists():
+        return None
+    try:
+        # Unset, transformers may ask on the terminal whether to run code.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except READING_ERRORS as error:
+        raise UsageError(f"cannot read the tokenizer in {path}: {type(error).__name__}: {error}") from error
+    return tokenizer
 
 
 def read_report(directory: str | os.PathLike[str]) -> Report:

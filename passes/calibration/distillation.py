@@ -1,6 +1,8 @@
 """Distillation: the whole student learns the next-token distributions of the teacher.
 
-Logits of a vocabulary are large, so they are made for a chunk of positions at a time, and again in the backward pass.
+Logits of a vocabulary are large, so they are made for a chunk of positions at a time, and each chunk's gradient with
+respect to the last hidden states is taken at once (as in Liger Kernel, arXiv 2410.10989, section 3.2): the head runs
+once.
 
 Letters in shapes: B windows, T tokens, D hidden size, V vocabulary.
 """
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from attnedit.compiler.stream import replaced_forward
@@ -23,8 +24,8 @@ POSITIONS = 2048
 """Positions whose logits are held at once."""
 
 
-class Distillation(nn.Module):
-    """Loss of a batch: divergence of next-token distributions, and how far hidden states point apart.
+class Distillation:
+    """Losses and gradients of a batch: divergence of next-token distributions, and how far hidden states point apart.
 
     Args:
         student: the rewritten model, what is trained requiring gradients.
@@ -33,35 +34,50 @@ class Distillation(nn.Module):
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, layers: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.student = student
-        self._teacher = [teacher]  # not a submodule: it has nothing to train or to save
-        self._layers = list(layers)
+        self._student, self._teacher, self._layers = student, teacher, list(layers)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, ids: Tensor, scale: float | None = None, feature_weight: float = 0.0) -> tuple[Tensor, Tensor]:
         """Compare both models on token ids [B, T].
 
+        Args:
+            ids: token ids [B, T].
+            scale: accumulate gradients of (divergence + feature_weight * features) times this; None for none.
+            feature_weight: see `scale`.
+
         Returns:
-            Mean over positions of KL(teacher || student) in nats, and mean of 1 - cosine over positions and layers.
+            Mean over positions of KL(teacher || student) in nats, and mean of 1 - cosine over positions and layers;
+            detached.
         """
-        (teacher,) = self._teacher
         with torch.no_grad():
-            wanted, wanted_features = _run(teacher, ids, self._layers)
-        found, found_features = _run(self.student, ids, self._layers)
-        total = found.last_hidden_state.new_zeros((), dtype=torch.float32)
-        own, theirs = (out.last_hidden_state.flatten(0, 1).split(POSITIONS) for out in (found, wanted))
-        for mine, other in zip(own, theirs, strict=True):
-            total = total + checkpoint(self._divergence, mine, other, found, wanted, use_reentrant=False)
-        features = total.new_zeros(())
-        for mine, other in zip(found_features, wanted_features, strict=True):
-            features = features + (1 - functional.cosine_similarity(mine.float(), other.float(), dim=-1)).mean()
-        return total / ids.numel(), features / max(1, len(self._layers))
+            wanted, wanted_features = _run(self._teacher, ids, self._layers)
+        with torch.set_grad_enabled(scale is not None):
+            found, found_features = _run(self._student, ids, self._layers)
+            features = found.last_hidden_state.new_zeros((), dtype=torch.float32)
+            for mine, other in zip(found_features, wanted_features, strict=True):
+                features = features + (1 - functional.cosine_similarity(mine.float(), other.float(), dim=-1)).mean()
+            features = features / max(1, len(self._layers))
+        # Logits and all that hangs on them are gone after each chunk; only the gradient of the hidden states stays.
+        hidden = found.last_hidden_state.detach().requires_grad_(scale is not None)
+        total = features.new_zeros(())
+        rows = hidden.flatten(0, 1).split(POSITIONS), wanted.last_hidden_state.flatten(0, 1).split(POSITIONS)
+        for mine, other in zip(*rows, strict=True):
+            with torch.set_grad_enabled(scale is not None):
+                divergence = self._divergence(mine, other, found, wanted) / ids.numel()
+                if scale is not None:
+                    (divergence * scale).backward()
+            total = total + divergence.detach()
+        if scale is not None:
+            ends, gradients = [found.last_hidden_state], [hidden.grad]
+            if self._layers and feature_weight:
+                ends, gradients = [*ends, features], [*gradients, features.new_tensor(feature_weight * scale)]
+            torch.autograd.backward(ends, gradients)
+        return total, features.detach()
 
     def _divergence(self, mine: Tensor, other: Tensor, found: Any, wanted: Any) -> Tensor:
         """Sum over positions of the divergence, from last hidden states [P, D]."""
         with torch.no_grad():
-            expected = _head(self._teacher[0], wanted, other).float().log_softmax(-1)
-        logits = _head(self.student, found, mine).float().log_softmax(-1)
+            expected = _head(self._teacher, wanted, other).float().log_softmax(-1)
+        logits = _head(self._student, found, mine).float().log_softmax(-1)
         return functional.kl_div(logits, expected, reduction="sum", log_target=True)
 
 

@@ -47,7 +47,7 @@ class LayerFit:
         self._first, self._last = min(by_layer), max(by_layer)
 
     def losses(self, ids: Tensor, rows: Tensor | None = None, scale: float | None = None) -> dict[str, Tensor]:
-        """Squared error of each module's output as a fraction of the source output's power.
+        """Squared error of each module's output as a fraction of the source output's power: mean over windows.
 
         Args:
             ids: token ids [B, T].
@@ -64,7 +64,8 @@ class LayerFit:
                 wanted = _first(output).detach().float()
                 with torch.set_grad_enabled(scale is not None):
                     new = _first(self._students[name](*args, **kwargs)).float()
-                    loss = (new - wanted).square().sum() / wanted.square().sum().clamp(min=1e-20)
+                    wrong, power = ((x.square().flatten(1).sum(1)) for x in (new - wanted, wanted))
+                    loss = (wrong / power.clamp(min=1e-20)).mean()
                     if scale is not None:
                         (loss * scale).backward()
                 found[name] = loss.detach()

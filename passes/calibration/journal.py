@@ -40,7 +40,8 @@ class Journal:
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        file = directory / STATE_FILE
+        self._file = directory / _state_file()
+        file = self._file
         if file.exists():
             try:
                 self._stages = torch.load(file, map_location="cpu", weights_only=True)
@@ -49,8 +50,16 @@ class Journal:
         self._cut_log()
 
     def resume(self, stage: str) -> dict[str, Any] | None:
-        """What was saved of a stage: state, parameters, their sizes, optimiser (None when over), best."""
-        return self._stages.get(stage)
+        """What was saved of a stage: state, parameters, their sizes, optimiser (None when over), best.
+
+        Raises:
+            AttneditError: processes that hold parts of the weights left checkpoints of different steps.
+        """
+        saved = self._stages.get(stage)
+        step = saved["state"]["step"] if saved else -1
+        if processes().sharded and processes().add({"step": step})["step"] != step * processes().count:
+            raise AttneditError(f"{self.directory}: the processes' checkpoints do not belong together; start again")
+        return saved
 
     def checkpoint(
         self,
@@ -61,7 +70,7 @@ class Journal:
         best: Mapping[str, Tensor],
     ) -> None:
         """Save where the stage `state["name"]` is."""
-        if self.directory is None or not processes().main:
+        if self.directory is None or not (processes().main or processes().sharded):
             return
         saved = {
             "state": dict(state),
@@ -71,10 +80,11 @@ class Journal:
             "best": dict(best),
         }
         self._stages[state["name"]] = saved
-        file = self.directory / STATE_FILE
-        part = file.with_suffix(".part")
+        part = self._file.with_suffix(".part")
         torch.save(self._stages, part)
-        os.replace(part, file)
+        if processes().sharded:
+            processes().wait()  # all parts of a checkpoint, or none
+        os.replace(part, self._file)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Add a line of JSON."""
@@ -118,3 +128,9 @@ class Journal:
         if self.directory is not None and entries and processes().main:
             text = "".join(json.dumps(entry) + "\n" for entry in kept)
             (self.directory / LOG_FILE).write_text(text, encoding="utf-8")
+
+
+def _state_file() -> str:
+    """Of this process, if it has weights that no other has."""
+    file = Path(STATE_FILE)
+    return f"{file.stem}-{processes().rank}-of-{processes().count}{file.suffix}" if processes().sharded else STATE_FILE

@@ -26,15 +26,16 @@ class CalibrationOptions:
         seq_len: tokens per window; the model's positions if those are fewer.
         accumulation: parts that a batch is computed in, one after the other; less memory, same result.
         fit_learning_rate: highest rate of fitting, as a fraction of each weight's root mean square; linear warm-up,
-            then half a cosine to a tenth.
+            then half a cosine to nothing.
         distill_learning_rate: the same of distillation.
         train: what distillation changes: "attention", "norms" (attention and norms), or "all".
         feature_weight: of one minus the cosine between hidden states of the two models, beside the divergence.
         feature_layers: how many decoder layers that is taken at, evenly spread.
         self_generated: fraction of the training windows that the source samples itself, 0 to 1.
         checkpoint_every: steps between two checkpoints, where there is a directory for them.
-        evaluate_every: steps between two looks at held-out windows; a twentieth of a stage if 0.
-        patience: looks without a better one after which a stage ends.
+        evaluate_every: steps between two looks at held-out windows; a twelfth of a stage if 0.
+        patience: looks without a better one after which a stage ends; 0 for none. Where the start is good, the loss
+            rises until the rate has fallen, so a patient run ends better than an impatient one.
         memory_limit: bytes that fitting may take for weights and optimiser; layers are then fitted a few at a time,
             with hidden states on disk. None for no limit.
         activation_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
@@ -42,26 +43,26 @@ class CalibrationOptions:
 
     fit_steps: int = 0
     distill_steps: int = 0
-    batch_size: int = 16
+    batch_size: int = 8
     seq_len: int = 1024
     accumulation: int = 1
     fit_learning_rate: float = 0.01
-    distill_learning_rate: float = 0.006
+    distill_learning_rate: float = 0.002
     train: Train = "attention"
     feature_weight: float = 0.0
     feature_layers: int = 4
     self_generated: float = 0.0
     checkpoint_every: int = 100
     evaluate_every: int = 0
-    patience: int = 8
+    patience: int = 0
     memory_limit: int | None = None
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no model could be trained with."""
-        for name in ("fit_steps", "distill_steps", "feature_layers", "evaluate_every"):
+        for name in ("fit_steps", "distill_steps", "feature_layers", "evaluate_every", "patience"):
             self._demand(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("batch_size", "accumulation", "checkpoint_every", "patience"):
+        for name in ("batch_size", "accumulation", "checkpoint_every"):
             self._demand(name, getattr(self, name) >= 1, "at least 1")
         self._demand("seq_len", self.seq_len >= 2, "at least 2")
         self._demand("accumulation", self.accumulation <= self.batch_size, f"at most batch_size ({self.batch_size})")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from attnedit.passes.calibration.options import Train
 
@@ -51,6 +52,17 @@ def as_before(parameters: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch
     for name, parameter in parameters.items():
         parameter.grad = None
         parameter.data = parameter.detach().to(dtypes[name])
+
+
+def local(parameter: nn.Parameter) -> nn.Parameter:
+    """This process's part of a parameter in parts, on the same memory; any other parameter itself."""
+    part = parameter.detach()
+    return nn.Parameter(part.to_local()) if isinstance(part, DTensor) else parameter
+
+
+def local_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient of `local(parameter)`."""
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
 
 
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import perplexity
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress
@@ -25,7 +26,15 @@ from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import as_before, own_memory, trainable
-from attnedit.passes.calibration.training import Stage, StageState, mixed_precision, run_stage, weighted_sum
+from attnedit.passes.calibration.sharding import Models, spread
+from attnedit.passes.calibration.training import (
+    Stage,
+    StageState,
+    mixed_precision,
+    multiplies_half,
+    run_stage,
+    weighted_sum,
+)
 
 FIT, DISTILL = "fit", "distill"
 
@@ -68,6 +77,8 @@ def calibrate(
     Raises:
         DivergedError: training broke down; the student has its best state.
     """
+    _check_shares(options)
+    batches = _even(batches)
     journal = Journal(directory)
     names = [site.name for site in sites]
     attention = trainable(student, names, "attention")
@@ -75,29 +86,59 @@ def calibrate(
     figures: dict[str, float] = {}
     stages: list[StageState] = []
 
-    def look(when: str) -> None:
+    def look(when: str, model: PreTrainedModel) -> None:
         with mixed_precision(teacher):
-            model = teacher if when == "source" else student
             length = batches.held_out.shape[1]
             found = perplexity(model, batches.held_out.flatten(), seq_len=length, windows=len(batches.held_out))
         figures[when] = found.perplexity
 
-    look("source")
-    look("start")
+    look("source", teacher)
+    look("start", student)
     with _only(student, learned), _only(teacher, {}):
         dtypes = own_memory(learned)
         processes().copy_from_main(parameter.data for parameter in learned.values())
         try:
-            if options.fit_steps:
-                stages += _fit(student, teacher, sites, batches, options, journal, progress)
-                look(FIT)
-            if options.distill_steps:
-                stages.append(_distill(student, teacher, sites, learned, batches, options, journal, progress))
-                look(DISTILL)
+            with _placed(student, teacher, sites, learned) as (new, old, weights):
+                if options.fit_steps:
+                    stages += _fit(new, old, sites, batches, options, journal, progress)
+                    look(FIT, new)
+                if options.distill_steps:
+                    stages.append(_distill(new, old, sites, weights, batches, options, journal, progress))
+                    look(DISTILL, new)
         finally:
             as_before(learned, dtypes)
     journal.plot()
     return Calibrated(stages, figures)
+
+
+def _check_shares(options: CalibrationOptions) -> None:
+    """Models in parts are put together by all processes at once, so all have to do the same."""
+    count = processes().count * options.accumulation
+    if processes().sharded and options.batch_size % count:
+        raise UsageError(
+            f"batch_size {options.batch_size} must be a multiple of processes times accumulation, {count}, where "
+            "weights are in parts"
+        )
+
+
+def _even(batches: Batches) -> Batches:
+    """As many held-out windows for each process as for the others, where that is needed."""
+    count, held = processes().count, batches.held_out
+    if not processes().sharded:
+        return batches
+    return replace(batches, held_out=held[: len(held) // count * count] if len(held) >= count else held[[0] * count])
+
+
+def _placed(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    learned: Mapping[str, nn.Parameter],
+) -> AbstractContextManager[Models]:
+    """The models that training runs on, and what it changes of them."""
+    if processes().sharded:
+        return spread(student, teacher, sites, learned, half=multiplies_half(teacher))
+    return nullcontext((student, teacher, dict(learned)))
 
 
 def _fit(
@@ -175,10 +216,8 @@ def _distill(
         for part in processes().share(rows).chunk(options.accumulation):
             share = len(part) / len(rows)
             with mixed_precision(teacher):
-                divergence, features = step_losses(part.to(device))
-            ((divergence + weight * features) * share).backward()
-            losses = {"loss": divergence.detach(), "features": features.detach()}
-            found.append((share, losses if layers else {"loss": losses["loss"]}))
+                divergence, features = step_losses.losses(part.to(device), share, weight)
+            found.append((share, {"loss": divergence, "features": features} if layers else {"loss": divergence}))
         return weighted_sum(found)
 
     @torch.no_grad()
@@ -186,7 +225,7 @@ def _distill(
         found = []
         for part in _held_out(batches, options):
             with mixed_precision(teacher):
-                found.append((len(part) / len(batches.held_out), {"loss": step_losses(part.to(device))[0]}))
+                found.append((len(part) / len(batches.held_out), {"loss": step_losses.losses(part.to(device))[0]}))
         return weighted_sum(found).get("loss", 0.0)
 
     stage = Stage(

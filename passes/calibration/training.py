@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.processes import processes
@@ -19,14 +21,12 @@ from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.stream import fast_bfloat16
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.options import CalibrationOptions
-from attnedit.passes.calibration.parameters import restore, snapshot
+from attnedit.passes.calibration.parameters import local, local_gradient, restore, snapshot
 
-FRESH_SIZE = 0.02
+FRESH_SIZE = 2**-5.5
 """Root mean square that a weight of zeros is taken to have."""
 WARM_UP = 8
 """Steps at least, or half of a run that has fewer than twice as many."""
-LOWEST_RATE = 0.1
-"""Of the highest, at the end."""
 CLIP = 1.0
 """Largest norm of the gradient."""
 SPIKE = 3.0
@@ -134,7 +134,7 @@ def run_stage(
     if state.done:
         return state
     report(stage.name, state.step, stage.steps)
-    while state.step < stage.steps and state.since < options.patience:
+    while state.step < stage.steps and not 0 < options.patience <= state.since:
         entry = run.step()
         journal.log(entry)
         report(stage.name, state.step, stage.steps)
@@ -153,24 +153,28 @@ class _Run:
         self._stage, self._journal = stage, journal
         self._every = options.evaluate_every or max(1, stage.steps // LOOKS)
         self._sizes = {name: _size(parameter) for name, parameter in stage.parameters.items()}
+        self._local = {name: local(parameter) for name, parameter in stage.parameters.items()}
         self._best: dict[str, Tensor] = {}
         self.state = StageState(stage.name)
         saved = journal.resume(stage.name)
         if saved:
             self.state, self._best, self._sizes = StageState(**saved["state"]), saved["best"], saved["sizes"]
-            restore(stage.parameters, saved["parameters"])
+            restore(self._local, saved["parameters"])
+        groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in self._local.items():
+            groups[self._sizes[name]].append(parameter)
         self._optimiser = torch.optim.AdamW(
-            [{"params": [parameter], "size": self._sizes[name]} for name, parameter in stage.parameters.items()],
+            [{"params": parameters, "size": size} for size, parameters in groups.items()],
             lr=stage.rate,
             betas=(0.9, 0.95),
             weight_decay=0.0,
-            fused=next(iter(stage.parameters.values())).device.type == "cuda",
+            fused=next(iter(self._local.values())).device.type == "cuda",
         )
         if saved and saved["optimiser"] is not None:
             self._optimiser.load_state_dict(saved["optimiser"])
         elif not saved:
             self.state.first = self.state.last = self.state.best = _evaluate(stage)
-            self._best = snapshot(stage.parameters)
+            self._best = snapshot(self._local)
         self._start = perf_counter() - self.state.seconds
 
     def step(self) -> dict[str, Any]:
@@ -179,10 +183,12 @@ class _Run:
         rate = stage.rate * _schedule(state.step, stage.steps) / 2**state.recoveries
         for group in self._optimiser.param_groups:
             group["lr"] = rate * group["size"]
-        self._optimiser.zero_grad(set_to_none=True)
+        self._forget_gradients()
         losses = processes().add(stage.learn(state.step))
         processes().add_gradients(stage.parameters.values())
-        norms = [_clip([stage.parameters[name] for name in names]) for names in stage.clips]
+        for name, parameter in stage.parameters.items():
+            self._local[name].grad = local_gradient(parameter)
+        norms = self._clip()
         state.step += 1
         state.tokens += stage.tokens
         broken = state.spikes(losses["loss"]) or not all(math.isfinite(norm) for norm in norms)
@@ -203,21 +209,42 @@ class _Run:
 
     def checkpoint(self) -> None:
         """Save all there is, to go on from."""
-        self._journal.checkpoint(
-            asdict(self.state), self._stage.parameters, self._sizes, self._optimiser.state_dict(), self._best
-        )
+        self._journal.checkpoint(asdict(self.state), self._local, self._sizes, self._optimiser.state_dict(), self._best)
 
     def finish(self) -> None:
         """Keep the best parameters."""
-        restore(self._stage.parameters, self._best)
-        self._optimiser.zero_grad(set_to_none=True)
+        restore(self._local, self._best)
+        self._forget_gradients()
         self.state.done = True
-        self._journal.checkpoint(asdict(self.state), self._stage.parameters, self._sizes, None, {})
+        self._journal.checkpoint(asdict(self.state), self._local, self._sizes, None, {})
+
+    def _forget_gradients(self) -> None:
+        for parameter in (*self._stage.parameters.values(), *self._local.values()):
+            parameter.grad = None
+
+    def _clip(self) -> list[float]:
+        """Bring the gradients of each of `Stage.clips` to a norm of at most `CLIP`; returns what the norms were."""
+        norms = []
+        for names in self._stage.clips:
+            whole: list[Tensor] = []
+            parts: list[Tensor] = []
+            for name in names:
+                gradient = self._local[name].grad
+                if gradient is not None:
+                    (parts if self._local[name] is not self._stage.parameters[name] else whole).append(gradient)
+            squares = {"whole": _square(whole), "parts": _square(parts)}
+            if processes().sharded:
+                squares["parts"] = processes().add({"parts": squares["parts"]})["parts"]
+            norm = math.sqrt(squares["whole"] + squares["parts"])
+            if norm > CLIP:
+                torch._foreach_mul_([*whole, *parts], CLIP / norm)
+            norms.append(norm)
+        return norms
 
     def _recover(self) -> None:
         """Go back to the best parameters with half the rate, or give up there."""
         state = self.state
-        restore(self._stage.parameters, self._best)
+        restore(self._local, self._best)
         if state.recoveries == RECOVERIES:
             raise DivergedError(
                 f"{state.name}: the loss broke down {RECOVERIES + 1} times, last at step {state.step}; "
@@ -232,7 +259,7 @@ class _Run:
         state.last = _evaluate(self._stage)
         if state.last < state.best:
             state.best, state.best_step, state.since = state.last, state.step, 0
-            self._best = snapshot(self._stage.parameters)
+            self._best = snapshot(self._local)
         else:
             state.since += 1
         return state.last
@@ -241,15 +268,20 @@ class _Run:
 @contextmanager
 def mixed_precision(model: nn.Module) -> Iterator[None]:
     """Matrix products in bfloat16 where that is faster, or where some weights are half and the trained ones float32."""
-    weight = next(model.parameters())
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    fast = weight.device.type == "cuda" or (weight.device.type == "cpu" and fast_bfloat16())
-    with torch.autocast(weight.device.type, torch.bfloat16, enabled=half or fast):
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_half(model)):
         yield
 
 
+def multiplies_half(model: nn.Module) -> bool:
+    """Whether `mixed_precision` makes products in bfloat16."""
+    weight = next(model.parameters())
+    fast = weight.device.type == "cuda" or (weight.device.type == "cpu" and fast_bfloat16())
+    return weight.dtype in (torch.bfloat16, torch.float16) or fast
+
+
 def _schedule(step: int, steps: int) -> float:
-    """Fraction of the highest rate: linear warm-up, then half a cosine.
+    """Fraction of the highest rate: linear warm-up, then half a cosine to nothing.
 
     Adam's first steps are as large as the rate allows wherever the gradient points, and the closed-form start is good:
     a run too short for a warm-up would throw it away.
@@ -258,7 +290,7 @@ def _schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     angle = math.pi * (step - warm) / max(1, steps - warm)
-    return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
+    return (1 + math.cos(angle)) / 2
 
 
 def _evaluate(stage: Stage) -> float:
@@ -270,14 +302,16 @@ def _size(parameter: nn.Parameter) -> float:
     """Root mean square of a weight, which its steps are measured by; of one that is zero, what it is made with.
 
     Sizes differ a hundredfold between the factors of a latent attention, and so would relative steps under one rate
-    (Adafactor, arXiv 1804.04235, section 8).
+    (Adafactor, arXiv 1804.04235, section 8). Rounded to half powers of two: weights of one size are updated together.
     """
-    return float(parameter.float().square().mean().sqrt()) or FRESH_SIZE
+    mean = parameter.float().square().mean()
+    size = math.sqrt(float(mean.full_tensor() if isinstance(mean, DTensor) else mean)) or FRESH_SIZE
+    return float(2 ** (round(2 * math.log2(size)) / 2))
 
 
-def _clip(parameters: Sequence[nn.Parameter]) -> float:
-    norm: Tensor = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], CLIP)
-    return float(norm)
+def _square(gradients: Sequence[Tensor]) -> float:
+    """Sum of squares."""
+    return float(torch.nn.utils.get_total_norm(gradients)) ** 2
 
 
 def weighted_sum(parts: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, float]:

@@ -8,12 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from attnedit.compiler.dataflow import sources
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.mla.budget import Shape
+from attnedit.passes.mla.linear import LinearSite
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.site_sample import output_weight, part_of
 from attnedit.targets.attention.mla import MLA, MLAConfig
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.mla_graph import QUERY_MODULE, mla_graph, without_bias
 
 
 def exact_factors(site: AttentionSite, shape: Shape, weight: Tensor) -> Factors:
@@ -48,7 +50,9 @@ def exact_factors(site: AttentionSite, shape: Shape, weight: Tensor) -> Factors:
     return Factors(source[latent_rows], source[slot_rows], columns, query_latent, query_slots, output)
 
 
-def build(model: nn.Module, site: AttentionSite, shape: Shape, factors: Factors) -> fx.GraphModule:
+def build(
+    model: nn.Module, site: AttentionSite, shape: Shape, factors: Factors, linear: LinearSite | None = None
+) -> fx.GraphModule:
     """The site's graph with latent attention in it, weights included, in the model's dtype and on its device.
 
     Args:
@@ -56,14 +60,19 @@ def build(model: nn.Module, site: AttentionSite, shape: Shape, factors: Factors)
         site: the attention site.
         shape: what is cached.
         factors: the weights.
+        linear: maps that stand for the source's queries, keys and values; None where the source's own do.
     """
     weight, module = output_weight(model, site)
+    if linear is not None and site.o_proj.bias is not None:
+        module = without_bias(module)
     heads, rank, e = site.num_attention_heads, factors.rank, site.v_head_dim
     value_up, projected = _split_output(site, shape, factors, weight)
     projection = None if projected is None else _with_weight(site, module, projected)
     down = torch.cat([factors.latent, factors.slots]).double()
     bias = None
-    if site.linear_kv:
+    if linear is not None:
+        down = down @ linear.source
+    elif site.linear_kv:
         matrix, offset = kv_as_affine(model, site)
         bias = down @ offset if bool(offset.any()) else None
         down = down @ matrix
@@ -79,15 +88,18 @@ def build(model: nn.Module, site: AttentionSite, shape: Shape, factors: Factors)
         input_size=down.shape[1],
         scale=site.scale,
         kv_bias=bias is not None,
-        folded=site.linear_kv,
+        folded=site.linear_kv or linear is not None,
         softcap=site.softcap,
         sinks=site.sinks is not None,
         window=site.window,
+        linear=linear is not None,
     )
     graph = mla_graph(model, site, config, projection)
     mla = cast(MLA, graph.get_submodule("mla"))
     up = torch.cat([factors.query_latent.double(), value_up], 1) if nope else value_up
     with torch.no_grad():
+        if linear is not None:
+            graph.get_parameter(f"{QUERY_MODULE}.weight").copy_(linear.query)
         mla.kv_a_proj_with_mqa.weight.copy_(down)
         if bias is not None:
             mla.kv_a_proj_with_mqa.bias.copy_(bias)
@@ -140,14 +152,23 @@ def kv_as_affine(model: nn.Module, site: AttentionSite) -> tuple[Tensor, Tensor]
     graph = part_of(model, site, (site.key, site.value))
     # float64 copies of the projections: folded weights should be rounded once, at the end
     graph = copy.deepcopy(graph).double()
-    hidden = next(n for n in graph.graph.nodes if n.op == "placeholder" and n.name == site.hidden)
+    hidden = next(n for n in graph.graph.nodes if n.name == site.hidden)
+    given = [
+        str(n.target) for n in sources(site.node(site.hidden))
+    ]  # of a norm before the projections only the size is read
+    if hidden.op != "placeholder":
+        with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
+            place = graph.graph.placeholder("projected")
+        hidden.replace_all_uses_with(place)
+        graph.recompile()
+        given.append("projected")
     size = _input_size(model, site)
     device = next(graph.parameters()).device
     unit = torch.cat([torch.zeros(1, size), torch.eye(size)]).double().to(device)[None]
     arguments = {
         str(n.target): None for n in graph.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")
     }
-    key, value = graph(**{**arguments, str(hidden.target): unit})
+    key, value = graph(**{**arguments, **dict.fromkeys(given, unit)})
     states = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], -1)[0]
     return (states[1:] - states[0]).T, states[0]
 

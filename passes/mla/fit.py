@@ -67,7 +67,7 @@ class Fit:
 @torch.no_grad()
 def fit_layer(sample: LayerSample, shape: Shape, options: FitOptions) -> Fit:
     """Closed-form MLA weights of one layer; see docs/method.md for the steps."""
-    components = mix_components(sample, shape.fold) if shape.slots else None
+    components = mix_components(sample, shape.fold, shape.columns) if shape.slots else None
     factors, energy = analytic(sample, components, shape.slots, shape.rank)
     if not options.alternations:
         factors, error = refit_output(sample, factors)

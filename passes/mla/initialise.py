@@ -6,6 +6,7 @@ Source: attnedit docs/method.md; mixing generalises RoRoPE (TransMLA, arXiv 2502
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,10 @@ def expected_rotation(rotation: Rotation) -> Tensor:
     return mean.to(rotation.frequency.device) * rotation.scaling**2
 
 
-def mix_components(sample: LayerSample, fold: int) -> Components:
+def mix_components(sample: LayerSample, fold: int, columns: Sequence[int] | None = None) -> Components:
     """Mix the complex keys of `fold` neighbouring frequencies and all groups (docs/method.md, step 1).
+
+    Those of `columns`, one for each, come first.
 
     With S = E[z z^H], W = diag(sqrt(query energy)) and U the eigenvectors of W S W: y = U^H W z, z = W^-1 U y.
     """
@@ -65,7 +68,7 @@ def mix_components(sample: LayerSample, fold: int) -> Components:
     worth: list[Tensor] = []
     analyses: list[Tensor] = []
     syntheses: list[Tensor] = []
-    columns: list[Tensor] = []
+    leads: list[Tensor] = []
     # all folds of one size at once: the last may be smaller
     whole = planes - planes % fold
     for members in (order[:whole].view(-1, fold), order[whole:].view(1, -1)):
@@ -84,9 +87,15 @@ def mix_components(sample: LayerSample, fold: int) -> Components:
         for found, rows in ((analyses, vectors.mH * root[:, None]), (syntheses, (vectors / root[:, :, None]).mT)):
             full = torch.zeros(count, size, groups, planes, dtype=torch.complex128, device=z.device)
             found.append(full.scatter_(3, index, rows.resolve_conj().reshape(count, size, groups, -1)).flatten(0, 1))
-        columns.append(rotation.columns[lead].repeat_interleave(size))
+        leads.append(rotation.columns[lead].repeat_interleave(size))
     best = torch.cat(worth).argsort(descending=True, stable=True)
-    return Components(torch.cat(analyses)[best], torch.cat(syntheses)[best], torch.cat(columns)[best])
+    column = torch.cat(leads)
+    if columns is not None:
+        ranked: list[int] = best.tolist()
+        first = {int(column[index]): index for index in reversed(ranked)}
+        kept = [first[wanted] for wanted in columns]
+        best = torch.tensor(kept + [index for index in ranked if index not in set(kept)], device=best.device)
+    return Components(torch.cat(analyses)[best], torch.cat(syntheses)[best], column[best])
 
 
 def real_rows(states: Tensor, rotation: Rotation, head_dim: int) -> Tensor:

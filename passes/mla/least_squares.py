@@ -70,6 +70,7 @@ class LogitTarget:
 
 def logit_target(sample: LayerSample) -> LogitTarget:
     """Weights p x spread of every sampled query and key; masked pairs weigh nothing."""
+    sample = sample.teacher or sample
     metric = sample.output_weight.mT @ sample.output_weight  # [H, e, e]
     share = sample.heads // sample.groups
     value = sample.value.repeat_interleave(share, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.mla.assemble import build, exact_factors
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import Fit, FitOptions, fit_layer
+from attnedit.passes.mla.linear import LinearSite, linearise
 from attnedit.passes.site_sample import output_weight, take_sample
 
 
@@ -24,10 +25,12 @@ class Latent:
     Attributes:
         graphs: of the layers that became latent.
         fits: what was measured of those that are not exact.
+        linear: maps that stand for queries, keys and values, where they were asked for.
     """
 
     graphs: dict[str, fx.GraphModule]
     fits: dict[str, Fit]
+    linear: dict[str, LinearSite] = field(default_factory=dict)
 
 
 def latent_layers(
@@ -38,6 +41,7 @@ def latent_layers(
     options: FitOptions,
     windows: Tensor | None,
     *,
+    linear: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Latent:
@@ -50,6 +54,8 @@ def latent_layers(
         shapes: what each caches, by the site's name.
         options: of the fits.
         windows: calibration token ids [N, T]; None where every shape is exact, which needs no data.
+        linear: whether queries, keys and values are to be linear in the hidden states, without norm and bias, be the
+            source's so or not; no shape is exact then.
         seed: of the sampled queries.
         progress: see `attnedit.compiler.progress`.
 
@@ -58,6 +64,7 @@ def latent_layers(
     """
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, Fit] = {}
+    maps: dict[str, LinearSite] = {}
     if windows is None:
         for site in track(sites, "build layers", progress):
             graphs[site.name] = exact_layer(result, site, shapes[site.name])
@@ -68,12 +75,14 @@ def latent_layers(
         if shape.exact:
             graphs[site.name] = exact_layer(result, site, shape)
             return
-        sample = take_sample(source, site, inputs, options.queries(len(windows)), seed)
+        sample = take_sample(source, site, inputs, options.queries(len(windows)), seed, hidden=linear)
+        if linear:
+            maps[site.name], sample = linearise(source, site, sample)
         fits[site.name] = fit_layer(sample, shape, options)
-        graphs[site.name] = build(result, site, shape, fits[site.name].factors)
+        graphs[site.name] = build(result, site, shape, fits[site.name].factors, maps.get(site.name))
 
     stream(source, sites, windows, visit, progress=progress, stage="fit layers", exact=options.exact_stream)
-    return Latent(graphs, fits)
+    return Latent(graphs, fits, maps)
 
 
 def exact_layer(model: PreTrainedModel, site: AttentionSite, shape: Shape) -> fx.GraphModule:

@@ -53,6 +53,8 @@ class MLAConfig(SiteConfig):
         input_size: E, the size of what the cached values are projected from.
         kv_bias: whether that projection has a bias.
         folded: whether it reads the hidden states themselves rather than the source's keys and values.
+        linear: whether the query, too, is a projection of the hidden states of its own (``q_proj``), and none of the
+            projections has a bias, whatever the source does there: the attention that DeepSeek's classes have.
         scale: factor of the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         sinks: whether each head has a sink logit.
@@ -81,6 +83,7 @@ class MLAConfig(SiteConfig):
     softcap: float | None = None
     sinks: bool = False
     window: int | None = None
+    linear: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that no module could have."""
@@ -95,6 +98,8 @@ class MLAConfig(SiteConfig):
             )
         if not self.rope_columns and not self.qk_nope_head_dim:
             raise UsageError(f"{where}: without rotary slots qk_nope_head_dim must be head_dim, got 0")
+        if self.linear and (self.kv_bias or not self.folded):
+            raise UsageError(f"{where}: a linear attention is folded and has no kv_bias")
         if any(column < 0 for column in self.rope_columns):
             raise UsageError(f"{where}: rope_columns must not be negative, got {self.rope_columns}")
         if self.window is not None and self.window < 1:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import GateSWAConfig
-from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks, bounded_layer
+from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks
+from attnedit.targets.attention.gateswa_layers import bounded_layer
+from attnedit.targets.attention.gateswa_ring import RingLayer
 
 __all__ = ["GateSWA", "GateSWAConfig"]
 
@@ -122,6 +124,8 @@ class GateSWA(nn.Module):
         layer = None if past_key_values is None else bounded_layer(past_key_values, config)
         if layer is None:
             view = self._all_keys(key, value, mask, query.shape[2], past_key_values)
+        elif isinstance(layer, RingLayer):
+            view = self._ring_keys(key, value, mask, past_key_values, layer)
         else:
             view = self._bounded_keys(key, value, mask, past_key_values, layer)
         out: Tensor = self._attend(query, view, sinks)
@@ -142,7 +146,19 @@ class GateSWA(nn.Module):
         near = None if mask is None else self._fit(mask, columns)
         # A mask as narrow as the source's own window says nothing of the slots.
         far = mask if mask is not None and mask.shape[-1] == past + length else None
-        return _View(keys, values, slots, past, past + length - columns, near, far)
+        position = torch.arange(past + length - columns, past + length, device=keys.device)
+        return _View(keys, values, slots, position, past, columns - length, near, far)
+
+    def _ring_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any, layer: RingLayer) -> _View:
+        """Put the new tokens into the ring of a static cache; no number is read off a tensor."""
+        length = key.shape[2]
+        past = layer.get_seq_length() + torch.zeros((), dtype=torch.long, device=key.device)  # it changes in place
+        real = None
+        if mask is not None:
+            real = _real(mask.index_select(-1, past + torch.arange(length, device=key.device)))
+        keys, values = cache.update(key, value, self.config.layer_idx, real=real)
+        slots, columns = layer.slot_positions(), layer.column_positions(length)
+        return _View(keys, values, slots, columns, past, columns.shape[0] - length, mask, mask, by_position=True)
 
     def _all_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, length: int, cache: Any) -> _View:
         """Take all keys of a cache that drops none (or of no cache); the sinks are found anew among them."""
@@ -163,7 +179,8 @@ class GateSWA(nn.Module):
         real = None if mask is None else _real(mask)
         sinks = Sinks.empty(key, value, config.sink_tokens).extended(key, value, real, 0)
         keys, values = torch.cat((sinks.keys, key), dim=2), torch.cat((sinks.values, value), dim=2)
-        return _View(keys, values, sinks.positions, past, 0, mask, mask)
+        position = torch.arange(key.shape[2], device=key.device)
+        return _View(keys, values, sinks.positions, position, past, past, mask, mask)
 
     def _attend(self, query: Tensor, view: _View, sinks: Tensor | None) -> Tensor:
         """Attend in blocks of queries [B, H, T, d], each to the slots and the columns that some of them sees."""
@@ -176,8 +193,8 @@ class GateSWA(nn.Module):
         out = []
         for first in range(0, length, size):
             last = min(first + size, length)
-            low = max(0, view.past + first - window + 1 - view.start)
-            high = min(columns, view.past + last - view.start)
+            low = max(0, view.before + first - window + 1)
+            high = min(columns, view.before + last)
             keys, values = (_cut(x, slots, low, high) for x in (view.keys, view.values))
             mask = self._bias(view, first, last, low, high)
             out.append(self._attend_block(query[:, :, first:last], keys, values, mask, sinks))
@@ -191,10 +208,13 @@ class GateSWA(nn.Module):
         """
         config, device = self.config, view.keys.device
         position = torch.arange(first, last, device=device) + view.past
-        behind = position[:, None] - (torch.arange(low, high, device=device) + view.start)
+        columns = view.columns[low:high]
+        behind = position[:, None] - columns
         near = ((behind >= 0) & (behind < config.sliding_window))[None, None]
         if view.near is not None:
-            near = _restrict(near, view.near[:, :, first:last, low:high])
+            rows = view.near[:, :, first:last]
+            index = columns.clamp(max=rows.shape[-1] - 1)
+            near = _restrict(near, rows.index_select(-1, index) if view.by_position else rows[..., low:high])
         if not config.sink_tokens:
             return near
         # A sink inside the window is among the columns, so its slot shows only once it has left.
@@ -220,6 +240,10 @@ class GateSWA(nn.Module):
         if config.softcap is not None:
             logits = config.softcap * torch.tanh(logits / config.softcap)
         lowest = torch.finfo(logits.dtype).min
+        virtual = [logit for logit in (sinks, self.sink_logit) if logit is not None]
+        if virtual and mask.shape[1] > 1 and mask.dtype != torch.bool:
+            # A bias per head may count from either end of the keys, which only a key without bias would notice.
+            mask = mask - mask.amax(-1, keepdim=True)
         # Clamped: a row of -inf only would be 0 / 0.
         logits = (
             logits.masked_fill(~mask, lowest)
@@ -227,7 +251,6 @@ class GateSWA(nn.Module):
             else (logits + mask.to(logits.dtype)).clamp(min=lowest)
         )
         count = logits.shape[-1]
-        virtual = [logit for logit in (sinks, self.sink_logit) if logit is not None]
         if virtual:
             extra = torch.stack(virtual, dim=-1).to(logits.dtype)[None, :, None]
             logits = torch.cat((logits, extra.expand(batch, -1, length, -1)), dim=-1)
@@ -273,19 +296,23 @@ class _View:
         keys: [B, G, n + C, d], slots first, then columns: neighbouring positions in order.
         values: [B, G, n + C, dv].
         slots: positions of the sink slots, int64 [B, n].
-        past: position of the first query.
-        start: position of the first column.
-        near: the given mask at the columns, [B, 1 or H, T, C].
+        columns: positions of the columns, int64 [C]; ascending and without gaps where there are several queries.
+        past: position of the first query; a tensor where it is not to be read.
+        before: columns before that of the first query.
+        near: the given mask at the columns, [B, 1 or H, T, C]; like `far` if `by_position`.
         far: the given mask by position, [B, 1 or H, T, past + T or more]; None where it does not reach back so far.
+        by_position: `near` has a column per position.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
-    past: int
-    start: int
+    columns: Tensor
+    past: int | Tensor
+    before: int
     near: Tensor | None
     far: Tensor | None
+    by_position: bool = False
 
 
 def _real(mask: Tensor) -> Tensor:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import GateSWAConfig
 
 EMPTY = 2**31 - 1
 """Position of a slot without token: later than every query."""
@@ -47,7 +46,7 @@ class Sinks:
             torch.full((batch, count), EMPTY, dtype=torch.long, device=key.device),
         )
 
-    def extended(self, key: Tensor, value: Tensor, real: Tensor | None, start: int) -> Sinks:
+    def extended(self, key: Tensor, value: Tensor, real: Tensor | None, start: int | Tensor) -> Sinks:
         """Fill empty slots with the first real ones of new tokens.
 
         Args:
@@ -237,35 +236,6 @@ class GateSWALayer(DynamicLayer):
         if self.sinks is not None and self.keys is not None and self.values is not None:
             self.keys, self.values = (x[indices.to(x.device)] for x in (self.keys, self.values))
             self.sinks = self.sinks.select(indices)
-
-
-def bounded_layer(cache: Any, config: GateSWAConfig) -> GateSWALayer | None:
-    """Return the layer that `config` asks for, in place of an empty dynamic one where there is none yet.
-
-    Args:
-        cache: a transformers cache.
-        config: names the layer, the window and the kept sinks.
-
-    Returns:
-        None where the cache has a layer of another kind there, such as a static one, or one with other tokens in it:
-        that layer keeps every token, and attention over it is masked.
-    """
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        return None
-    grow = getattr(cache, "layer_class_to_replicate", None)
-    while grow is not None and len(layers) <= config.layer_idx:
-        layers.append(grow())
-    found = layers[config.layer_idx]
-    if isinstance(found, GateSWALayer):
-        return found
-    if type(found) not in (DynamicLayer, DynamicSlidingWindowLayer) or found.get_seq_length():
-        return None
-    layer = GateSWALayer(config.sliding_window, config.sink_tokens)
-    # Recording is switched on for a whole cache, but a plain dynamic layer cannot remember that.
-    layer.record_past = any(getattr(other, "record_past", False) for other in layers)
-    layers[config.layer_idx] = layer
-    return layer
 
 
 def _pick(old: Tensor, new: Tensor, index: Tensor) -> Tensor:

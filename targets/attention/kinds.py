@@ -13,8 +13,9 @@ from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE, gateswa_graph
 from attnedit.targets.attention.mla_graph import MLA_MODULE, mla_graph
+from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfig, rewritten_graph
 
-AnyConfig = MLAConfig | GateSWAConfig
+AnyConfig = MLAConfig | GateSWAConfig | RewrittenConfig
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ KINDS = {
     for kind in (
         Kind(MLA_MODULE, "latent attention", MLAConfig, mla_graph),
         Kind(GATESWA_MODULE, "gated sliding-window attention", GateSWAConfig, gateswa_graph),
+        Kind(KV_CACHE_MODULE, "rewritten attention", RewrittenConfig, rewritten_graph),
     )
 }
 

@@ -13,14 +13,18 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import MLAConfig
+from attnedit.targets.attention.latent_decode import decodes_fused, latent_decode
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
 
 Path = Literal["absorbed", "expanded"]
 
+EXPANDED_BYTES = 1 << 30
+"""Queries, keys and values that a prefill holds at a time, roughly: beyond that it goes in blocks of heads."""
 SHORT_QUERY = 64
 """Longer queries never take the absorbed path: its fp32 logits [B, H, T, S] would no longer be small."""
 
@@ -155,19 +159,45 @@ class MLA(nn.Module):
             if length > 1 and (attention_mask is None or attention_mask.dim() == 2):
                 past = past_key_values.get_seq_length(config.layer_idx)
             latent, slots = past_key_values.update(latent, slots, config.layer_idx)
+            if length > 1 and attention_mask is None:
+                # The free places of a static cache come last, and nothing else hides them.
+                latent, slots = (x[:, :, : int(past) + length] for x in (latent, slots))
         mask = self._mask(attention_mask, length, latent.shape[2], past, query.device)
         path = choose_path(length, latent.shape[2], config) if self.path == "auto" else self.path
-        attend = self._absorbed if path == "absorbed" else self._expanded
-        return attend(query, query_rope, latent[:, 0], slots[:, 0], mask)
+        if path == "expanded":
+            return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], mask)
+        return self._absorbed(query, query_rope, latent[:, 0], slots[:, 0], mask, past_key_values)
 
     def _expanded(
         self, query: Tensor, query_rope: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Project the latent up to keys and values, then attend as usual; latent [B, S, r], slots [B, S, 2s]."""
         config = self.config
+        heads, rows = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
+        block = heads
+        if config.softcap is None and self.sinks is None and not torch.compiler.is_compiling():
+            size = latent.shape[0] * (2 * latent.shape[1] + query.shape[2]) * (rows + config.qk_rope_head_dim)
+            block = max(1, min(heads, EXPANDED_BYTES // (size * latent.element_size())))
+        if block == heads:
+            return self._expanded_heads(query, query_rope, self.kv_b_proj(latent), slots, mask)
+        weight = self._up_weight(latent).unflatten(0, (heads, rows))
+        parts = []
+        for first in range(0, heads, block):
+            span = slice(first, first + block)
+            up = F.linear(latent, weight[span].flatten(0, 1))
+            rope = None if query_rope is None else query_rope[:, span]
+            shown = mask if mask is None or mask.shape[1] == 1 else mask[:, span]
+            parts.append(self._expanded_heads(query[:, span], rope, up, slots, shown))
+        return torch.cat(parts, dim=2)
+
+    def _expanded_heads(
+        self, query: Tensor, query_rope: Tensor | None, up: Tensor, slots: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attend with some heads h to their keys and values, up [B, S, h (qk_nope_head_dim + dv)]."""
+        config = self.config
         heads, length = query.shape[1:3]
         nope = config.qk_nope_head_dim
-        up = self.kv_b_proj(latent).unflatten(-1, (heads, nope + config.v_head_dim)).transpose(1, 2)
+        up = up.unflatten(-1, (heads, nope + config.v_head_dim)).transpose(1, 2)
         key, value = up.split([nope, config.v_head_dim], dim=-1)
         if query_rope is not None:
             rotated = slots.unsqueeze(1).expand(-1, heads, -1, -1)
@@ -179,9 +209,9 @@ class MLA(nn.Module):
                 mask = _causal(length, key.shape[2], 0, config.window, query.device)
             logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
             return torch.matmul(self._probabilities(logits, mask).to(value.dtype), value).transpose(1, 2)
-        # Fused kernels want one head size for all three; padding with zeros is 3 to 4 times faster than without
-        # them (CPU, 1,024 tokens, 96 and 64).
-        size = max(key.shape[-1], value.shape[-1])
+        # Fused kernels want one head size for all three, a multiple of eight; padding with zeros is 3 to 4 times
+        # faster than without them (CPU, 1,024 tokens, 96 and 64).
+        size = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8
         query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
@@ -189,28 +219,47 @@ class MLA(nn.Module):
         return out[..., : config.v_head_dim].transpose(1, 2)
 
     def _absorbed(
-        self, query: Tensor, query_rope: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
+        self,
+        query: Tensor,
+        query_rope: Tensor | None,
+        latent: Tensor,
+        slots: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
         """Take the queries down to the latent instead: all heads read it once; latent [B, S, r], slots [B, S, 2s]."""
         config = self.config
-        batch, heads, length, _ = query.shape
-        nope, keys = config.qk_nope_head_dim, latent.shape[1]
+        heads, nope = config.num_attention_heads, config.qk_nope_head_dim
         weight = self._up_weight(latent).reshape(heads, nope + config.v_head_dim, config.kv_lora_rank)
+        # The scale goes in first: fp16 overflows later that way.
+        down = torch.einsum("bhtd,hdr->bhtr", query * config.scale, weight[:, :nope]) if nope else None
+        rotary = None if query_rope is None else query_rope * config.scale
+        if config.softcap is None and self.sinks is None and decodes_fused(down, rotary, latent, mask):
+            row = None if mask is None else mask[:, 0, 0]
+            one, turned = (None if x is None else x[:, :, 0] for x in (down, rotary))
+            context = latent_decode(one, turned, latent, slots, row, _filled(cache, config.layer_idx)).unsqueeze(2)
+        else:
+            context = self._weighted_latent(down, rotary, latent, slots, mask)
+        return torch.einsum("bhtr,hvr->bthv", context, weight[:, nope:])
+
+    def _weighted_latent(
+        self, down: Tensor | None, rotary: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attend over the latent in plain torch: down [B, H, T, r], rotary [B, H, T, 2s]; returns [B, H, T, r]."""
         logits: Tensor | None = None
-        if nope:
-            # The scale goes in first: fp16 overflows later that way.
-            down = torch.einsum("bhtd,hdr->bhtr", query * config.scale, weight[:, :nope])
-            logits = _upcast(torch.bmm(down.flatten(1, 2), latent.transpose(1, 2)))
-        if query_rope is not None:
-            rotary = _upcast(torch.bmm((query_rope * config.scale).flatten(1, 2), slots.transpose(1, 2)))
-            logits = rotary if logits is None else logits + rotary
+        for query, keys in ((down, latent), (rotary, slots)):
+            if query is None:
+                continue
+            # Heads stand side by side as more queries: one product per sequence.
+            part = _upcast(torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))).unflatten(1, query.shape[1:3])
+            logits = part if logits is None else logits + part
         if logits is None:
             raise AssertionError("MLAConfig allows no attention without keys")
+        length, keys_seen = logits.shape[2:]
         if mask is None and length > 1:
-            mask = _causal(length, keys, 0, config.window, query.device)
-        weights = self._probabilities(logits.view(batch, heads, length, keys), mask).to(latent.dtype)
-        context = torch.bmm(weights.flatten(1, 2), latent).view(batch, heads, length, config.kv_lora_rank)
-        return torch.einsum("bhtr,hvr->bthv", context, weight[:, nope:])
+            mask = _causal(length, keys_seen, 0, self.config.window, logits.device)
+        weights = self._probabilities(logits, mask).to(latent.dtype)
+        return torch.bmm(weights.flatten(1, 2), latent).view(*logits.shape[:3], -1)
 
     def _probabilities(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """Cap, mask and normalise logits [B, H, T, S] in at least fp32; the sink's share is left out."""
@@ -236,7 +285,8 @@ class MLA(nn.Module):
         That something is an adapter, a quantiser, or a hook that brings the weight in for each call only.
         """
         module = self.kv_b_proj
-        if type(module) is nn.Linear and not module._forward_pre_hooks and not hasattr(module, "_hf_hook"):
+        plain = type(module) is nn.Linear and not is_traceable_wrapper_subclass(module.weight)
+        if plain and not module._forward_pre_hooks and not hasattr(module, "_hf_hook"):
             return module.weight
         unit: Tensor = module(torch.eye(self.config.kv_lora_rank, device=like.device, dtype=like.dtype))
         return unit.transpose(0, 1)
@@ -273,6 +323,12 @@ class MLA(nn.Module):
             )
         padding = F.pad(mask[:, -keys:].to(torch.bool), (0, max(0, keys - mask.shape[1])))[:, None, None, :]
         return padding if length == 1 else padding & _causal(length, keys, offset, window, device)
+
+
+def _filled(cache: Cache | None, layer: int) -> Tensor | None:
+    """Tokens of a static cache that are filled, on the device; None where all that it returns are."""
+    seen = None if cache is None else cache.get_seq_length(layer)
+    return seen if isinstance(seen, Tensor) else None
 
 
 def _upcast(x: Tensor) -> Tensor:

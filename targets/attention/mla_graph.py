@@ -13,6 +13,8 @@ from attnedit.targets.attention.mla import MLA, MLAConfig
 from attnedit.targets.attention.site_graph import AnchorCall, check_facts, replace_attention, weights_like
 
 MLA_MODULE = "mla"
+QUERY_MODULE = "q_proj"
+"""Projection of the query where `MLAConfig.linear` gives it one of its own."""
 
 
 def mla_graph(
@@ -44,6 +46,11 @@ def mla_graph(
             if site.rope is None:
                 raise CaptureError(f"{site.name}: it has no rotary embedding, so it can have no rotary slots")
             cos, sin = call.node(site.rope.cos), call.node(site.rope.sin)
+        query = call.node(site.query)
+        if config.linear:
+            projected = call.graph.call_module(QUERY_MODULE, (call.node(site.hidden),))
+            heads = call.graph.call_method("unflatten", (projected, -1, (config.num_attention_heads, config.head_dim)))
+            query = call.graph.call_method("transpose", (heads, 1, 2))
         if config.folded:
             kv_input = call.node(site.hidden)
         else:
@@ -52,10 +59,29 @@ def mla_graph(
                 for name in (site.key, site.value)
             )
             kv_input = call.graph.call_function(torch.cat, ((key, value),), {"dim": -1})
-        return call.node(site.query), kv_input, cos, sin, call.arguments.get("mask"), call.cache
+        return query, kv_input, cos, sin, call.arguments.get("mask"), call.cache
 
     module = MLA(config, **weights_like(model, site))
-    return replace_attention(model, site, MLA_MODULE, module, arguments, output_projection)
+    others = _linear_modules(model, site, config) if config.linear else {}
+    return replace_attention(model, site, MLA_MODULE, module, arguments, output_projection, others)
+
+
+def _linear_modules(model: nn.Module, site: AttentionSite, config: MLAConfig) -> dict[str, nn.Module]:
+    """Make what a linear attention has of its own: the query's projection, and an output projection without bias."""
+    like = weights_like(model, site)
+    query = nn.Linear(config.input_size, config.num_attention_heads * config.head_dim, bias=False, **like)
+    modules: dict[str, nn.Module] = {QUERY_MODULE: query}
+    if site.o_proj.bias is not None:
+        modules[site.o_proj.module] = without_bias(model.get_submodule(f"{site.name}.{site.o_proj.module}"))
+    return modules
+
+
+def without_bias(projection: nn.Module) -> nn.Linear:
+    """Return a linear module with the same weight and no bias."""
+    weight = projection.get_parameter("weight")
+    result = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    result.weight = weight
+    return result
 
 
 def _check_fit(site: AttentionSite, config: MLAConfig) -> None:
@@ -68,5 +94,7 @@ def _check_fit(site: AttentionSite, config: MLAConfig) -> None:
     if not config.folded:
         expected["input_size"] = site.num_key_value_heads * (site.head_dim + site.v_head_dim)
     check_facts(site, config, expected)
-    if config.folded and not site.linear_kv:
+    if config.linear and site.o_proj.transposed:
+        raise UsageError(f"{site.name}: its output projection is stored transposed, which a linear attention has not")
+    if config.folded and not (site.linear_kv or config.linear):
         raise UsageError(f"{site.name}: keys or values are not linear in the hidden states, so they cannot be folded")

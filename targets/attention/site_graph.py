@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from attnedit.compiler import provenance
 from attnedit.compiler.capture import graph_module
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
@@ -42,6 +42,7 @@ def replace_attention(
     module: nn.Module,
     arguments: Callable[[AnchorCall], tuple[Any, ...]],
     output_projection: nn.Module | None = None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> fx.GraphModule:
     """Build the graph of one attention module with its attention replaced by one call of a new module.
 
@@ -52,6 +53,7 @@ def replace_attention(
         module: the new module (`weights_like` says in which dtype, on which device); it returns [B, T, H, dv].
         arguments: makes the arguments of its call; may add nodes.
         output_projection: a module to use in place of the source's, with parameters of the same names and shapes.
+        others: modules by name that come first: in place of the source's, or for nodes that ``arguments`` adds.
 
     Returns:
         A GraphModule with the signature of the source's attention module. Parts that nothing uses any more are gone.
@@ -61,8 +63,9 @@ def replace_attention(
         CaptureError: the attention module is not given the cache.
     """
     root = graph_module(model, site)
+    for other, replacement in {name: module, **(others or {})}.items():
+        root.set_submodule(other, replacement)
     projection = root.get_submodule(site.o_proj.module)
-    root.add_module(name, module)
     if output_projection is not None:
         _check_same_parameters(site, projection, output_projection)
         root.set_submodule(site.o_proj.module, output_projection)
@@ -73,6 +76,12 @@ def replace_attention(
     # A new GraphModule takes along only what its graph uses.
     source = type(model.get_submodule(site.name)).__name__
     result = fx.GraphModule(root, graph, class_name=f"{type(module).__name__}{source}")
+    for path, part in result.named_modules():
+        known = root.get_submodule(path)._non_persistent_buffers_set  # a new one saves all
+        part._non_persistent_buffers_set |= known & set(part._buffers)
+    # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
+    tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
+    object.__setattr__(result, "tables", tables)
     result.train(root.training)
     return result
 
@@ -109,17 +118,19 @@ def _rewrite(
     nodes = {node.name: node for node in graph.nodes}
     anchor = nodes[site.anchor]
     with graph.inserting_before(anchor):
-        call = AnchorCall(graph, nodes.__getitem__, _named(anchor), _cache_argument(graph, site))
+        call = AnchorCall(graph, nodes.__getitem__, _named(anchor), cache_argument(graph, site))
         node = graph.call_module(name, arguments(call))
-    for fresh in set(graph.nodes) - set(nodes.values()):
-        fresh.meta["from_node"] = [NodeSource(anchor, f"attnedit.{name}", NodeSourceAction.REPLACE)]
-        if "stack_trace" in anchor.meta:
-            fresh.meta["stack_trace"] = anchor.meta["stack_trace"]
+    provenance.mark(set(graph.nodes) - set(nodes.values()), anchor, f"attnedit.{name}")
     anchor.replace_all_uses_with(node)
     graph.erase_node(anchor)
 
 
-def _cache_argument(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+def cache_argument(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+    """The placeholder of the cache.
+
+    Raises:
+        CaptureError: there is none.
+    """
     node: fx.Node
     for node in graph.nodes:
         if node.op == "placeholder" and node.target in _CACHE_ARGUMENTS:

@@ -9,6 +9,7 @@ import typer
 
 import attnedit
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     CalibrationOption,
     DequantizeOption,
     DeviceOption,
@@ -71,6 +72,7 @@ def calibrate(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -100,7 +102,9 @@ def calibrate(
     with ProgressBars() as progress:
         with stage("load model", progress):
             result = attnedit.load(directory)
-            source = load_source(teacher, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+            source = load_source(
+                teacher, revision=revision, dtype=dtype, device=device, dequantize=dequantize, allow_pickle=allow_pickle
+            )
         if texts is not None:
             check_tokenizer_there(source, "calibration text")
         recipe: dict[str, Any] = {

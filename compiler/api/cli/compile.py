@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 import attnedit
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     AlternationsOption,
     BudgetOption,
     CalibrationOption,
@@ -55,7 +58,7 @@ from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
 from attnedit.recipe import RECIPE_FILE, Recipe
-from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, RUN_FILE, check_free
 
 OptionalModelArgument = Annotated[
     str | None,
@@ -64,7 +67,14 @@ OptionalModelArgument = Annotated[
 RecipeOption = Annotated[
     Path | None, typer.Option(help="Recipe (YAML) with any of these options; what is given beside it counts first.")
 ]
-TargetOption = Annotated[str, typer.Option(help="What attention becomes: mla, gateswa or gateswa+mla.")]
+TargetOption = Annotated[
+    str,
+    typer.Option(help="What attention becomes: mla, gateswa or gateswa+mla, or targets and passes of other packages."),
+]
+FuelOption = Annotated[
+    int | None, typer.Option(min=0, help="Stop after so many rewrites, to find the one that breaks something.")
+]
+DumpOption = Annotated[Path | None, typer.Option(help="Directory for graphs before and after, as text and SVG.")]
 WindowOption = Annotated[
     int | None, typer.Option(min=1, help=f"GateSWA: tokens each query sees, itself included; {DEFAULT_WINDOW}.")
 ]
@@ -78,6 +88,14 @@ SinksOption = Annotated[
     typer.Option(
         help=f"GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; {DEFAULT_SINKS}."
     ),
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(help="Compile towards a checkpoint of this form (docs/export-hf.md), so that export changes nothing."),
+]
+KernelDimsOption = Annotated[
+    bool,
+    typer.Option("--kernel-dims", help="With a latent profile: the sizes of engines' kernels, in place of a budget."),
 ]
 
 LowMemoryOption = Annotated[
@@ -101,6 +119,8 @@ def compile_model(
     full_layers: FullLayersOption = None,
     gate: GateOption = None,
     sinks: SinksOption = None,
+    profile: ProfileOption = None,
+    kernel_dims: KernelDimsOption = False,
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
@@ -122,8 +142,11 @@ def compile_model(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     low_memory: LowMemoryOption = False,
     overwrite: OverwriteOption = False,
+    fuel: FuelOption = None,
+    dump_graphs: DumpOption = None,
     json: JsonOption = False,
 ) -> None:
     """Rewrite the attention of a model, verify the result, and save it as a transformers model."""
@@ -131,12 +154,18 @@ def compile_model(
     if wanted.model is None:
         raise UsageError("no model is named; give MODEL, or a recipe that names it")
     arguments = wanted.arguments()
-    check_arguments(*(arguments[name] for name in ("target", "kv_budget", "window", "full_layers", "gate", "sinks")))
+    check_arguments(**{name: arguments[name] for name in inspect.signature(check_arguments).parameters})
     trained = CalibrationOptions.of(**wanted.training).steps > 0
     if low_memory:
-        if trained or dequantize:
-            needless = "training needs" if trained else "--dequantize needs"
-            raise UsageError(f"{needless} the whole model in memory; leave it out, or --low-memory")
+        _refuse_with_low_memory(
+            {
+                "training": trained,
+                "--dequantize": dequantize,
+                "--profile": wanted.profile is not None or wanted.kernel_dims,
+                "--fuel": fuel is not None,
+                "--dump-graphs": dump_graphs is not None,
+            }
+        )
         _show(output, _compile_in_parts(wanted, output, device=device, overwrite=overwrite), json=json)
         return
     if trained:
@@ -147,7 +176,12 @@ def compile_model(
     with ProgressBars() as progress:
         with stage("load model", progress):
             source = load_source(
-                wanted.model, revision=wanted.revision, dtype=wanted.dtype, device=device, dequantize=dequantize
+                wanted.model,
+                revision=wanted.revision,
+                dtype=wanted.dtype,
+                device=device,
+                dequantize=dequantize,
+                allow_pickle=allow_pickle,
             )
         if wanted.calibration is not None:
             check_tokenizer_there(source, "calibration text")
@@ -157,6 +191,8 @@ def compile_model(
             tokenizer=source.tokenizer,
             # Untrained, the source is not used again, so the memory for a second attention is spared.
             in_place=not trained,
+            fuel=fuel,
+            dump_graphs=dump_graphs,
             run_directory=output.expanduser() if trained else None,
             progress=progress,
         )
@@ -169,10 +205,17 @@ def compile_model(
     _show(output, result.report, json=json)
 
 
+def _refuse_with_low_memory(asked: Mapping[str, bool]) -> None:
+    for name, given in asked.items():
+        if given:
+            raise UsageError(f"{name} needs the whole model in memory; leave it out, or --low-memory")
+
+
 def _compile_in_parts(wanted: Recipe, output: Path, *, device: str, overwrite: bool) -> Report:
     if overwrite or not (output.expanduser() / RUN_FILE).exists():
         check_output(output, overwrite=overwrite)
-    arguments = {name: value for name, value in wanted.arguments().items() if name not in wanted.training}
+    whole = {*wanted.training, "profile", "kernel_dims"}
+    arguments = {name: value for name, value in wanted.arguments().items() if name not in whole}
     with ProgressBars() as progress:
         return attnedit.compile_checkpoint(
             str(wanted.model),
@@ -191,7 +234,7 @@ def _show(output: Path, report: Report, *, json: bool) -> None:
         print_json({"output": str(output), **report.to_dict()})
     else:
         show(report)
-        show(f"saved in {output}, with {RECIPE_FILE}:")
+        show(f"saved in {output}, with {HTML_FILE} to look at and {RECIPE_FILE}:")
         show(Recipe.model_validate(report.recipe).to_yaml().rstrip())
 
 

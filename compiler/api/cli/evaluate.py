@@ -11,6 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     DequantizeOption,
     DeviceOption,
     DtypeOption,
@@ -48,6 +49,7 @@ def evaluate(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Ask for a fact planted in a long text, in place of perplexity.")
     ] = False,
@@ -64,7 +66,9 @@ def evaluate(
         check_readable(text, "evaluation text")
     with ProgressBars() as progress:
         with stage("load model", progress):
-            source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+            source = load_source(
+                model, revision=revision, dtype=dtype, device=device, dequantize=dequantize, allow_pickle=allow_pickle
+            )
         tokenizer = check_tokenizer_there(source, "evaluation text")
         if retrieve:
             ids = tokenizer(demo_text()[1], add_special_tokens=False)["input_ids"] if text is None else None

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     DequantizeOption,
     JsonOption,
     ModelArgument,
@@ -48,8 +49,12 @@ def export(
     kernel_dims: Annotated[
         bool, typer.Option("--kernel-dims", help="hf: sizes and norms that engines' kernels for latent attention want.")
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="hf: the form of a latent profile that llama.cpp's converter reads.")
+    ] = False,
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a model, rewritten or not, for another runtime, and check it against the live one."""
@@ -57,12 +62,14 @@ def export(
     lower = find_runtime(to)
     given: dict[str, Any] = {"flavor": flavor, "cache": cache, "dtype": dtype, "quantize": quantize, "opset": opset}
     given |= {"batch_size": batch_size, "seq_len": seq_len, "capacity": capacity}
-    given |= {"profile": profile, "kernel_dims": kernel_dims or None}
+    given |= {"profile": profile, "kernel_dims": kernel_dims or None, "gguf": gguf or None}
     options = {name: value for name, value in given.items() if value is not None}
     check_options(to, lower, options)
     with ProgressBars() as progress:
         with stage("load model", progress):
-            loaded = load_source(model, revision=revision, dtype="auto", device="cpu", dequantize=dequantize)
+            loaded = load_source(
+                model, revision=revision, dtype="auto", device="cpu", dequantize=dequantize, allow_pickle=allow_pickle
+            )
         source: Any = loaded
         if (Path(model).expanduser() / REPORT_FILE).exists():
             source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.cli.exported import generate_exported, is_exported
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     DequantizeOption,
     DeviceOption,
     DtypeOption,
@@ -38,16 +39,21 @@ def generate(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
     if is_exported(model):
-        if revision is not None or dequantize:
-            raise UsageError(f"{model} is an exported model; --revision and --dequantize are for others")
+        if revision is not None or dequantize or allow_pickle:
+            raise UsageError(
+                f"{model} is an exported model; --revision, --dequantize and --allow-pickle are for others"
+            )
         generate_exported(model, prompt, max_new_tokens, temperature, seed, json=json)
         return
     with ProgressBars() as progress, stage("load model", progress):
-        source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+        source = load_source(
+            model, revision=revision, dtype=dtype, device=device, dequantize=dequantize, allow_pickle=allow_pickle
+        )
     tokenizer = check_tokenizer_there(source, "a prompt")
     torch.manual_seed(seed)
     text, count = complete(source.model, tokenizer, prompt, max_new_tokens, temperature)

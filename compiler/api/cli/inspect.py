@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from attnedit.cli.terminal import JsonOption, ModelArgument, ProgressBars, RevisionOption, print_json, show
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import context_length
+from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_config_only
 from attnedit.compiler.progress import stage
 from attnedit.compiler.sites import AttentionSite
@@ -22,6 +23,8 @@ def inspect(model: ModelArgument, revision: RevisionOption = None, json: JsonOpt
     """Show the attention sites of a model, what was read off their graphs, and what their cache costs."""
     with ProgressBars() as progress, stage("capture", progress):
         meta = load_config_only(model, revision=revision)
+        if getattr(meta.config, "attnedit", None):
+            raise UsageError(f"{model} is rewritten already; inspect the model that it came from")
         facts = describe(meta, capture(meta))
     if json:
         print_json({"model": model, **facts})

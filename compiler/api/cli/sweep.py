@@ -16,6 +16,7 @@ import attnedit
 from attnedit.cli.compile import TargetOption
 from attnedit.cli.evaluate import SeqLenOption, TextOption, WindowsOption, measure
 from attnedit.cli.terminal import (
+    AllowPickleOption,
     AlternationsOption,
     CalibrationOption,
     CalibrationTokensOption,
@@ -63,6 +64,7 @@ def sweep(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
+    allow_pickle: AllowPickleOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -75,7 +77,9 @@ def sweep(
     rows: list[dict[str, Any]] = []
     with ProgressBars() as progress:
         with stage("load model", progress):
-            source = load_source(model, revision=revision, dtype=dtype, device=device, dequantize=dequantize)
+            source = load_source(
+                model, revision=revision, dtype=dtype, device=device, dequantize=dequantize, allow_pickle=allow_pickle
+            )
         tokenizer = check_tokenizer_there(source, "evaluation text")
         with stage("tokenise", progress):
             tokens = text_tokens(text, tokenizer)

@@ -40,6 +40,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+AllowPickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read weights that are pickles (.bin) where there are no safetensors.")
+]
 DequantizeOption = Annotated[bool, typer.Option("--dequantize", help="Unpack a source that is already quantised.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same result.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]

@@ -1,9 +1,16 @@
 """Eager runtime: rewritten attention inside a live transformers model, saved and loaded as model type "attnedit"."""
 
+from attnedit.compiler.modules import share_copy
 from attnedit.targets.runtime.eager.cache import bind_cache, bounded_cache
 from attnedit.targets.runtime.eager.checkpoint import load_model, save
-from attnedit.targets.runtime.eager.classes import AttneditConfig, attnedit_classes, source_config, to_attnedit
-from attnedit.targets.runtime.eager.splice import share_copy, splice
+from attnedit.targets.runtime.eager.classes import (
+    AttneditConfig,
+    attnedit_classes,
+    source_config,
+    to_attnedit,
+    use_captured_implementation,
+)
+from attnedit.targets.runtime.eager.splice import splice
 
 __all__ = [
     "AttneditConfig",
@@ -16,4 +23,5 @@ __all__ = [
     "source_config",
     "splice",
     "to_attnedit",
+    "use_captured_implementation",
 ]

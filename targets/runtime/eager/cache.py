@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.gateswa_cache import bounded_layer
+from attnedit.targets.attention.gateswa_layers import bounded_layer
 
 
 def bounded_cache(model: PreTrainedModel) -> DynamicCache:

@@ -15,10 +15,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
+from attnedit.compiler.models import READING_ERRORS
+from attnedit.compiler.source_checks import check_sizes, check_weight_files
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "attnedit-report.json"
+HTML_FILE = "report.html"
+"""The same to look at."""
 RUN_FILE = "attnedit-run.json"
 
 
@@ -113,13 +117,24 @@ def load_model(
     if found != MODEL_TYPE:
         what = f"a model of type {found!r}" if found else "no readable config.json"
         raise UsageError(f"{path} holds {what}, not a model that attnedit saved")
+    check_weight_files(path, str(path))
     auto: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
+    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **local)
+        check_sizes(config, str(path))
         model, info = auto.from_pretrained(
-            path, config=config, dtype=dtype, device_map=device_map, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            use_safetensors=True,
+            **local,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except AttneditError:
+        raise
+    except READING_ERRORS as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"cannot read the model in {path}: {first}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture import capture, captured_implementation
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
@@ -74,6 +74,16 @@ class _Rewritten(BoundedGeneration):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _rebuild(cast(PreTrainedModel, self))
+
+    def _move_missing_keys_from_meta_to_device(self, *args: Any, **kwargs: Any) -> None:
+        """Fill the tables of the new graphs, which loading has just emptied; the source's class knows its own only."""
+        parent: Any = super()
+        parent._move_missing_keys_from_meta_to_device(*args, **kwargs)
+        for module in cast(torch.nn.Module, self).modules():
+            tables: Mapping[str, torch.Tensor] = getattr(module, "tables", None) or {}
+            for name, value in tables.items():
+                with torch.no_grad():
+                    module.get_buffer(name).copy_(value)
 
 
 def attnedit_classes(
@@ -165,6 +175,14 @@ def source_sites(model: PreTrainedModel) -> Mapping[str, AttentionSite]:
     return _sites(cast(ModelClass, type(model).__bases__[1]), model.config)
 
 
+def use_captured_implementation(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> None:
+    """Make a rewritten model give its attention modules what their graphs take, in place."""
+    name = captured_implementation(sites)
+    if name is not None:
+        config: Any = model.config
+        config._attn_implementation = name
+
+
 def _has(model: torch.nn.Module, name: str) -> bool:
     return any(name == existing for existing, _ in model.named_modules())
 
@@ -222,6 +240,7 @@ def _rebuild(model: PreTrainedModel) -> None:
         site_config = config_from_dict(values)
         graphs[name] = kind_of(site_config).graph(model, sites[name], site_config)
     splice(model, graphs)
+    use_captured_implementation(model, sites.values())
 
 
 def _sites(model_class: ModelClass, config: PreTrainedConfig) -> Mapping[str, AttentionSite]:

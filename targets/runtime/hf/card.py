@@ -51,8 +51,7 @@ def model_card(
             "",
             f"# {source}, {_method(report)}",
             "",
-            f"[attnedit]({PAPER}) has replaced the attention of {source} in this model by {_method(report)}, which "
-            "needs a smaller key/value cache.",
+            _what_was_done(source, report),
             "",
             *(_figures(report) if report is not None else ()),
             "## How to load it",
@@ -80,6 +79,15 @@ def _method(report: Report | None) -> str:
     if report is None:
         return "another attention"
     return " and ".join(TARGETS.get(target, target) for target in report.target.split("+"))
+
+
+def _what_was_done(source: str, report: Report | None) -> str:
+    if report is not None and any(rule.place for rule in report.rules):
+        return f"[attnedit]({PAPER}) has rewritten the attention of {source} in this model: {_method(report)}."
+    return (
+        f"[attnedit]({PAPER}) has replaced the attention of {source} in this model by {_method(report)}, which "
+        "needs a smaller key/value cache."
+    )
 
 
 def _metadata(report: Report | None, license: str | None) -> Iterator[str]:
@@ -116,7 +124,8 @@ def _figures(report: Report) -> list[str]:
     if report.perplexity:
         rows["perplexity on held-out calibration text"] = _listed(report.perplexity)
     for check in report.verification:
-        error = "" if check.error is None else f", off by {check.error:.1e} of the largest logit"
+        largest = "value" if "new values" in check.what else "logit"
+        error = "" if check.error is None else f", off by {check.error:.1e} of the largest {largest}"
         rows[f"verified: {check.what}"] = f"{check.contract}{error}"
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     if not report.perplexity:

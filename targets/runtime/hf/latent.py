@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.mla import MLA
-from attnedit.targets.attention.mla_graph import MLA_MODULE
+from attnedit.targets.attention.mla_graph import MLA_MODULE, QUERY_MODULE
 from attnedit.targets.runtime.eager.classes import source_sites
 from attnedit.targets.runtime.hf.native import OTHER
 
@@ -69,7 +70,7 @@ def latent_sites(model: PreTrainedModel) -> list[LatentSite]:
     for site in source_sites(model).values():
         attention, mla = _modules(model, site)
         _check_expressible(model, site, attention, mla.config)
-        found.append(LatentSite(site, mla.config, *_slot_frequencies(model, site, mla.config.rope_columns)))
+        found.append(LatentSite(site, mla.config, *slot_frequencies(model, site, mla.config.rope_columns)))
     return found
 
 
@@ -107,25 +108,46 @@ def _modules(model: PreTrainedModel, site: AttentionSite) -> tuple[fx.GraphModul
     return attention, mla
 
 
+def lacking(site: AttentionSite, limit: int | None) -> tuple[list[str], list[str]]:
+    """Say what of a source's attention DeepSeek's has not.
+
+    Args:
+        site: of the source.
+        limit: its positions; a window as long hides nothing.
+
+    Returns:
+        What nothing there could stand for; and what linear maps of the hidden states could stand for approximately.
+    """
+    never = {
+        "an output gate": site.output_gate,
+        "sink logits": site.sinks is not None,
+        f"a softcap of {site.softcap}": site.softcap is not None,
+        f"a sliding window of {site.window} tokens": site.window is not None and site.window < (limit or 2**62),
+    }
+    nearly = {
+        f"queries normalised ({site.query_norm} norm)": site.query_norm is not None,
+        f"keys normalised ({site.key_norm} norm)": site.key_norm is not None,
+        "keys or values that are not linear in the hidden states": not site.linear_kv and site.key_norm is None,
+    }
+    return [fact for fact, holds in never.items() if holds], [fact for fact, holds in nearly.items() if holds]
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has; None where it does not say."""
+    found: int | None = getattr(model.config, "max_position_embeddings", None)
+    return found
+
+
 def _check_expressible(
     model: PreTrainedModel, site: AttentionSite, attention: fx.GraphModule, config: MLAConfig
 ) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    facts = {
-        f"queries normalised ({site.query_norm} norm)": site.query_norm is not None,
-        f"keys normalised ({site.key_norm} norm)": site.key_norm is not None,
-        "an output gate": site.output_gate,
-        "sink logits": config.sinks,
-        f"a softcap of {config.softcap}": config.softcap is not None,
-        f"a sliding window of {config.window} tokens": config.window is not None and config.window < (limit or 2**62),
-        "keys or values that are not linear in the hidden states": not config.folded,
-    }
-    for name, parameter in attention.named_parameters():
-        facts[f"a bias ({name})"] = name.endswith("bias") and bool(parameter.any())
-    found = next((fact for fact, holds in facts.items() if holds), None)
-    if found is not None:
-        raise UsageError(f"{site.name} has {found}, which DeepSeek's attention does not; {OTHER}")
+    never, nearly = lacking(site, positions(model))
+    facts = never + ([] if config.linear else nearly)
+    facts += [f"a bias ({name})" for name, part in attention.named_parameters() if name.endswith("bias") and part.any()]
+    if facts:
+        raise UsageError(f"{site.name} has {facts[0]}, which DeepSeek's attention does not; {OTHER}")
     used = {projection.weight for projection in (site.q_proj, site.o_proj) if projection is not None}
+    used |= {f"{QUERY_MODULE}.weight"} if config.linear else set()
     others = [name for name, _ in attention.named_parameters() if not name.startswith(MLA_MODULE)]
     for name in others:
         if name not in used and not name.endswith("bias"):
@@ -150,9 +172,14 @@ def _query(attention: fx.GraphModule, site: AttentionSite, size: int) -> Tensor:
     return query[0].transpose(1, 2)
 
 
-def _slot_frequencies(
-    model: PreTrainedModel, site: AttentionSite, columns: tuple[int, ...]
+def slot_frequencies(
+    model: PreTrainedModel, site: AttentionSite, columns: Sequence[int]
 ) -> tuple[tuple[float, ...], float]:
+    """Return the frequency of each column of cos and sin in radians per position, and the factor that they come with.
+
+    Raises:
+        CaptureError: there are columns but no rotary embedding.
+    """
     if not columns:
         return (), 1.0
     found = rope_angles(model, site)

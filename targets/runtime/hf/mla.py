@@ -49,7 +49,7 @@ class Sizes:
     v_head_dim: int
 
 
-def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool = False) -> Native:
+def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool = False, gguf: bool = False) -> Native:
     """Bring a model with latent attention in every layer into DeepSeek's form.
 
     Layers are padded to common sizes with zeros, which changes nothing; so are slots that some layers lack.
@@ -59,23 +59,29 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
         model_type: "deepseek_v3" or "youtu".
         kernel_dims: pad to what engines' kernels want, and scale the residual stream so that ``rms_norm_eps`` is the
             latent norm's as well, which engines take it for.
+        gguf: scale the residual stream too, and store the query in two steps with a norm between them, neutralised
+            like the latent's: llama.cpp loads no other form of most depths. Sizes stay as they are.
 
     Raises:
         UsageError: the class cannot express the model; the message says what of it.
     """
     source: Any = source_config(model.config)
     refuse_half(model_type, model.dtype)
-    if kernel_dims and getattr(source, "hidden_act", "silu") != "silu":
-        raise UsageError(
-            f"engines have a silu in DeepSeek's MLP, the source {source.hidden_act}; leave --kernel-dims out"
-        )
+    if kernel_dims:
+        check_activation(source)
     layers = latent_sites(model)
 
     def make(rope: int, parameters: dict[str, Any]) -> PreTrainedConfig:
-        return _config(source, model_type, _sizes(layers, rope, kernel_dims), parameters)
+        sizes = _sizes(layers, rope, kernel_dims)
+        return latent_config(source, model_type, sizes, parameters, source.hidden_size if gguf else None)
 
     size = KERNEL_DIMS["qk_rope_head_dim"] if kernel_dims else None
     table = choose_table([layer.frequencies for layer in layers], source, make, size)
+    if gguf and table.type != "default":
+        raise UsageError(
+            f"llama.cpp has the default rotary embedding only for this class, the model needs rope_type {table.type}; "
+            f"compile with --profile {model_type}, or leave --gguf out"
+        )
     config: Any = make(table.size, table.parameters)
     if table.type == "default":
         config.rope_theta = table.parameters["rope_theta"]  # where engines looked before rope_parameters
@@ -84,11 +90,25 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(names)}
     for layer in layers:
         made = _weights(layer, latent_weights(model, layer.site), sizes, table, scaling)
+        if gguf:
+            made |= _query_in_two_steps(made.pop("q_proj"), model.dtype)
         state |= {f"{layer.site.name}.{name}.weight": value.to(model.dtype) for name, value in made.items()}
-    if kernel_dims and config.rms_norm_eps != LATENT_EPSILON:
+    if (kernel_dims or gguf) and config.rms_norm_eps != LATENT_EPSILON:
         _scale_residual_stream(state, (LATENT_EPSILON / config.rms_norm_eps) ** 0.5, config.tie_word_embeddings)
         config.rms_norm_eps = LATENT_EPSILON
     return Native(config, state, _notes(config, table))
+
+
+def check_activation(source: Any) -> None:
+    """Refuse a source whose MLP engines would compute with another function.
+
+    Raises:
+        UsageError: they would.
+    """
+    if getattr(source, "hidden_act", "silu") != "silu":
+        raise UsageError(
+            f"engines have a silu in DeepSeek's MLP, the source {source.hidden_act}; leave --kernel-dims out"
+        )
 
 
 def _sizes(layers: list[LatentSite], rope: int, kernel_dims: bool) -> Sizes:
@@ -107,10 +127,17 @@ def _sizes(layers: list[LatentSite], rope: int, kernel_dims: bool) -> Sizes:
     return Sizes(**KERNEL_DIMS)
 
 
-def _config(source: PreTrainedConfig, model_type: str, sizes: Sizes, rope: dict[str, Any]) -> PreTrainedConfig:
+def latent_config(
+    source: PreTrainedConfig, model_type: str, sizes: Sizes, rope: dict[str, Any], query_rank: int | None = None
+) -> PreTrainedConfig:
+    """Make a configuration of DeepSeek's attention, dense, around a source's other parts.
+
+    Raises:
+        UsageError: the class cannot compute what the source does around its attention.
+    """
     fields: dict[str, Any] = {
         **vars(sizes),
-        "q_lora_rank": None,
+        "q_lora_rank": query_rank,
         "num_key_value_heads": source.num_attention_heads,
         "rope_parameters": rope,
         "rope_interleave": True,
@@ -169,6 +196,18 @@ def _weights(
     }
 
 
+def _query_in_two_steps(query: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Put a multiple of the identity and a neutralised norm before a projection [H q, D]."""
+    factor, weight = neutral_norm(LATENT_EPSILON)
+    size = query.shape[1]
+    rounded = torch.eye(size, dtype=torch.float64, device=query.device) * torch.tensor(factor).to(dtype).double()
+    return {
+        "q_a_proj": rounded,
+        "q_a_layernorm": query.new_full((size,), weight),
+        "q_b_proj": query * (factor / rounded[0, 0]),  # what rounding the factor changed
+    }
+
+
 def _scale_residual_stream(state: dict[str, Tensor], factor: float, tied: bool) -> None:
     """Multiply the residual stream by a factor; norms with eps times its square then give what they gave before."""
     for name, value in state.items():
@@ -185,6 +224,11 @@ def _notes(config: Any, table: Table) -> list[str]:
         "common sizes, and rotary slots to one table of frequencies.",
         "Weights for float32 and bfloat16; the latent norm, which must do nothing, breaks in float16.",
     ]
+    if config.q_lora_rank is not None:
+        notes.append(
+            "For llama.cpp's convert_hf_to_gguf.py: convert to f32 or bf16, and quantise neither attn_q_a nor "
+            "attn_kv_a_mqa, whose values are too small for a scale in float16."
+        )
     if table.type == "longrope":
         notes.append(
             "The rotary slots have frequencies that repeat, listed as a longrope table; transformers reads it, engines "
@@ -195,6 +239,6 @@ def _notes(config: Any, table: Table) -> list[str]:
     if config.rms_norm_eps != LATENT_EPSILON:
         notes.append(
             f"The latent norm is neutralised for its eps in transformers, {LATENT_EPSILON:g}; engines that take "
-            f"rms_norm_eps ({config.rms_norm_eps:g}) there need the export with --kernel-dims."
+            f"rms_norm_eps ({config.rms_norm_eps:g}) there need the export with --kernel-dims or --gguf."
         )
     return notes

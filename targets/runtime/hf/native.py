@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,30 @@ def refuse_half(profile: str, dtype: torch.dtype) -> None:
         )
 
 
+def check_places(model: PreTrainedModel, state: Mapping[str, Tensor], except_in: tuple[str, ...] = ()) -> None:
+    """Hold names and shapes of weights against those of a class.
+
+    Args:
+        model: of the class.
+        state: the weights.
+        except_in: prefixes of names that are not looked at.
+
+    Raises:
+        UsageError: a weight has no place in the class, or the class has one that is not given.
+    """
+    places = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(except_in)}
+    title = type(model).__name__
+    for name, value in state.items():
+        if name.startswith(except_in):
+            continue
+        if name not in places:
+            raise UsageError(f"{title} has no place for {name}; {OTHER}")
+        if places[name] != value.shape:
+            raise UsageError(f"{title} has {name} as {tuple(places[name])}, the model as {tuple(value.shape)}; {OTHER}")
+    if absent := sorted(set(places) - set(state)):
+        raise UsageError(f"{title} needs {absent[0]}, which the model does not have; {OTHER}")
+
+
 def write_native(native: Native, directory: Path, dtype: torch.dtype, generation_config: Any) -> None:
     """Write weights and configuration.
 
@@ -124,15 +149,7 @@ def write_native(native: Native, directory: Path, dtype: torch.dtype, generation
         UsageError: a weight has no place in the class, or the class has one that is not given.
     """
     model = skeleton(native.config)
-    places = {name: value.shape for name, value in model.state_dict().items()}
-    title = type(model).__name__
-    for name, value in native.state.items():
-        if name not in places:
-            raise UsageError(f"{title} has no place for {name}; {OTHER}")
-        if places[name] != value.shape:
-            raise UsageError(f"{title} has {name} as {tuple(places[name])}, the model as {tuple(value.shape)}; {OTHER}")
-    if absent := sorted(set(places) - set(native.state)):
-        raise UsageError(f"{title} needs {absent[0]}, which the model does not have; {OTHER}")
+    check_places(model, native.state)
     model.load_state_dict({name: value.detach().to(dtype) for name, value in native.state.items()}, assign=True)
     model.tie_weights()
     model.config.dtype = dtype

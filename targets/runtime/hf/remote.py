@@ -31,7 +31,7 @@ ROOTS = (
     "attnedit.targets.runtime.eager.conversions",
     "attnedit.targets.runtime.hf.parts",
 )
-OUR_IMPORT = re.compile(r"^from (attnedit(?:\.\w+)+) import", re.MULTILINE)
+OUR_IMPORT = re.compile(r"^ *from (attnedit(?:\.\w+)+) import", re.MULTILINE)
 
 HEAD = '''"""{model} with other attention in the layers that config.json names. Written by attnedit; do not edit.
 
@@ -115,7 +115,9 @@ def copied_modules() -> dict[str, str]:
         if spec is None or spec.origin is None:
             raise AssertionError(f"{name} is one of our files")
         text = Path(spec.origin).read_text(encoding="utf-8")
-        found[_file_name(name)] = OUR_IMPORT.sub(lambda match: f"from .{_file_name(match[1])} import", text)
+        found[_file_name(name)] = OUR_IMPORT.sub(
+            lambda match: match[0].replace(match[1], f".{_file_name(match[1])}"), text
+        )
         names += [other for other in OUR_IMPORT.findall(text) if _file_name(other) not in found]
     return found
 
@@ -152,6 +154,11 @@ def _package(directory: Path) -> Iterator[str]:
         sys.dont_write_bytecode = written
         for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
             del sys.modules[module]
+
+
+def _relative(match: re.Match[str]) -> str:
+    """One of our imports as it stands in a checkpoint."""
+    return match[0].replace(match[1], f".{_file_name(match[1])}")
 
 
 def _file_name(module: str) -> str:

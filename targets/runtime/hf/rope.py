@@ -86,8 +86,7 @@ def choose_table(
     if own.get("rope_type", "default") not in BY_LENGTH:
         sizes = range(max(2, 2 * len(needed)), 2 * _head_dim(source) + 2, 2) if size is None else (size,)
         for candidate in sizes if theta else ():
-            frequencies = theta ** -(torch.arange(0, candidate, 2, dtype=torch.float64) / candidate)
-            table = Table({"rope_type": "default", "rope_theta": theta}, frequencies)
+            table = plain_table(theta, candidate)
             if table.places(needed) is not None:
                 return table
     if size is not None:
@@ -95,13 +94,20 @@ def choose_table(
             f"engines' kernels have {size // 2} rotary frequencies, each once and equally spaced; the model needs "
             f"{len(needed)} ({len(set(needed))} different); leave --kernel-dims out, or compile for fewer cached values"
         )
-    if own and (table := _own_table(own, source, make)).places(needed) is not None:
-        return table
+    for candidate in dict.fromkeys((2 * len(needed), _rotary_dim(own, source))) if own else ():
+        if candidate and (table := _own_table(own, candidate, make)).places(needed) is not None:
+            return table
     if own.get("rope_type") in BY_LENGTH:
         raise UsageError(
             f"rope_type {own['rope_type']!r} changes with the length, and the class has one table; {OTHER}"
         )
     return _listed(needed, int(source.max_position_embeddings))
+
+
+def plain_table(theta: float, size: int) -> Table:
+    """Make the default rotary embedding: frequencies theta^(-2i/size)."""
+    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return Table({"rope_type": "default", "rope_theta": theta}, frequencies)
 
 
 def flat_rope(config: PreTrainedConfig) -> dict[str, Any]:
@@ -124,9 +130,12 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _own_table(own: dict[str, Any], source: PreTrainedConfig, make: MakeConfig) -> Table:
-    """Build the source's own rotary embedding, as the class would with the same parameters."""
-    size = int(_head_dim(source) * own.get("partial_rotary_factor", 1.0))
+def _rotary_dim(own: dict[str, Any], source: PreTrainedConfig) -> int:
+    return int(_head_dim(source) * own.get("partial_rotary_factor", 1.0))
+
+
+def _own_table(own: dict[str, Any], size: int, make: MakeConfig) -> Table:
+    """Build the source's own rotary embedding in another size, as the class would with the same parameters."""
     parameters = {name: value for name, value in own.items() if name != "partial_rotary_factor"}
     config = copy.deepcopy(make(size, parameters))
     config.num_hidden_layers = 1

@@ -63,7 +63,8 @@ def layer_caches(model: PreTrainedModel) -> list[LayerCache]:
     """Run two tokens and read off what each layer caches.
 
     Raises:
-        UsageError: a layer keeps something else than keys and values, such as the state of linear attention.
+        UsageError: a layer keeps something else than keys and values, such as the state of linear attention, or keeps
+            them in another dtype.
     """
     cache = DynamicCache(config=model.config)
     ids = torch.zeros((1, 2), dtype=torch.int64)
@@ -75,6 +76,11 @@ def layer_caches(model: PreTrainedModel) -> list[LayerCache]:
             raise UsageError(
                 f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values; "
                 "the ONNX export has no inputs for such a state"
+            )
+        if key.dtype != model.dtype or value.dtype != model.dtype:
+            raise UsageError(
+                f"layer {index} of {type(model).__name__} caches {str(key.dtype).removeprefix('torch.')}; the caches "
+                "of an exported model hold its own dtype"
             )
         bound = layer.window - 1 + layer.sink_tokens if isinstance(layer, GateSWALayer) else None
         found.append(LayerCache(index, key.shape[1], key.shape[3], value.shape[3], bound))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.anchor import attention_implementation, experts_implementation
 from attnedit.compiler.errors import AttneditError
-from attnedit.compiler.probe import evaluation_mode
+from attnedit.compiler.forwards import evaluation_mode
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.onnx.attention import EXPORT, lower
 from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache, Step, export_cache, stepping

@@ -1,0 +1,272 @@
+"""`attnedit.rewrite`: the pipeline from a live model to one whose attention graphs rewrites have edited."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attnedit.calibrate import calibration_name
+from attnedit.compiler.capture import as_captured, capture, graph_module
+from attnedit.compiler.data import token_windows
+from attnedit.compiler.drawing import Dump
+from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.evaluate import KVUsage, kv_usage
+from attnedit.compiler.fuel import Fuel
+from attnedit.compiler.graft import SiteGraph
+from attnedit.compiler.pipeline import Inputs, SiteRecord, Target, run_pipeline
+from attnedit.compiler.progress import Progress, stage
+from attnedit.compiler.registry import PASSES, TARGETS, load, registered
+from attnedit.compiler.report import LayerReport, Report, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.rewrite import Rewrite, check_rewrite
+from attnedit.compiler.source_checks import check_config, check_weights
+from attnedit.compiler.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
+from attnedit.planning import TARGETS as OWN_TARGETS
+from attnedit.planning import first_of
+from attnedit.result import CompileResult
+from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfig, config_of, lower, pure
+from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
+from attnedit.targets.runtime.eager.classes import source_sites
+
+
+def rewrite(
+    model: PreTrainedModel,
+    rewrites: Rewrite | Target | str | Sequence[Rewrite | str],
+    *,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration_tokens: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    partial: bool = False,
+    fuel: int | None = None,
+    dump_graphs: str | PathLike[str] | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Apply rewrites to the attention of a trained model, and hold each to its contract.
+
+    Args:
+        model: a transformers causal language model, or one that this function made; not changed.
+        rewrites: in order: rewrites, or names of targets and passes that packages register. A `Target`, or names with
+            "+" between, are a sequence too.
+        calibration: for rewrites with `fit`; as for `attnedit.compile`.
+        tokenizer: for calibration text; saved with the result.
+        calibration_tokens: how many to use.
+        seed: of sampled text.
+        device: where to work; where the model is unless told.
+        partial: let attention sites be that no rewrite matches. Otherwise they are an error.
+        fuel: stop after so many rewrites, to find the one that breaks something by bisecting; the environment variable
+            ATTNEDIT_FUEL unless given, else no limit.
+        dump_graphs: a directory for the graphs before and after each rewrite, as text and SVG.
+        verify: hold rewrites to their contracts, and decoding from the cache to prefill.
+        progress: see `attnedit.compiler.progress`.
+
+    Returns:
+        The rewritten model and its report.
+
+    Raises:
+        RewriteError: a rewrite is written wrongly; addressed to its author.
+        UsageError: wrong arguments or input; CaptureError (a UsageError) where a site matches no rewrite.
+        VerificationError: a contract is broken.
+    """
+    chosen = resolve(rewrites)
+    limit, dump = Fuel(fuel), Dump(dump_graphs)
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    _check_source(model, name)
+    if device is not None:
+        model = share_copy(model).to(device)  # type: ignore[arg-type]  # transformers wraps it
+    seconds: dict[str, float] = {}
+    modes = {part: module.training for part, module in model.named_modules()}
+    model.eval()
+    used: list[Tensor] = []
+
+    def windows() -> Tensor:
+        if not used:
+            count = calibration_tokens
+            used.append(token_windows(calibration, tokenizer, model, tokens=count, seed=seed, progress=progress))
+        return used[0]
+
+    implementation = contextlib.ExitStack()
+    try:
+        before = kv_usage(model)
+        with timed(seconds, "capture"), stage("capture", progress):
+            records = _records(model)
+            sites = [record.site for record in records]
+            implementation.enter_context(as_captured(model, sites))
+        result = share_copy(model)
+        needs_data = any(one.fit is not None for one in chosen)
+        prompt = _prompt(model, windows() if needs_data else None) if verify else None
+        inputs = Inputs(model, prompt, windows)
+        given: dict[str, Any] = {"fuel": limit, "dump": dump, "partial": partial, "progress": progress}
+        with timed(seconds, "rewrite"):
+            rules, checks = run_pipeline(chosen, records, inputs, **given)
+        changed = [record for record in records if record.entries]
+        expected = None
+        if prompt is not None and all(r.contract.kind == "exact" for r in chosen):
+            expected = logits_of(model, prompt)
+        configs = {r.site.name: RewrittenConfig(r.site.layer_idx, tuple(r.entries)) for r in changed}
+        graphs = {}
+        for record in changed:
+            place = record.site.name
+            module = result.get_submodule(place)
+            graphs[place] = lower(_own(record, result), record.site, config_of(result, module), configs[place])
+        splice(result, graphs)
+        result = to_attnedit(result, configs)
+        after = kv_usage(result)
+        if prompt is not None:
+            with timed(seconds, "verify"), stage("verify", progress):
+                if expected is not None:
+                    checks.append(same_logits(expected, result, prompt))
+                rounding = max(one.contract.atol + one.contract.rtol for one in chosen)
+                checks.append(same_decode(result, check_tokens(used[0] if used else None, model), rounding))
+    finally:
+        implementation.close()
+        _restore(model, modes)
+    _restore(result, modes)
+    use_captured_implementation(result, sites)
+    report = Report(
+        source=name,
+        target="+".join(r.name for r in chosen),
+        sites_matched=len(records),
+        sites_rewritten=sum(record.changed for record in records),
+        layers=[_row(record, before, after) for record in records],
+        rules=rules,
+        verification=checks,
+        calibration=calibration_name(calibration) if used else "",
+        calibration_tokens=used[0].numel() if used else 0,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        notes=[*limit.note(), *_import_notes(chosen)],
+        **kv_fields(before, after),
+    )
+    return CompileResult(result, report, tokenizer)
+
+
+def resolve(rewrites: Rewrite | Target | str | Sequence[Rewrite | str]) -> list[Rewrite]:
+    """Rewrites in order, from rewrites, targets, and names that packages register.
+
+    Raises:
+        UsageError: a name is not registered.
+        RewriteError: something is no rewrite.
+    """
+    if isinstance(rewrites, str):
+        return [found for part in rewrites.split("+") for found in _named(part.strip())]
+    if isinstance(rewrites, Target):
+        rewrites = rewrites.rewrites
+    several = list(rewrites) if isinstance(rewrites, Sequence) else [rewrites]
+    chosen = [found for one in several for found in (_named(one) if isinstance(one, str) else [one])]
+    if not chosen:
+        raise UsageError("no rewrites are given; give at least one")
+    for one in chosen:
+        check_rewrite(one)
+    return chosen
+
+
+def _points(group: str) -> dict[str, Any]:
+    return registered(group, dict.fromkeys(OWN_TARGETS, ""))
+
+
+def _named(name: str) -> list[Rewrite]:
+    targets, passes = _points(TARGETS), _points(PASSES)
+    if name in OWN_TARGETS:
+        raise UsageError(f"{name} is made by attnedit.compile, not by rewrites; it cannot be combined with them")
+    if name not in targets and name not in passes:
+        known = ", ".join(sorted({*targets, *passes})) or "none is registered"
+        raise UsageError(f"no target or pass {name!r} among the entry points {TARGETS} and {PASSES}: {known}")
+    found = load(targets[name], "target") if name in targets else load(passes[name], "pass")
+    made = found() if callable(found) else found
+    if isinstance(made, Target):
+        return resolve(made)
+    return resolve([made])
+
+
+def _check_source(model: PreTrainedModel, name: str) -> None:
+    record = getattr(model.config, "attnedit", None)
+    if record is None:
+        check_config(model.config, name)
+        check_weights(model, name)
+        return
+    other = [site for site, values in record["sites"].items() if values.get("kind") != KV_CACHE_MODULE]
+    if other:
+        raise UsageError(
+            f"{name} is no longer ordinary attention ({first_of(other)}); rewrite the model that it came from"
+        )
+
+
+def _records(model: PreTrainedModel) -> list[SiteRecord]:
+    """The sites of a model as pure graphs, with what earlier rewrites did to them."""
+    earlier = getattr(model.config, "attnedit", None)
+    sites = capture(model) if earlier is None else list(source_sites(model).values())
+    records = []
+    for site in sites:
+        if site.already_mla:
+            continue
+        module = model.get_submodule(site.name)
+        values = None if earlier is None else earlier["sites"].get(site.name)
+        if values is None:
+            records.append(SiteRecord(SiteGraph(site, module, graph_module(model, site))))
+        else:
+            root = pure(module, site)  # type: ignore[arg-type]
+            records.append(SiteRecord(SiteGraph(site, module, root), copy.deepcopy(values["rewrites"])))
+    if not records:
+        raise CaptureError(f"all {len(sites)} attention sites are multi-head latent attention already")
+    return records
+
+
+def _own(record: SiteRecord, result: PreTrainedModel) -> torch.fx.GraphModule:
+    """The site's graph with the result's own modules and tensors in place of the source's."""
+    root, theirs = record.state.root, result.get_submodule(record.site.name)
+    memo: dict[int, Any] = {}
+    mine = dict(record.state.module.named_modules(remove_duplicate=False))
+    for name, module in theirs.named_modules(remove_duplicate=False):
+        if name and name in mine:
+            memo[id(mine[name])] = module
+    tensors = dict((*record.state.module.named_parameters(), *record.state.module.named_buffers()))
+    for name, tensor in (*theirs.named_parameters(), *theirs.named_buffers()):
+        if name in tensors:
+            memo[id(tensors[name])] = tensor
+    return copy.deepcopy(root, memo)
+
+
+def _prompt(model: PreTrainedModel, windows: Tensor | None) -> Tensor:
+    """Two rows of tokens [2, T], of the calibration data where there is some."""
+    ids = check_tokens(windows, model)
+    return torch.cat((ids, ids.roll(LENGTH // 3, 1)))
+
+
+def _row(record: SiteRecord, before: KVUsage, after: KVUsage) -> LayerReport:
+    site = record.site
+    names = [entry["rewrite"].rpartition(":")[2].rpartition(".")[2] for entry in record.entries]
+    return LayerReport(
+        layer=site.layer_idx,
+        name=site.name,
+        kind="+".join(names) or "source",
+        values_before=before.per_layer[site.layer_idx],
+        values_after=after.per_layer[site.layer_idx],
+        output_error=record.error,
+    )
+
+
+def _restore(model: PreTrainedModel, modes: dict[str, bool]) -> None:
+    for name, module in model.named_modules():  # parents come first
+        if name in modes:
+            module.train(modes[name])
+
+
+def _import_notes(rewrites: list[Rewrite]) -> list[str]:
+    homeless = [
+        r.name for r in rewrites if r.identity.startswith(("__main__:", "builtins:")) or "<locals>" in r.identity
+    ]
+    if not homeless:
+        return []
+    return [
+        f"{', '.join(dict.fromkeys(homeless))} cannot be imported by others: a saved copy loads only once it is "
+        "defined at the top level of a module"
+    ]

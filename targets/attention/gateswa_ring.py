@@ -1,0 +1,126 @@
+"""The bounded cache of sliding-window attention in tensors of fixed size, for `torch.compile` and CUDA graphs.
+
+What a step may read or branch on are shapes: lengths and positions are tensors, and every write is in place. To the
+masks of transformers the layer looks like one of full attention, as `GateSWALayer` does.
+
+Shapes: B batch, G key/value heads, T new tokens, W window, n sink slots, d key size, dv value size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from attnedit.targets.attention.gateswa_cache import EMPTY, Sinks
+
+
+class RingLayer(StaticLayer):
+    """One layer of a static cache that holds n kept sinks and, in a ring, the last W tokens of each sequence.
+
+    `keys` and `values` are [B, G, n + W, .]: the sink slots, then the ring, in which the token at position p has slot
+    ``p % W``.
+
+    Args:
+        max_cache_len: tokens that the cache's other layers hold; masks are that wide.
+        sliding_window: W, tokens each query sees, itself included.
+        sink_tokens: n, kept sink tokens.
+
+    Attributes:
+        sink_positions: int64 [B, n], `EMPTY` for a slot without token.
+    """
+
+    def __init__(self, max_cache_len: int, sliding_window: int, sink_tokens: int = 0) -> None:
+        super().__init__(max_cache_len=max_cache_len)
+        self.window = sliding_window
+        self.sink_tokens = sink_tokens
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the tensors for keys and values like the given ones [B, G, T, .]."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, groups = key_states.shape[:2]
+        count = self.sink_tokens
+        self.keys, self.values = (
+            x.new_zeros((batch, groups, count + self.window, x.shape[-1])) for x in (key_states, value_states)
+        )
+        self.sink_positions = torch.full((batch, count), EMPTY, dtype=torch.long, device=self.device)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():
+            # CUDA graphs would be skipped for tensors that change in place and may lie elsewhere next time.
+            for tensor in (self.keys, self.values, self.sink_positions, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, real: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add new tokens, and return what they may attend to.
+
+        Args:
+            key_states: [B, G, T, d].
+            value_states: [B, G, T, dv].
+            *args: not used.
+            real: bool [B, T] or [1, T], False for padding; None where all are real.
+            **kwargs: not used.
+
+        Returns:
+            Keys and values: the sink slots, then the tokens of `column_positions`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys is None or self.values is None:
+            raise AssertionError("an initialised layer has tensors")
+        count, length, past = self.sink_tokens, key_states.shape[2], self.cumulative_length
+        if count:
+            held = Sinks(self.keys[:, :, :count], self.values[:, :, :count], self.sink_positions)
+            sinks = held.extended(key_states, value_states, real, past)
+            held.keys.copy_(sinks.keys)
+            held.values.copy_(sinks.values)
+            self.sink_positions.copy_(sinks.positions)
+        keys, values = self.keys, self.values
+        if length > 1:
+            before = count + (past + torch.arange(1 - self.window, 0, device=self.device)) % self.window
+            keys, values = (
+                torch.cat((x[:, :, :count], x.index_select(2, before), new), dim=2)
+                for x, new in ((keys, key_states), (values, value_states))
+            )
+        kept = min(length, self.window)
+        slots = count + (past + torch.arange(length - kept, length, device=self.device)) % self.window
+        self.keys.index_copy_(2, slots, key_states[:, :, length - kept :])
+        self.values.index_copy_(2, slots, value_states[:, :, length - kept :])
+        self.cumulative_length.add_(length)
+        return keys, values
+
+    def column_positions(self, length: int) -> Tensor:
+        """Positions of what the last update returned after the sink slots, `EMPTY` where nothing is.
+
+        Args:
+            length: T of that update.
+
+        Returns:
+            int64 [W], as they lie in the ring, for one new token; [W - 1 + T], ascending, for more.
+        """
+        newest = self.cumulative_length - 1
+        if length == 1:
+            position = newest - (newest - torch.arange(self.window, device=self.device)) % self.window
+        else:
+            position = newest + torch.arange(2 - self.window - length, 1, device=self.device)
+        return torch.where(position < 0, EMPTY, position)
+
+    def slot_positions(self) -> Tensor:
+        """Positions of the kept sinks, int64 [B, n]; `EMPTY` for a slot without token."""
+        return self.sink_positions
+
+    def reset(self) -> None:
+        """Forget everything; the tensors stay where they are."""
+        super().reset()
+        if self.is_initialized:
+            self.sink_positions.fill_(EMPTY)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take these rows of the batch (int64 [B]), for beam search."""
+        super().reorder_cache(beam_idx)
+        if self.is_initialized:
+            self.sink_positions = self.sink_positions.index_select(0, beam_idx.to(self.device))
