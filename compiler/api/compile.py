@@ -18,7 +18,7 @@ from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_LENGTH
 from attnedit.compiler.data import context_length, position_limit, token_windows
-from attnedit.compiler.drawing import Dump
+from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
 from attnedit.compiler.fuel import Fuel
