@@ -34,8 +34,9 @@ from attnedit.targets.runtime.staging import check_choice, generation_facts, sta
 TOLERANCE = 1e-3
 """Largest tolerated difference of logits in float32, as a fraction of the largest logit."""
 
-ROUNDED_TOLERANCE = 0.1
-"""The same in half precision, of root mean squares: two orders of summation round differently."""
+ROUNDED_TOLERANCE = 0.25
+"""The same in half precision, of root mean squares: sums round differently, and a token may go to another expert
+(unrelated logits: 1.4)."""
 
 DEFAULT_SOC = "910b"
 DEFAULT_CAPACITY = 2048
@@ -90,7 +91,7 @@ def export(
         with stage("decide", progress):
             plans = [legalise(site, chip, chosen) for site in survey(precise)]
         with stage("export", progress):
-            programs = _programs(precise, plans, sizes)
+            programs = _programs(precise, plans, sizes, chip)
         with stage("check", progress), float32_allowed():
             facts = _manifest(precise, plans, sizes, chip, programs)
             limit = min(sizes.capacity, facts.max_positions or sizes.capacity)
@@ -98,7 +99,7 @@ def export(
             checks = check_model(precise, _in_memory(facts, programs), TOLERANCE, cases)
         with stage("export in " + chosen, progress):
             model = share_copy(result.model).to(device="cpu", dtype=run_npu.DTYPES[chosen]).eval()
-            programs = _programs(model, plans, sizes)
+            programs = _programs(model, plans, sizes, chip)
             manifest = _manifest(model, plans, sizes, chip, programs)
             manifest.checks.extend(check.to_dict() for check in checks)
         with stage("write", progress):
@@ -156,8 +157,10 @@ def _sizes(batch: int | None, capacity: int | None) -> Sizes:
     return Sizes(batch, -(-capacity // BLOCK))
 
 
-def _programs(model: PreTrainedModel, plans: list[LayerPlan], sizes: Sizes) -> dict[Phase, ExportedProgram]:
-    return {phase: export_program(model, plans, sizes, phase) for phase in PHASES}
+def _programs(
+    model: PreTrainedModel, plans: list[LayerPlan], sizes: Sizes, soc: Soc
+) -> dict[Phase, ExportedProgram]:
+    return {phase: export_program(model, plans, sizes, phase, fused=soc.fused) for phase in PHASES}
 
 
 def _in_memory(manifest: Manifest, programs: Mapping[Phase, ExportedProgram]) -> NpuModel:

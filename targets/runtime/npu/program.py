@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.npu.attention import NPU, lower
-from attnedit.targets.runtime.npu.cache import Step, calling, npu_cache
+from attnedit.targets.runtime.npu.cache import Step, calling, current_step, npu_cache
 from attnedit.targets.runtime.npu.experts import EXPERTS
 from attnedit.targets.runtime.npu.fuse import fuse
 from attnedit.targets.runtime.npu.legalise import LayerPlan
@@ -101,7 +101,7 @@ def cache_shapes(plans: Sequence[LayerPlan], sizes: Sizes) -> dict[str, tuple[in
 
 
 def export_program(
-    model: PreTrainedModel, plans: Sequence[LayerPlan], sizes: Sizes, phase: Phase
+    model: PreTrainedModel, plans: Sequence[LayerPlan], sizes: Sizes, phase: Phase, *, fused: bool = True
 ) -> ExportedProgram:
     """Trace one phase of a model.
 
@@ -110,6 +110,7 @@ def export_program(
         plans: how each layer runs.
         sizes: what is fixed.
         phase: which.
+        fused: whether the chip has fused operators.
 
     Returns:
         A program of ``input_ids`` [B, T] (T is free in prefill, 1 in decode), ``lengths`` int64 [B], ``block_table``
@@ -129,10 +130,10 @@ def export_program(
         _last_tokens_only(copy)
     else:
         shapes["counts"] = [Dim.DYNAMIC] * sizes.batch
-    with traceable(copy, NPU, EXPERTS, "the NPU"):
+    with traceable(copy, NPU, EXPERTS if fused else "batched_mm", "the NPU"):
         wrapper = _CachedModel(copy, plans, phase).eval()
         traced = torch.export.export(wrapper, (), example, dynamic_shapes=shapes, strict=False)
-        module = fuse(traced)
+        module = fuse(traced, fused)
         return torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False)
 
 
@@ -142,16 +143,10 @@ def _last_tokens_only(model: PreTrainedModel) -> None:
 
     def pick(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
         (hidden,) = given
-        last = (_lengths() - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        last = (current_step().lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         return (hidden.gather(1, last),)
 
     head.register_forward_pre_hook(pick)
-
-
-def _lengths() -> Tensor:
-    from attnedit.targets.runtime.npu.cache import current_step
-
-    return current_step().lengths
 
 
 def operators(programs: Mapping[Phase, ExportedProgram]) -> dict[str, dict[str, int]]:

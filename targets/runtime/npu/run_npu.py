@@ -41,7 +41,7 @@ class NpuModel:
         manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
         weights = load_file(directory / WEIGHTS_FILE, device=device)
         programs = {
-            phase: with_weights(torch.export.load(directory / file).module(), weights, manifest["aliases"], device)
+            phase: _loaded(directory / file, weights, manifest["aliases"], device)
             for phase, file in manifest["programs"].items()
         }
         return cls(manifest, programs, device)
@@ -152,8 +152,11 @@ class Decoding:
         )
 
 
-def with_weights(program: nn.Module, weights: Mapping[str, Tensor], aliases: Mapping[str, str], device: str) -> Any:
-    """Put weights into a program that was saved without, and the rest of it on the device."""
+def _loaded(file: Path, weights: Mapping[str, Tensor], aliases: Mapping[str, str], device: str) -> nn.Module:
+    """Load a program that was saved without weights, put them in, and move it to the device."""
+    from torch.export.passes import move_to_device_pass
+
+    program = move_to_device_pass(torch.export.load(file), device).module()
     empty = {**dict(program.named_parameters(remove_duplicate=False)), **dict(program.named_buffers())}
     for name in empty:
         path, _, attribute = name.rpartition(".")
@@ -162,7 +165,7 @@ def with_weights(program: nn.Module, weights: Mapping[str, Tensor], aliases: Map
             owner = program.get_submodule(path)
             is_parameter = attribute in owner._parameters
             setattr(owner, attribute, nn.Parameter(stored, requires_grad=False) if is_parameter else stored)
-    return program.to(device)
+    return program
 
 
 def main() -> None:
