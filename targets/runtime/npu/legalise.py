@@ -18,6 +18,7 @@ from attnedit.targets.runtime.npu.limits import (
     LATENT,
     LATENT_HEADS,
     MASK,
+    MAX_SHARING,
     ROPE,
     AttentionCall,
     Soc,
@@ -284,7 +285,7 @@ def _joined(site: Site, dtype: str) -> tuple[Decision, int, int] | None:
 def _too_large(site: Site) -> str:
     own = site.rank + site.rope
     if site.window is not None:
-        return f"under a window latent and rotary part may have {LATENT} values together, not {own}, and 64 heads"
+        return f"under a window latent and rotary part may have {LATENT} values together, not {own}, and {MAX_SHARING} heads"
     if site.heads > LATENT_HEADS[-1]:
         return f"{site.heads} heads are more than {LATENT_HEADS[-1]}"
     return f"latent {site.rank} and rotary part {site.rope} do not fit into {LATENT} + {ROPE} values"
@@ -315,10 +316,18 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def advice(site: Site) -> str | None:
-    """Say which sizes would keep a latent attention on fused kernels; None where it is, or no size would."""
-    if site.form != "latent" or site.softcap:
-        return None
+def advice(site: Site, soc: Soc) -> str:
+    """Say which sizes keep latent attention on fused kernels, for a site that is latent or would become so.
+
+    >>> from attnedit.targets.runtime.npu.limits import SOCS
+    >>> advice(Site(0, "full", 32, 8, 128, 128), SOCS["910b"])
+    'kv_lora_rank up to 512, and kv_lora_rank + qk_rope_head_dim up to 576'
+    """
+    if never := _never(site, soc):
+        return f"none: {never}"
     if site.window is not None:
-        return f"kv_lora_rank + qk_rope_head_dim up to {LATENT}, and at most 64 heads"
+        few = f"kv_lora_rank + qk_rope_head_dim up to {LATENT}"
+        return few if site.heads <= MAX_SHARING else f"none: {site.heads} heads under a window are more than {MAX_SHARING}"
+    if site.heads > LATENT_HEADS[-1]:
+        return f"none: {site.heads} heads are more than {LATENT_HEADS[-1]}"
     return f"kv_lora_rank up to {LATENT}, and kv_lora_rank + qk_rope_head_dim up to {LATENT + ROPE}"

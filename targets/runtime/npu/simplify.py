@@ -13,9 +13,7 @@ aten = torch.ops.aten
 def simplify(module: fx.GraphModule) -> None:
     """Remove assertions, guards, idle casts and dropout from an unlifted program, in place."""
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
-            module.graph.erase_node(node)
-        elif node.target == aten._assert_tensor_metadata.default:
+        if (node.op == "call_module" and node.target == "_guards_fn") or node.target == aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
         elif (source := _idle(node)) is not None:
             node.replace_all_uses_with(source)

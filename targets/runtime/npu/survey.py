@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from attnedit.compiler.anchor import PROBE, InterfaceCall, attention_implementation, listening, mask_window
+from attnedit.compiler.anchor import (
+    PROBE,
+    InterfaceCall,
+    attention_implementation,
+    experts_implementation,
+    listening,
+    mask_window,
+)
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
@@ -19,6 +26,9 @@ from attnedit.targets.runtime.tracing import takes_positions
 @torch.no_grad()
 def survey(model: PreTrainedModel) -> list[Site]:
     """Run two tokens, and describe the attention of every layer of the cache.
+
+    Args:
+        model: with weights, or on meta.
 
     Raises:
         UsageError: a layer's attention cannot be lowered: it keeps something else than keys and values, does not go
@@ -41,10 +51,10 @@ def survey(model: PreTrainedModel) -> list[Site]:
             raise UsageError(f"{type(call.module).__name__}: {call.problem or 'its layer is not known'}")
         calls[int(layer)] = (_described(int(layer), call), call.key, call.value)
 
-    ids = torch.zeros((1, 2), dtype=torch.int64)
-    with attention_implementation(model, PROBE), listening(listen):
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+    with attention_implementation(model, PROBE), experts_implementation(model, "batched_mm"), listening(listen):
         call: Any = model
-        call(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        call(ids, past_key_values=cache, use_cache=True)
     for index, layer in enumerate(cache.layers):
         if index in found:
             continue
@@ -85,7 +95,9 @@ def _described(layer: int, call: InterfaceCall) -> Site:
 def _same(cached: Tensor, seen: Tensor) -> bool:
     """Whether the attention reads the cache as it is (a layer that slides may keep one token less)."""
     kept = min(cached.shape[2], seen.shape[2])
-    return cached.shape[1::2] == seen.shape[1::2] and torch.equal(cached[:, :, -kept:], seen[:, :, -kept:])
+    if cached.shape[1::2] != seen.shape[1::2]:
+        return False
+    return cached.is_meta or torch.equal(cached[:, :, -kept:], seen[:, :, -kept:])
 
 
 def _held(site: Site, key: Tensor, value: Tensor) -> Site:
