@@ -19,6 +19,7 @@ from attnedit.targets.runtime.npu.attention import NPU, lower
 from attnedit.targets.runtime.npu.cache import Step, calling, current_step, npu_cache
 from attnedit.targets.runtime.npu.experts import EXPERTS
 from attnedit.targets.runtime.npu.fuse import fuse
+from attnedit.targets.runtime.npu.simplify import drop_assertions
 from attnedit.targets.runtime.npu.legalise import LayerPlan
 from attnedit.targets.runtime.npu.limits import BLOCK, MASK
 from attnedit.targets.runtime.tracing import traceable
@@ -134,7 +135,10 @@ def export_program(
         wrapper = _CachedModel(copy, plans, phase).eval()
         traced = torch.export.export(wrapper, (), example, dynamic_shapes=shapes, strict=False)
         module = fuse(traced, fused)
-        return torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False)
+        final = torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False)
+        drop_assertions(final.graph)
+        final.graph_module.recompile()
+        return final
 
 
 def _last_tokens_only(model: PreTrainedModel) -> None:

@@ -41,7 +41,7 @@ class NpuModel:
         manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
         weights = load_file(directory / WEIGHTS_FILE, device=device)
         programs = {
-            phase: _loaded(directory / file, weights, manifest["aliases"], device)
+            phase: load_program(directory / file, weights, manifest["aliases"], device)
             for phase, file in manifest["programs"].items()
         }
         return cls(manifest, programs, device)
@@ -152,7 +152,7 @@ class Decoding:
         )
 
 
-def _loaded(file: Path, weights: Mapping[str, Tensor], aliases: Mapping[str, str], device: str) -> nn.Module:
+def load_program(file: Path, weights: Mapping[str, Tensor], aliases: Mapping[str, str], device: str) -> nn.Module:
     """Load a program that was saved without weights, put them in, and move it to the device."""
     from torch.export.passes import move_to_device_pass
 

@@ -12,8 +12,9 @@ aten = torch.ops.aten
 
 def simplify(module: fx.GraphModule) -> None:
     """Remove assertions, guards, idle casts and dropout from an unlifted program, in place."""
+    drop_assertions(module.graph)
     for node in list(module.graph.nodes):
-        if (node.op == "call_module" and node.target == "_guards_fn") or node.target == aten._assert_tensor_metadata.default:
+        if node.op == "call_module" and node.target == "_guards_fn":
             module.graph.erase_node(node)
         elif (source := _idle(node)) is not None:
             node.replace_all_uses_with(source)
@@ -23,6 +24,13 @@ def simplify(module: fx.GraphModule) -> None:
     if hasattr(module, "_guards_fn"):
         delattr(module, "_guards_fn")
     module.graph.lint()
+
+
+def drop_assertions(graph: fx.Graph) -> None:
+    """Erase what a trace asserts of its own tensors: it holds, and no graph engine knows the operator."""
+    for node in list(graph.nodes):
+        if node.target == aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
 
 
 def value(node: Any) -> Any:
