@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from attnedit.targets.attention import MLA, GateSWA, GateSWAConfig, MLAConfig
-from attnedit.targets.runtime.npu.attention import LatentAttention, WindowAttention
+from attnedit.targets.runtime.npu.attention import WindowAttention
 from attnedit.targets.runtime.npu.cache import Step, calling, npu_cache
+from attnedit.targets.runtime.npu.latent import LatentAttention
 from attnedit.targets.runtime.npu.legalise import LayerPlan, Site, advice, legalise
 from attnedit.targets.runtime.npu.limits import BLOCK, SOCS
 from attnedit.targets.runtime.npu.reference import register
@@ -99,9 +100,7 @@ def test_latent_attention_is_the_trained_one(name: str, soc: str) -> None:
     query = torch.randn(3, config.num_attention_heads, total, 24)
     hidden, angle = torch.randn(3, total, 32), torch.randn(3, total, 6)
     given: Any = [(query, 2), (hidden, 1), (angle.cos(), 1), (angle.sin(), 1)]
-    found = run(
-        LatentAttention(mla, plan), plan, given, prompts, tokens, lambda taken, cache: (*taken, None, cache)
-    )
+    found = run(LatentAttention(mla, plan), plan, given, prompts, tokens, lambda taken, cache: (*taken, None, cache))
     for row, count in enumerate(prompts):
         span = slice(0, count + tokens)
         one = (query[row : row + 1, :, span], *(x[row : row + 1, span] for x in (hidden, angle.cos(), angle.sin())))

@@ -64,9 +64,7 @@ def test_schemas_are_read_from_the_functions_of_torch_npu() -> None:
 def test_a_prompt_is_causal_or_a_band(window: int | None) -> None:
     query, key, value = random(2, 4, 9, 16), random(2, 2, 9, 16, seed=1), random(2, 2, 9, 16, seed=2)
     band = {"sparse_mode": 3} if window is None else {"sparse_mode": 4, "pre_tokens": window - 1, "next_tokens": 0}
-    out, lse = attend(
-        query, key, value, num_key_value_heads=2, atten_mask=TRIANGLE, return_softmax_lse=True, **band
-    )
+    out, lse = attend(query, key, value, num_key_value_heads=2, atten_mask=TRIANGLE, return_softmax_lse=True, **band)
     torch.testing.assert_close(out, expected(query, key, value, visible(9, 9, window)), atol=1e-5, rtol=1e-5)
     logits = (query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3).masked_fill(
         ~visible(9, 9, window), -torch.inf
@@ -119,8 +117,9 @@ def test_latent_attention_reads_latent_and_rotary_part(length: int) -> None:
 
 def _call(**changes: Any) -> None:
     """A call that the kernel takes, but for the changes."""
-    heads, groups, length, size = (changes.pop(name, default) for name, default in
-                                   (("heads", 4), ("groups", 2), ("length", 4), ("size", 16)))
+    heads, groups, length, size = (
+        changes.pop(name, default) for name, default in (("heads", 4), ("groups", 2), ("length", 4), ("size", 16))
+    )
     query = random(1, heads, length, size).to(changes.pop("dtype", torch.bfloat16))
     key = random(1, groups, 4, size).to(query.dtype)
     options = {"num_query_heads": heads, "num_key_value_heads": groups, "input_layout": "BNSD"}
@@ -167,7 +166,9 @@ def test_what_the_kernel_refuses_is_refused(changes: dict[str, Any], words: str)
     ],
 )
 def test_what_the_latent_kernel_refuses_is_refused(sizes: dict[str, Any], words: str) -> None:
-    def call(rank: int = 512, rope: int = 64, heads: int = 4, block: int = 16, length: int = 1, mask: Any = None) -> None:
+    def call(
+        rank: int = 512, rope: int = 64, heads: int = 4, block: int = 16, length: int = 1, mask: Any = None
+    ) -> None:
         latent = random(2, block, rank).half()
         ops.npu_fused_infer_attention_score_v2(
             random(1, heads, length, rank).half(),

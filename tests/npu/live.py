@@ -23,7 +23,12 @@ from attnedit.targets.runtime.npu.schema import check_live, real_operators
 
 def schemas(folder: Path) -> dict[str, Any]:
     """Our stored schemas against the registered ones; nothing of ours may be registered."""
-    return {"version": torch_npu.__version__, "problems": check_live(), "ours": register(), "real": len(real_operators())}
+    return {
+        "version": torch_npu.__version__,
+        "problems": check_live(),
+        "ours": register(),
+        "real": len(real_operators()),
+    }
 
 
 def shapes(folder: Path) -> dict[str, Any]:

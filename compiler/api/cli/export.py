@@ -37,7 +37,10 @@ def export(
     cache: Annotated[
         str | None, typer.Option(help="dynamic: grows with every call; static: buffers of a fixed capacity.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="onnx: float32 or float16; npu: bfloat16 or float16; the model's own unless given.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="onnx: float32 or float16; npu: bfloat16 or float16; the model's own unless given."),
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4 weights in linear layers.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen by what the runtime can run.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="atc, npu: rows.")] = None,

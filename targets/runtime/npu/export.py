@@ -157,9 +157,7 @@ def _sizes(batch: int | None, capacity: int | None) -> Sizes:
     return Sizes(batch, -(-capacity // BLOCK))
 
 
-def _programs(
-    model: PreTrainedModel, plans: list[LayerPlan], sizes: Sizes, soc: Soc
-) -> dict[Phase, ExportedProgram]:
+def _programs(model: PreTrainedModel, plans: list[LayerPlan], sizes: Sizes, soc: Soc) -> dict[Phase, ExportedProgram]:
     return {phase: export_program(model, plans, sizes, phase, fused=soc.fused) for phase in PHASES}
 
 

@@ -26,9 +26,7 @@ def example(manifest: Mapping[str, Any], phase: str, length: int, device: str) -
         "input_ids": torch.zeros((batch, tokens), dtype=torch.int64, device=device),
         "lengths": torch.full((batch,), whole, dtype=torch.int64, device=device),
         "block_table": torch.arange(batch * blocks, dtype=torch.int32, device=device).view(batch, blocks),
-        "caches": {
-            name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in manifest["caches"].items()
-        },
+        "caches": {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in manifest["caches"].items()},
     }
     if phase == "decode":
         inputs["counts"] = [whole] * batch

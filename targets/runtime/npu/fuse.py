@@ -14,12 +14,9 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from attnedit.targets.runtime.npu.reference import register
 from attnedit.targets.runtime.npu.simplify import simplify, value
 
 aten = torch.ops.aten
-
-register()
 npu = torch.ops.npu
 
 
@@ -191,7 +188,9 @@ def _turned_half(cat: Any) -> Any:
     if not _is(negative, aten.neg.default):
         return None
     low, high = _half(first), _half(negative.args[0])
-    return low[0] if low is not None and high is not None and low[0] is high[0] and (low[1], high[1]) == (0, 1) else None
+    return (
+        low[0] if low is not None and high is not None and low[0] is high[0] and (low[1], high[1]) == (0, 1) else None
+    )
 
 
 def _half(node: Any) -> tuple[fx.Node, int] | None:

@@ -327,7 +327,9 @@ def advice(site: Site, soc: Soc) -> str:
         return f"none: {never}"
     if site.window is not None:
         few = f"kv_lora_rank + qk_rope_head_dim up to {LATENT}"
-        return few if site.heads <= MAX_SHARING else f"none: {site.heads} heads under a window are more than {MAX_SHARING}"
+        return (
+            few if site.heads <= MAX_SHARING else f"none: {site.heads} heads under a window are more than {MAX_SHARING}"
+        )
     if site.heads > LATENT_HEADS[-1]:
         return f"none: {site.heads} heads are more than {LATENT_HEADS[-1]}"
     return f"kv_lora_rank up to {LATENT}, and kv_lora_rank + qk_rope_head_dim up to {LATENT + ROPE}"

@@ -19,9 +19,9 @@ from attnedit.targets.runtime.npu.attention import NPU, lower
 from attnedit.targets.runtime.npu.cache import Step, calling, current_step, npu_cache
 from attnedit.targets.runtime.npu.experts import EXPERTS
 from attnedit.targets.runtime.npu.fuse import fuse
-from attnedit.targets.runtime.npu.simplify import drop_assertions
 from attnedit.targets.runtime.npu.legalise import LayerPlan
 from attnedit.targets.runtime.npu.limits import BLOCK, MASK
+from attnedit.targets.runtime.npu.simplify import drop_assertions
 from attnedit.targets.runtime.tracing import traceable
 
 Phase = Literal["prefill", "decode"]
@@ -87,9 +87,7 @@ def inputs(plans: Sequence[LayerPlan], sizes: Sizes, phase: Phase, dtype: torch.
         "input_ids": torch.ones((sizes.batch, length), dtype=torch.int64),
         "lengths": torch.full((sizes.batch,), max(length, 2)),
         "block_table": torch.arange(sizes.batch * sizes.blocks, dtype=torch.int32).view(sizes.batch, sizes.blocks),
-        "caches": {
-            name: torch.zeros(shape, dtype=dtype) for name, shape in cache_shapes(plans, sizes).items()
-        },
+        "caches": {name: torch.zeros(shape, dtype=dtype) for name, shape in cache_shapes(plans, sizes).items()},
     }
     if phase == "decode":
         made["counts"] = [2] * sizes.batch
