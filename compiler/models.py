@@ -229,7 +229,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return processes().device or torch.device(accelerator() or "cpu")
     if str(device).partition(":")[0] == "npu" and accelerator() != "npu":
         raise UsageError(
-            f"device {str(device)!r} is not usable here: it needs an Ascend NPU with CANN and torch_npu (docs/ascend.md)"
+            f"device {str(device)!r} is not usable here: it needs an Ascend NPU with CANN and torch_npu "
+            "(docs/ascend.md)"
         )
     try:
         resolved = torch.device(device)

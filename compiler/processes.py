@@ -26,7 +26,7 @@ PATIENCE = timedelta(hours=24)
 
 
 def accelerator() -> str | None:
-    """Type of the accelerator here, "cuda" or "npu"; None where there is none. Asking imports torch_npu if it is there."""
+    """Type of the accelerator here, "cuda" or "npu", or None; asking imports torch_npu where that is installed."""
     if torch.cuda.is_available():
         return "cuda"
     return "npu" if is_npu_available() else None

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import attnedit
-from attnedit.targets.attention import MLA
+from attnedit.targets.attention import MLA, GateSWA
 from attnedit.targets.runtime.npu import Manifest, export
 
 BATCH = 3
@@ -37,6 +37,11 @@ def model(kind: str) -> PreTrainedModel:
         return rewrite("llama", window=5)
     if kind == "composition":
         result = attnedit.compile(source("llama"), "gateswa+mla", calibration=tokens(4, 32), window=4, full_layers=1)
+        with torch.no_grad():
+            for module in result.model.modules():
+                if isinstance(module, GateSWA):
+                    for parameter in module.parameters():
+                        nn.init.normal_(parameter, std=0.5)
         return result.model
     if kind == "experts":
         return compile_tiny(source("qwen3_moe"), 0.5).model

@@ -1,11 +1,11 @@
 """Fused attention that a runtime brings for a kind of device, in place of torch's own.
 
-Shapes: B batch, H heads, G key/value heads, T queries, S keys, d size of queries and keys, dv of values, m virtual keys.
+Shapes: B batch, H heads, G key/value heads, T queries, S keys, d query and key size, dv value size, m virtual keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -63,7 +63,7 @@ def with_virtual_keys(
     value: Tensor,
     mask: Tensor,
     scale: float,
-    virtual: list[tuple[Tensor, Tensor | None]],
+    virtual: Sequence[tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Append keys that are mere logits, so that any attention computes them, gradients included.
 

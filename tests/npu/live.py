@@ -1,6 +1,7 @@
 """Run in an environment with the real torch_npu and stand-ins for CANN: ``live.py WHAT FOLDER``.
 
-Prints one JSON object, or (for WHAT "graph") leaves a folder behind. There is no NPU here: schemas, shape functions and graphs are real, and nothing is computed.
+Prints one JSON object, or (for WHAT "graph") leaves a folder behind. There is no NPU here: schemas, shape functions and
+graphs are real, and nothing is computed.
 """
 
 from __future__ import annotations

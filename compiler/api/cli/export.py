@@ -39,7 +39,7 @@ def export(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="onnx: float32 or float16; npu: bfloat16 or float16; the model's own unless given."),
+        typer.Option(help="float32, float16 or (npu) bfloat16; the model's own unless given."),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4 weights in linear layers.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen by what the runtime can run.")] = None,

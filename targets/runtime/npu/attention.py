@@ -58,7 +58,7 @@ class WindowAttention(nn.Module):
             [B, T, H, dv].
         """
         config = self.config
-        virtual: Virtual = [] if sinks is None else [(sinks, None)]
+        virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
         if self.sink_logit is not None:
             virtual.append((self.sink_logit, self.sink_value))
         layer: NpuLayer = cache.layers[config.layer_idx]

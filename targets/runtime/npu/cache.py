@@ -202,7 +202,7 @@ class NpuLayer(CacheLayerMixin):
 
 def npu_cache(plans: Sequence[LayerPlan], buffers: dict[str, Tensor]) -> Cache:
     """Make a transformers cache over buffers by name."""
-    layers = []
+    layers: list[Any] = []
     for plan in plans:
         prefix = f"past.{plan.site.layer}."
         layers.append(NpuLayer(plan, [buffer for name, buffer in buffers.items() if name.startswith(prefix)]))

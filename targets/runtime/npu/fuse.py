@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,16 +53,16 @@ def _uncast(node: Any) -> Any:
     return node
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: Any) -> Any:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _other(node: fx.Node, known: Any) -> Any:
+def _other(node: Any, known: Any) -> Any:
     """The other operand of a commutative operator."""
     return node.args[1] if node.args[0] is known else node.args[0]
 
 
-def _replace(old: fx.Node, build: Callable[[fx.Graph], fx.Node]) -> None:
+def _replace(old: Any, build: Callable[[fx.Graph], fx.Node]) -> None:
     with old.graph.inserting_before(old):
         new = build(old.graph)
     new.meta = {name: old.meta[name] for name in ("val", "stack_trace", "nn_module_stack") if name in old.meta}
@@ -69,14 +70,14 @@ def _replace(old: fx.Node, build: Callable[[fx.Graph], fx.Node]) -> None:
     old.graph.erase_node(old)
 
 
-def _norm(module: fx.GraphModule, node: fx.Node) -> None:
+def _norm(module: fx.GraphModule, node: Any) -> None:
     """``x * rsqrt(mean(x^2) + eps) * w``, or ``* (1 + w)``, casts wherever they are."""
     if not _is(node, aten.rsqrt.default) or not _is(node.args[0], aten.add.Tensor):
         return
-    mean, epsilon = node.args[0].args[:2]  # type: ignore[union-attr]
-    if not _is(mean, aten.mean.dim) or not isinstance(epsilon, float) or list(mean.args[1]) != [-1]:  # type: ignore[union-attr]
+    mean, epsilon = node.args[0].args[:2]
+    if not _is(mean, aten.mean.dim) or not isinstance(epsilon, float) or list(mean.args[1]) != [-1]:
         return
-    square = mean.args[0]  # type: ignore[union-attr]
+    square = mean.args[0]
     if not _is(square, aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default):
         return
     given = square.args[0]
@@ -102,7 +103,7 @@ def _norm(module: fx.GraphModule, node: fx.Node) -> None:
     _replace(last, build)
 
 
-def _weighted(scaled: fx.Node) -> tuple[fx.Node | None, Any, bool]:
+def _weighted(scaled: Any) -> tuple[Any, Any, bool]:
     """Follow a normalised node to its product with the weight: last node, weight, and whether the weight is 1 + w."""
     node = _only_user(scaled)
     before = scaled
@@ -119,7 +120,7 @@ def _weighted(scaled: fx.Node) -> tuple[fx.Node | None, Any, bool]:
     return (after if after is not None and _is(after, aten.to.dtype) else node), weight, shifted
 
 
-def _is_residual(added: fx.Node) -> bool:
+def _is_residual(added: Any) -> bool:
     first, second = (value(arg) for arg in added.args[:2])
     return (
         first is not None
@@ -131,7 +132,7 @@ def _is_residual(added: fx.Node) -> bool:
     )
 
 
-def _add_norm(added: fx.Node, last: fx.Node, weight: fx.Node, epsilon: float) -> None:
+def _add_norm(added: Any, last: Any, weight: Any, epsilon: float) -> None:
     """Fuse the addition too: its other users take the sum from the operator."""
     graph = added.graph
     with graph.inserting_before(added):
@@ -147,7 +148,7 @@ def _add_norm(added: fx.Node, last: fx.Node, weight: fx.Node, epsilon: float) ->
     added.replace_all_uses_with(total)
 
 
-def _rotation(module: fx.GraphModule, node: fx.Node) -> None:
+def _rotation(module: fx.GraphModule, node: Any) -> None:
     """``x cos + cat(-x2, x1) sin``, or the halves ``x1 cos - x2 sin`` and ``x2 cos + x1 sin`` joined."""
     found = _whole_rotation(node) or _halved_rotation(node)
     if found is None:
@@ -161,7 +162,7 @@ def _rotation(module: fx.GraphModule, node: fx.Node) -> None:
         return
 
     def build(graph: fx.Graph) -> fx.Node:
-        tables = (cos, sin)
+        tables: tuple[Any, ...] = (cos, sin)
         if halves:
             tables = tuple(graph.call_function(aten.cat.default, ([part, part], -1)) for part in tables)
         return graph.call_function(npu.npu_rotary_mul.default, (x, *tables))
@@ -169,14 +170,14 @@ def _rotation(module: fx.GraphModule, node: fx.Node) -> None:
     _replace(node, build)
 
 
-def _whole_rotation(node: fx.Node) -> tuple[Any, Any, Any, bool] | None:
+def _whole_rotation(node: Any) -> tuple[Any, Any, Any, bool] | None:
     if not _is(node, aten.add.Tensor) or not all(_is(arg, aten.mul.Tensor) for arg in node.args[:2]):
         return None
     for straight, turned in (node.args[:2], node.args[1::-1]):
-        for cat, sin in (turned.args[:2], turned.args[1::-1]):  # type: ignore[union-attr]
+        for cat, sin in (turned.args[:2], turned.args[1::-1]):
             x = _turned_half(cat)
-            if x is not None and x in straight.args:  # type: ignore[union-attr]
-                return x, _other(straight, x), sin, False  # type: ignore[arg-type]
+            if x is not None and x in straight.args:
+                return x, _other(straight, x), sin, False
     return None
 
 
@@ -193,7 +194,7 @@ def _turned_half(cat: Any) -> Any:
     )
 
 
-def _half(node: Any) -> tuple[fx.Node, int] | None:
+def _half(node: Any) -> tuple[Any, int] | None:
     """The tensor whose first (0) or second (1) half of the last dim a node is."""
     if _is(node, aten.slice.Tensor):
         whole, half = value(node.args[0]), value(node)
@@ -208,10 +209,10 @@ def _half(node: Any) -> tuple[fx.Node, int] | None:
     return None
 
 
-def _halved_rotation(node: fx.Node) -> tuple[Any, Any, Any, bool] | None:
-    if not _is(node, aten.cat.default) or len(node.args[0]) != 2:  # type: ignore[arg-type]
+def _halved_rotation(node: Any) -> tuple[Any, Any, Any, bool] | None:
+    if not _is(node, aten.cat.default) or len(node.args[0]) != 2:
         return None
-    real, imaginary = node.args[0]  # type: ignore[misc]
+    real, imaginary = node.args[0]
     if not _is(real, aten.sub.Tensor) or not _is(imaginary, aten.add.Tensor):
         return None
     products = (*real.args[:2], *imaginary.args[:2])
@@ -226,18 +227,18 @@ def _halved_rotation(node: fx.Node) -> tuple[Any, Any, Any, bool] | None:
     return low[0], cos, sin, True
 
 
-def _swiglu(module: fx.GraphModule, node: fx.Node) -> None:
+def _swiglu(module: fx.GraphModule, node: Any) -> None:
     """``silu(gate) * up``: of both halves of one tensor, of two projections of one input, or of any two."""
     if not _is(node, aten.mul.Tensor):
         return
     for silu, up in (node.args[:2], node.args[1::-1]):
         if _is(silu, aten.silu.default) and isinstance(up, fx.Node):
-            gate = silu.args[0]  # type: ignore[union-attr]
+            gate = silu.args[0]
             if value(up) is not None and value(gate) is not None and value(gate).shape == value(up).shape:
-                return _replace(node, lambda graph, gate=gate, up=up: _swiglu_of(module, graph, gate, up))  # type: ignore[misc]
+                return _replace(node, partial(_swiglu_of, module, gate, up))
 
 
-def _swiglu_of(module: fx.GraphModule, graph: fx.Graph, gate: Any, up: fx.Node) -> fx.Node:
+def _swiglu_of(module: fx.GraphModule, gate: Any, up: Any, graph: fx.Graph) -> fx.Node:
     low, high = _half(gate), _half(up)
     if low is not None and high is not None and low[0] is high[0] and (low[1], high[1]) == (0, 1):
         return graph.call_function(npu.npu_swiglu.default, (low[0],))
@@ -245,7 +246,7 @@ def _swiglu_of(module: fx.GraphModule, graph: fx.Graph, gate: Any, up: fx.Node) 
     return graph.call_function(npu.npu_swiglu.default, (joined,))
 
 
-def _joined_projection(module: fx.GraphModule, graph: fx.Graph, gate: Any, up: fx.Node) -> fx.Node | None:
+def _joined_projection(module: fx.GraphModule, graph: fx.Graph, gate: Any, up: Any) -> Any:
     """Both projections as one product with the weights one under the other, if nothing else uses them."""
     linear = aten.linear.default
     if not _is(gate, linear) or not _is(up, linear) or gate.args[0] is not up.args[0]:
@@ -265,7 +266,7 @@ def _joined_projection(module: fx.GraphModule, graph: fx.Graph, gate: Any, up: f
     return joined
 
 
-def _gating(module: fx.GraphModule, node: fx.Node) -> None:
+def _gating(module: fx.GraphModule, node: Any) -> None:
     """``topk(softmax(logits), k)`` of logits [R, E], in float32."""
     if not _is(node, aten.topk.default) or not _is(node.args[0], aten.softmax.int):
         return
@@ -285,7 +286,7 @@ def _gating(module: fx.GraphModule, node: fx.Node) -> None:
         second = graph.call_function(operator.getitem, (chosen, 1))
         index = graph.call_function(aten.to.dtype, (second, torch.int64))
     for user in list(node.users):
-        user.replace_all_uses_with((first, index)[user.args[1]])  # type: ignore[index,call-overload]
+        user.replace_all_uses_with((first, index)[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(node)
 

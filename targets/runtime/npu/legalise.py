@@ -285,7 +285,8 @@ def _joined(site: Site, dtype: str) -> tuple[Decision, int, int] | None:
 def _too_large(site: Site) -> str:
     own = site.rank + site.rope
     if site.window is not None:
-        return f"under a window latent and rotary part may have {LATENT} values together, not {own}, and {MAX_SHARING} heads"
+        few = f"at most {MAX_SHARING} heads"
+        return f"under a window latent and rotary part may have {LATENT} values together, not {own}, and {few}"
     if site.heads > LATENT_HEADS[-1]:
         return f"{site.heads} heads are more than {LATENT_HEADS[-1]}"
     return f"latent {site.rank} and rotary part {site.rope} do not fit into {LATENT} + {ROPE} values"
@@ -327,9 +328,7 @@ def advice(site: Site, soc: Soc) -> str:
         return f"none: {never}"
     if site.window is not None:
         few = f"kv_lora_rank + qk_rope_head_dim up to {LATENT}"
-        return (
-            few if site.heads <= MAX_SHARING else f"none: {site.heads} heads under a window are more than {MAX_SHARING}"
-        )
+        return few if site.heads <= MAX_SHARING else f"none: more than {MAX_SHARING} heads under a window"
     if site.heads > LATENT_HEADS[-1]:
         return f"none: {site.heads} heads are more than {LATENT_HEADS[-1]}"
     return f"kv_lora_rank up to {LATENT}, and kv_lora_rank + qk_rope_head_dim up to {LATENT + ROPE}"

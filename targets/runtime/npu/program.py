@@ -50,7 +50,7 @@ class Sizes:
 
 
 class _CachedModel(nn.Module):
-    """A model as a function of tensors and numbers: the inputs of a phase to its logits; caches are written in place."""
+    """A model as a function of tensors and numbers: inputs of a phase to logits, with caches written in place."""
 
     triangle: Tensor
 
@@ -125,7 +125,7 @@ def export_program(
     shapes: dict[str, Any] = {name: None for name in example}
     shapes["caches"] = dict.fromkeys(example["caches"])
     if phase == "prefill":
-        shapes["input_ids"] = {1: Dim.AUTO(min=2, max=sizes.capacity)}  # type: ignore[call-arg]
+        shapes["input_ids"] = {1: Dim.AUTO(min=2, max=sizes.capacity)}
         _last_tokens_only(copy)
     else:
         shapes["counts"] = [Dim.DYNAMIC] * sizes.batch

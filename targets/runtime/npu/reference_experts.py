@@ -244,7 +244,8 @@ def combine(
         raise AttneditError(f"npu_moe_finalize_routing: {expanded_src_to_dst_row.dtype} rows, {scales.dtype} weights")
     rows = expanded_permuted_rows[expanded_src_to_dst_row.long()].float()
     rows = rows.unflatten(0, (scales.shape[1], scales.shape[0]))
-    return (rows * scales.float().T[..., None]).sum(0).to(expanded_permuted_rows.dtype)
+    out: Tensor = (rows * scales.float().T[..., None]).sum(0).to(expanded_permuted_rows.dtype)
+    return out
 
 
 def combine_shapes(
