@@ -79,11 +79,15 @@ def export(
             source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)
         manifest = lower(source, output, progress=progress, **options)
     checks = getattr(manifest, "checks", [])
+    notes = list(getattr(manifest, "notes", []))
     worst = max((check["deviation"] for check in checks), default=None)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     if json:
-        print_json({"model": model, "to": to, "output": str(output), "bytes": size, "checks": checks, **options})
+        facts = {"model": model, "to": to, "output": str(output), "bytes": size, "checks": checks, **options}
+        print_json({**facts, "notes": notes} if notes else facts)
         return
+    for note in notes:
+        show(note)
     found = f", {len(checks)} comparisons with the live model: deviation at most {worst:.1e}" if checks else ""
     show(f"{output}: {size / 2**20:,.1f} MiB{found}")
 

@@ -17,6 +17,7 @@ from attnedit.compiler.data import context_length
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_config_only
 from attnedit.compiler.progress import stage
+from attnedit.compiler.report import ranges
 from attnedit.compiler.sites import AttentionSite
 from attnedit.result import find_inspection
 
@@ -123,7 +124,7 @@ def _row(kind: dict[str, Any]) -> list[str]:
     if kind["softcap"] is not None:
         other.append(f"softcap {kind['softcap']:g}")
     return [
-        _ranges(kind["layers"]),
+        ranges(kind["layers"]),
         str(kind["num_attention_heads"]),
         str(kind["num_key_value_heads"]),
         f"{dim}" if dim == v_dim else f"{dim}/{v_dim}",
@@ -133,18 +134,3 @@ def _row(kind: dict[str, Any]) -> list[str]:
         ", ".join(other) or "-",
         str(kind["kv_values_per_token"]),
     ]
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """Write layer numbers shortly.
-
-    >>> _ranges([0, 1, 2, 5, 7, 8])
-    '0-2, 5, 7-8'
-    """
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1][1:] = [layer]
-        else:
-            runs.append([layer])
-    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from attnedit.targets.runtime.npu.legalise import Decision, LayerPlan, Site, advice, legalise
+from attnedit.compiler.report import ranges
+from attnedit.targets.runtime.npu.legalise import PLAIN, Decision, LayerPlan, Site, advice, legalise
 from attnedit.targets.runtime.npu.limits import SOCS
 from attnedit.targets.runtime.npu.survey import survey
 from attnedit.targets.runtime.staging import check_choice
@@ -69,10 +70,10 @@ def table(found: dict[str, Any]) -> Table:
             cached = f"{decision['cached']} (needs {decision['needed']})"
             first = phase == "prefill"
             shown.add_row(
-                ", ".join(map(str, kind["layers"])) if first else "",
+                ranges(kind["layers"]) if first else "",
                 kind["attention"] if first else "",
                 phase,
-                decision["kernel"].removeprefix("npu_"),
+                "matmul" if decision["kernel"] == PLAIN else "fused",
                 decision["reason"],
                 f"{decision['work']:g}x",
                 cached if phase == "decode" else "",

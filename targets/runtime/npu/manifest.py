@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attnedit.compiler.report import ranges
+from attnedit.targets.runtime.npu.legalise import PLAIN
 from attnedit.targets.runtime.npu.run_npu import MANIFEST_FILE
 
 FORMAT_VERSION = 1
@@ -57,6 +59,19 @@ class Manifest:
     checks: list[dict[str, Any]] = field(default_factory=list)
     rounded_checks: list[dict[str, Any]] = field(default_factory=list)
     executed_on_npu: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """The legaliser's decisions in words, alike ones together."""
+        layers: dict[tuple[Any, ...], list[int]] = {}
+        for decision in self.decisions:
+            key = tuple(decision[name] for name in ("phase", "kernel", "reason", "work", "cached", "needed"))
+            layers.setdefault(key, []).append(decision["layer"])
+        return [
+            f"layers {ranges(found)}, {phase}: {'plain products' if kernel == PLAIN else 'fused'}, {reason}; "
+            f"{work:g} times the work, {cached} values cached per token of {needed} needed"
+            for (phase, kernel, reason, work, cached, needed), found in layers.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -140,7 +140,6 @@ REFERENCES: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
     "npu_gemma_rms_norm": (gemma_rms_norm, _norm_shapes),
     "npu_grouped_matmul": (experts.grouped_matmul, experts.grouped_matmul_shapes),
     "npu_moe_finalize_routing": (experts.combine, experts.combine_shapes),
-    "npu_moe_gating_top_k": (experts.gate, experts.gate_shapes),
     "npu_moe_gating_top_k_softmax": (experts.gate_softmax, experts.gate_softmax_shapes),
     "npu_moe_init_routing_v2": (experts.route, experts.route_shapes),
     "npu_rms_norm": (rms_norm, _norm_shapes),

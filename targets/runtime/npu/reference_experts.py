@@ -35,69 +35,6 @@ def gate_softmax_shapes(x: Tensor, finished: Tensor | None = None, k: int = 1) -
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
 
 
-def gate(
-    x: Tensor,
-    k: int,
-    *,
-    bias: Tensor | None = None,
-    input_ids: Tensor | None = None,
-    tid2eid: Tensor | None = None,
-    k_group: int = 1,
-    group_count: int = 1,
-    group_select_mode: int = 0,
-    renorm: int = 0,
-    norm_type: int = 0,
-    out_flag: bool = False,
-    routed_scaling_factor: float = 1.0,
-    eps: float = 1e-20,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ``npu_moe_gating_top_k`` of logits [R, E].
-
-    Args:
-        x: logits.
-        k: experts per token.
-        bias: [E], added to the scores for the choice alone.
-        input_ids: not modelled.
-        tid2eid: not modelled.
-        k_group: groups that stay.
-        group_count: groups of neighbouring experts.
-        group_select_mode: 0 ranks groups by their best expert, 1 by the sum of their best two.
-        renorm: 0, the one that exists.
-        norm_type: 0 softmax, 1 sigmoid: those are brought to sum 1.
-        out_flag: whether the scores are wanted.
-        routed_scaling_factor: factor of the weights.
-        eps: added to that sum.
-
-    Returns:
-        Weights [R, k], experts int32 [R, k], scores float32 [R, E].
-    """
-    experts = x.shape[-1]
-    if input_ids is not None or tid2eid is not None or renorm != 0 or experts > 2048 or experts % group_count:
-        raise AttneditError(f"npu_moe_gating_top_k: {experts} experts in {group_count} groups, renorm {renorm}")
-    if not 1 <= k <= experts // group_count * k_group or not 1 <= k_group <= group_count:
-        raise AttneditError(f"npu_moe_gating_top_k: {k} experts of {k_group} of {group_count} groups")
-    if group_count > 1 and experts // group_count <= 2:
-        raise AttneditError(f"npu_moe_gating_top_k: groups of {experts // group_count} experts must have more than 2")
-    scores = x.float().sigmoid() if norm_type == 1 else x.float().softmax(dim=-1)
-    ranked = scores if bias is None else scores + bias.float()
-    if group_count > 1:
-        grouped = ranked.unflatten(-1, (group_count, -1))
-        best = grouped.topk(2, dim=-1)[0].sum(-1) if group_select_mode == 1 else grouped.amax(-1)
-        kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(k_group, dim=-1)[1], True)
-        ranked = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
-    chosen = ranked.topk(k, dim=-1)[1]
-    weights = scores.gather(1, chosen)
-    if norm_type == 1:
-        weights = weights / (weights.sum(-1, keepdim=True) + eps)
-    return (weights * routed_scaling_factor).to(x.dtype), chosen.int(), scores if out_flag else scores.new_empty(0)
-
-
-def gate_shapes(x: Tensor, k: int, *, out_flag: bool = False, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of `gate`."""
-    shape = (x.shape[0], k)
-    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32), x.new_empty(x.shape, dtype=torch.float32)
-
-
 def route(
     x: Tensor,
     expert_idx: Tensor,

@@ -26,7 +26,6 @@ OPERATORS = (
     "npu_gemma_rms_norm",
     "npu_grouped_matmul",
     "npu_moe_finalize_routing",
-    "npu_moe_gating_top_k",
     "npu_moe_gating_top_k_softmax",
     "npu_moe_init_routing_v2",
     "npu_rms_norm",
