@@ -184,7 +184,7 @@ def test_command_line(tmp_path: Path, capsys: Captured) -> None:
         capsys, "export", directory, "--to", "npu", "-o", tmp_path / "out", "--soc", "910_93", "--dtype", "float16"
     )
     assert found["checks"]
-    assert found["notes"][1].startswith("layers 0-1, decode: fused, paged cache; 1 times the work, 64 values cached")
+    assert found["decisions"][1].startswith("layers 0-1, decode: fused, paged cache; 1 times the work, 64 values")
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"prefill.pt2", "decode.pt2", "model.safetensors", "run_npu.py", "export_air.py"} <= files
     assert {"tokenizer.json", "generation_config.json"} <= files

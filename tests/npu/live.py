@@ -72,18 +72,21 @@ class _Shapes(fx.Interpreter):
 
 
 def graph(folder: Path, phase: str, output: str) -> None:
-    """Let torchair build the graph of one phase; the process ends when it would hand the graph to CANN."""
+    """Let torchair build the graph of one phase, as export_air.py does; the process ends where CANN would begin."""
     import torchair  # type: ignore[import-not-found]
+    import torchair._ge_concrete_graph.compat_ir as compat  # type: ignore[import-not-found]
     import torchair._ge_concrete_graph.fx2ge_converter as converter  # type: ignore[import-not-found]
     import torchair.core._backend as backend  # type: ignore[import-not-found]
 
     converter.initialize_graph_engine = lambda *args, **kwargs: None
+    compat.is_cann_compat = lambda *args, **options: ""  # it asks CANN which operators it has
     backend._cached_device_id = 0
     torch_npu.npu.get_device_name = lambda *args: "Ascend910B1"
     manifest = json.loads((folder / "attnedit-npu.json").read_text())
     weights = load_file(folder / WEIGHTS_FILE)
     program = load_program(folder / manifest["programs"][phase], weights, manifest["aliases"], "cpu")
-    torchair.dynamo_export(model=program, export_path=output, dynamic=False, **example(manifest, phase, 11, "cpu"))
+    inputs = example(manifest, phase, 11, "cpu")
+    torchair.dynamo_export(model=program, export_path=output, dynamic=phase == "decode", **inputs)
 
 
 def main() -> None:

@@ -79,15 +79,15 @@ def export(
             source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)
         manifest = lower(source, output, progress=progress, **options)
     checks = getattr(manifest, "checks", [])
-    notes = list(getattr(manifest, "notes", []))
+    decisions = list(getattr(manifest, "summary", []))
     worst = max((check["deviation"] for check in checks), default=None)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     if json:
         facts = {"model": model, "to": to, "output": str(output), "bytes": size, "checks": checks, **options}
-        print_json({**facts, "notes": notes} if notes else facts)
+        print_json({**facts, "decisions": decisions} if decisions else facts)
         return
-    for note in notes:
-        show(note)
+    for decision in decisions:
+        show(decision)
     found = f", {len(checks)} comparisons with the live model: deviation at most {worst:.1e}" if checks else ""
     show(f"{output}: {size / 2**20:,.1f} MiB{found}")
 

@@ -61,7 +61,7 @@ class Manifest:
     executed_on_npu: bool = False
 
     @property
-    def notes(self) -> list[str]:
+    def summary(self) -> list[str]:
         """The legaliser's decisions in words, alike ones together."""
         layers: dict[tuple[Any, ...], list[int]] = {}
         for decision in self.decisions:
