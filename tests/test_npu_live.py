@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from npu_models import BATCH, exported
+
+from attnedit.targets.runtime.npu import NpuModel
 
 pytestmark = pytest.mark.torch_npu
 HERE = Path(__file__).parent / "npu"
@@ -76,6 +79,16 @@ def test_shapes_are_those_of_torch_npu(kind: str, stub: Path) -> None:
     assert found["differ"] == []
     assert found["compared"] > 100
     assert found["logits"]["prefill"][:2] == found["logits"]["decode"][:2] == [BATCH, 1]
+
+
+def test_an_export_can_be_checked_where_torch_npu_is(stub: Path) -> None:
+    folder, _ = exported("split")
+    found = answer(stub, "values", folder)["logits"]
+    state = NpuModel.load(folder).decoding()
+    ids = torch.arange(3 * 7).view(3, 7) % 50
+    want = [state.feed(ids, torch.ones_like(ids)), state.feed(ids[:, :2], torch.ones_like(ids[:, :2]))]
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.from_numpy(b))
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -18,8 +18,10 @@ from torch import fx
 
 from attnedit.targets.runtime.npu.export_air import example
 from attnedit.targets.runtime.npu.reference import register
-from attnedit.targets.runtime.npu.run_npu import WEIGHTS_FILE, load_program
+from attnedit.targets.runtime.npu.run_npu import WEIGHTS_FILE, NpuModel, load_program
 from attnedit.targets.runtime.npu.schema import check_live, real_operators
+
+BATCH_TOKENS = 7
 
 
 def schemas(folder: Path) -> dict[str, Any]:
@@ -47,6 +49,15 @@ def shapes(folder: Path) -> dict[str, Any]:
         differ += seen.differ
         logits[phase] = seen.last
     return {"compared": compared, "differ": differ, "logits": logits}
+
+
+def values(folder: Path) -> dict[str, Any]:
+    """Run both programs on the CPU, by the references in place of the kernels that torch_npu has not."""
+    register()
+    state = NpuModel.load(folder).decoding()
+    ids = torch.arange(3 * BATCH_TOKENS).view(3, BATCH_TOKENS) % 50
+    logits = [state.feed(ids, torch.ones_like(ids)), state.feed(ids[:, :2], torch.ones_like(ids[:, :2]))]
+    return {"logits": [array.tolist() for array in logits]}
 
 
 class _Shapes(fx.Interpreter):
@@ -94,7 +105,7 @@ def main() -> None:
     if what == "graph":
         graph(Path(folder), *more)
     else:
-        print(json.dumps({"schemas": schemas, "shapes": shapes}[what](Path(folder))))
+        print(json.dumps({"schemas": schemas, "shapes": shapes, "values": values}[what](Path(folder))))
 
 
 if __name__ == "__main__":

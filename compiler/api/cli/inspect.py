@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from attnedit.cli.export import check_options
 from attnedit.cli.terminal import JsonOption, ModelArgument, ProgressBars, RevisionOption, print_json, show
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import context_length
@@ -59,6 +60,7 @@ def inspect(
 def _inspect_for(name: str, model: str, options: dict[str, Any], revision: str | None, json: bool) -> None:
     """Show what a runtime would make of a model, rewritten or not."""
     found = find_inspection(name)
+    check_options(name, found.inspect, options)
     with ProgressBars() as progress, stage("inspect", progress):
         facts = found.inspect(load_config_only(model, revision=revision), **options)
     if json:

@@ -202,8 +202,13 @@ def _write(programs: Mapping[Phase, ExportedProgram], manifest: Manifest, direct
             is_parameter = isinstance(tensor, nn.Parameter)
             program.state_dict[name] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
         torch.export.save(program, directory / manifest.programs[phase])
-    save_file({name: tensor.clone() for name, tensor in weights.items()}, directory / WEIGHTS_FILE)
+    save_file({name: _alone(tensor) for name, tensor in weights.items()}, directory / WEIGHTS_FILE)
     manifest.write(directory)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor that shares its memory with no other."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_companions(result: Any, model: PreTrainedModel, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reference implementations of the fused operators on CPU, registered only where torch_npu's own are absent.
+"""Reference implementations of the fused operators on CPU, registered where torch_npu has none.
 
 They compute in float32 what the documentation of torch_npu says, quirks included: a mask is True where not to attend;
 a single query without rotary part ignores ``sparse_mode`` and its tokens. A call that the kernels refuse is refused.
@@ -156,10 +156,19 @@ REFERENCES: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
 def register() -> tuple[str, ...]:
     """Register the references of all operators that nothing else registered; safe to call often.
 
+    Where torch_npu registered them, which has no kernels for the CPU, the references become just those: an export on an
+    Ascend host is checked as anywhere else. Schemas, shape functions and the NPU's kernels are torch_npu's then.
+
     Returns:
         The operators that are ours now. Empty where torch_npu is imported.
     """
-    absent = sorted(set(schemas()) - real_operators())
+    real = real_operators()
+    absent = sorted(set(schemas()) - real)
+    for name in sorted(real):
+        compute, shapes = REFERENCES[name]
+        if shapes is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"npu::{name}", "CPU"):
+            _libraries.append(torch.library.Library("npu", "IMPL"))
+            _libraries[-1].impl(name, compute, "CPU")
     if absent:
         _libraries.append(torch.library.Library("npu", "FRAGMENT"))
     for name in absent:
