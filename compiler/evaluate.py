@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.meta import runnable_on_meta
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.source_checks import embedding_weight
 
@@ -127,7 +128,7 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     """Run a few tokens and count what the cache holds.
 
     Args:
-        model: causal language model with real weights.
+        model: causal language model; on meta too, where only buffers may need values.
         length: context length to account for; the model's own by default.
 
     Raises:
@@ -139,7 +140,8 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     device = embedding_weight(model).device
     ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
     try:
-        used = getattr(model(ids, past_key_values=cache, use_cache=True), "past_key_values", None)
+        with runnable_on_meta(model):
+            used = getattr(model(ids, past_key_values=cache, use_cache=True), "past_key_values", None)
     except ValueError as error:  # some families accept a cache class of their own only
         raise UsageError(f"{type(model).__name__} does not work with a transformers DynamicCache: {error}") from error
     config = model.config.get_text_config(decoder=True)

@@ -164,7 +164,9 @@ def load_source(
     return Source(loaded, tokenizer, location.name)
 
 
-def load_config_only(model: str, *, revision: str | None = None, dequantize: bool = True) -> PreTrainedModel:
+def load_config_only(
+    model: str, *, revision: str | None = None, dequantize: bool = True, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
     """Build the model of a configuration on meta tensors: ``config.json`` is enough, no weight is read.
 
     Buffers that no checkpoint holds (rotary frequencies among them) are real, so that facts can be probed numerically.
@@ -173,6 +175,7 @@ def load_config_only(model: str, *, revision: str | None = None, dequantize: boo
         model: as in `load_source`; the path of a ``config.json`` is accepted too.
         revision: branch, tag or commit; hub names only.
         dequantize: the default accepts a quantised model's configuration, as if it were dequantised.
+        dtype: of the weights that are not there; "auto" is the configuration's.
 
     Raises:
         UsageError: nothing there, unreadable, or not a model attnedit converts.
@@ -182,9 +185,10 @@ def load_config_only(model: str, *, revision: str | None = None, dequantize: boo
     check_config(config, location.name, dequantize=dequantize)
     if quantization_method(config) is not None:
         del config.quantization_config
+    asked = {} if parse_dtype(dtype) == "auto" else {"dtype": parse_dtype(dtype)}
     try:
         with init_empty_weights(include_buffers=False):
-            built = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+            built = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **asked))
         built.tie_weights()  # making parameters meta has parted what was tied
         for module in built.modules():
             for key in module._buffers.keys() - module._non_persistent_buffers_set:
@@ -192,7 +196,21 @@ def load_config_only(model: str, *, revision: str | None = None, dequantize: boo
     except READING_ERRORS as error:
         raise _cannot_read("the configuration of", location, error) from error
     built.eval()
+    built.config.name_or_path = location.name
     return built
+
+
+def load_tokenizer(model: PreTrainedModel, *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """Read the tokenizer of a model that `load_config_only` built; None if it has none.
+
+    Raises:
+        UsageError: it cannot be read, or does not fit the model.
+    """
+    location = _locate(str(model.config.name_or_path), revision)
+    tokenizer = _read_tokenizer(location, revision, model.config)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model, location.name)
+    return tokenizer
 
 
 def _load(path: str, **arguments: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -7,7 +7,7 @@ met with exactly the arguments that the live model gives it (teacher forcing: al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.source_checks import embedding_weight
 
 BATCH_TOKENS = 4096
 """Tokens that go through a layer at once."""
@@ -62,6 +63,74 @@ def decoder_layers(model: nn.Module, sites: list[AttentionSite]) -> tuple[nn.Mod
     raise CaptureError(f"{sites[0].name}: its layers are not in one torch.nn.ModuleList, so they cannot be streamed")
 
 
+class Stream:
+    """Calibration windows on their way through the decoder layers, in batches; each layer runs once for each.
+
+    Made by a run of what comes before the layers, and of the first layer on two tokens.
+
+    Args:
+        model: live model in eval mode; left as it was.
+        layers: its decoder layers. Apart from those that run, their weights may be on meta.
+        windows: token ids [N, T], int64, no padding.
+        exact: compute hidden states in the model's dtype. If not, matrix products of the layers are in bfloat16 on a
+            processor that is faster so; attention modules still get the same arguments as their layer's.
+
+    Raises:
+        CaptureError: the model's layers exchange more than hidden states.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, *, exact: bool = True) -> None:
+        device = embedding_weight(model).device
+        self._model, self._layers = model, layers
+        self._batches = _enter(model, layers, windows)
+        fast = not exact and device.type == "cpu" and fast_bfloat16()
+        self._probe = _enter(model, layers, windows[:1, :2])[0] if fast else None
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states [N, T, D] before the next layer."""
+        return torch.cat([batch.hidden for batch in self._batches])
+
+    def skip_to(self, index: int, hidden: Tensor) -> None:
+        """Go on before layer `index` with the hidden states [N, T, D] known from an earlier stream."""
+        sizes = [len(batch.hidden) for batch in self._batches]
+        for batch, part in zip(self._batches, hidden.split(sizes), strict=True):
+            # A copy: where a tensor begins in memory may decide how its products are rounded.
+            batch.hidden = part.to(batch.hidden.device, copy=True)
+            batch.calls = {layer: call for layer, call in batch.calls.items() if layer >= index}
+
+    def advance(self, index: int) -> None:
+        """Go through layer `index`, the next one."""
+        context = self._context(index)
+        for batch in self._batches:
+            with torch.no_grad(), context:
+                _advance(self._layers[index], index, batch)
+
+    @contextmanager
+    def inputs(self, index: int, attention: str) -> Iterator[Iterator[AttentionInputs]]:
+        """Go through layer `index`, the next one, and give what its attention module is called with, by batch."""
+        module = self._model.get_submodule(attention)
+        found = _inputs(self._layers[index], index, module, self._batches, self._context(index))
+        with torch.no_grad():
+            yield found
+            for _ in found:  # a reader that stopped early must not stop the hidden states
+                pass
+
+    @torch.no_grad()
+    def _context(self, index: int) -> torch.autocast:
+        """Autocast where it is wanted and works: some mixtures of experts add up outputs in the dtype they came in."""
+        works = self._probe is not None
+        if self._probe is not None:
+            args, kwargs = self._probe.calls[index]
+            try:
+                with torch.autocast("cpu", torch.bfloat16):
+                    self._layers[index](self._probe.hidden, *args, **kwargs)
+            except RuntimeError:
+                works = False
+        return torch.autocast("cpu", torch.bfloat16, enabled=works)
+
+
 @torch.no_grad()
 def stream(
     model: PreTrainedModel,
@@ -82,34 +151,22 @@ def stream(
         visit: must consume `inputs`; while it iterates, each batch's layer runs once.
         progress: told of every layer.
         stage: name under which progress is told.
-        exact: compute hidden states in the model's dtype. If not, matrix products of the layers are in bfloat16 on a
-            processor that is faster so; attention modules still get the same arguments as their layer's.
+        exact: as for `Stream`.
 
     Raises:
         CaptureError: the model's layers exchange more than hidden states, or are not in one list.
     """
     layers, by_layer = decoder_layers(model, sites)
     report = progress or silent
-    fast = (
-        not exact and next(model.parameters()).device.type == "cpu" and fast_bfloat16() and _autocasts(model, windows)
-    )
-    context = torch.autocast("cpu", torch.bfloat16, enabled=fast)
-    batches = _enter(model, layers, windows)
+    batches = Stream(model, layers, windows, exact=exact)
     last = max(by_layer)
     report(stage, 0, last + 1)
     for index in range(last + 1):
-        layer = layers[index]
-        site = by_layer.get(index)
-        if site is None:
-            for batch in batches:
-                with context:
-                    _advance(layer, index, batch)
+        if site := by_layer.get(index):
+            with batches.inputs(index, site.name) as inputs:
+                visit(site, inputs)
         else:
-            attention = model.get_submodule(site.name)
-            inputs = _inputs(layer, index, attention, batches, context)
-            visit(site, inputs)
-            for _ in inputs:  # a visitor that stopped early must not stop the hidden states
-                pass
+            batches.advance(index)
         report(stage, index + 1, last + 1)
 
 
@@ -199,16 +256,6 @@ def _inputs(
         yield seen.pop()
 
 
-def _autocasts(model: PreTrainedModel, windows: Tensor) -> bool:
-    """Whether the model runs under autocast: some mixtures of experts add up outputs in the dtype they came in."""
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            _decoder(model)(input_ids=windows[:1, :2], use_cache=False)
-    except RuntimeError:
-        return False
-    return True
-
-
 def fast_bfloat16() -> bool:
     """Whether this processor multiplies matrices of bfloat16 faster than those of float32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -223,7 +270,7 @@ def _advance(layer: nn.Module, index: int, batch: _Batch) -> None:
 
 def _enter(model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, size: int | None = None) -> list[_Batch]:
     """Run everything before the first layer, with layers that only record how they are called."""
-    device = next(model.parameters()).device
+    device = embedding_weight(model).device
     size = size or max(1, BATCH_TOKENS // windows.shape[1])
     returned = _returned(model, layers, windows[:1, :2].to(device))
     batches: list[_Batch] = []
@@ -261,14 +308,22 @@ def _recorder(
     return forward
 
 
+class _Enough(Exception):
+    """Ends a forward pass of which the rest is not needed."""
+
+
 def _returned(model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor) -> int:
     """The length of the tuple that layers return; 0 where they return a tensor."""
     found: list[int] = []
-    handle = layers[0].register_forward_hook(
-        lambda _, __, output: found.append(len(output) if isinstance(output, tuple) else 0)
-    )
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(len(output) if isinstance(output, tuple) else 0)
+        raise _Enough
+
+    handle = layers[0].register_forward_hook(look)
     try:
-        _decoder(model)(input_ids=ids, use_cache=False)
+        with suppress(_Enough):
+            _decoder(model)(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
     return found[0]

@@ -21,9 +21,11 @@ LENGTH = 48
 """Tokens that promises are checked on."""
 
 
-def check_tokens(windows: Tensor | None, model: PreTrainedModel, window: int = 0) -> Tensor:
+def check_tokens(
+    windows: Tensor | None, model: PreTrainedModel, window: int = 0, device: torch.device | None = None
+) -> Tensor:
     """A short prompt [1, T], longer than `window`: the start of the calibration data, or token ids 0, 1, 2, ..."""
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     if windows is not None:
         return windows[:1, : LENGTH + window].to(device)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -49,7 +51,9 @@ def same_logits(expected: Tensor, result: PreTrainedModel, ids: Tensor) -> Verif
 
 
 @torch.inference_mode()
-def same_decode(result: PreTrainedModel, ids: Tensor, rounding: float = 0.0) -> Verification:
+def same_decode(
+    result: PreTrainedModel, ids: Tensor, rounding: float = 0.0, *, few_passes: bool = False
+) -> Verification:
     """Decoding token by token from the cache gives the logits of a prefill.
 
     Args:
@@ -57,6 +61,7 @@ def same_decode(result: PreTrainedModel, ids: Tensor, rounding: float = 0.0) -> 
         ids: token ids [1, T].
         rounding: what the model rounds its cache by, as a fraction: like half precision, where one number may fall to
             the other side, so that three in four tokens must agree within it.
+        few_passes: the last token alone and those before it together, for a model that is read for every pass.
 
     Raises:
         VerificationError: it does not, within `TOLERANCE` of the largest logit.
@@ -66,7 +71,8 @@ def same_decode(result: PreTrainedModel, ids: Tensor, rounding: float = 0.0) -> 
     cache = DynamicCache(config=result.config)
     first = max(ids.shape[1] // 2, ids.shape[1] - LENGTH // 2)
     steps = []
-    for start, stop in itertools.pairwise([0, *range(first, ids.shape[1] + 1)]):
+    ends = [first, ids.shape[1] - 1, ids.shape[1]] if few_passes else range(first, ids.shape[1] + 1)
+    for start, stop in itertools.pairwise([0, *ends]):
         part = ids[:, start:stop]
         call = {"past_key_values": cache, "use_cache": True, **position_ids(result, part, start)}
         steps.append(result(part, **call).logits)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: small tensors, and two workers on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -81,6 +84,21 @@ def saved_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
     make_llama().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Sharded directories of tiny models by family and options, without tokenizer; tests must not write there."""
+
+    @functools.cache
+    def saved(family: str, shard: str = "20KB", **options: Any) -> Path:
+        from families import build
+
+        directory = tmp_path_factory.mktemp("checkpoints") / family
+        build(family, **options).save_pretrained(directory, max_shard_size=shard)
+        return directory
+
+    return saved
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnedit.compiler.errors import UsageError
 from attnedit.passes import sample as sample_module
+from attnedit.passes.mla import least_squares
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import FitOptions, fit_layer
 from attnedit.passes.mla.initialise import analytic, expected_rotation, mix_components
@@ -152,11 +153,12 @@ def start(sample: LayerSample, rank: int = 6, slots: int = 2) -> Factors:
 
 
 @variants
-def test_the_output_refit_is_ridge_regression(options: dict[str, Any]) -> None:
-    sample = layer_sample(sequences=6, **options)
+@pytest.mark.parametrize("sequences", [6, 1], ids=["many rows", "few rows"])
+def test_the_output_refit_is_ridge_regression(options: dict[str, Any], sequences: int) -> None:
+    sample = layer_sample(sequences=sequences, **options)
     before = start(sample)
     after, error = refit_output(sample, before)
-    features, target = torch.zeros(6, len(sample.positions), 24).double(), sample.target.double().flatten(0, 1)
+    features, target = torch.zeros(sequences, len(sample.positions), 24).double(), sample.target.double().flatten(0, 1)
     for chunk, reads in latent_reads(sample, before):
         features[chunk.sequences, chunk.queries] = reads.transpose(1, 2).flatten(2).double()
     features = features.flatten(0, 1)
@@ -169,6 +171,19 @@ def test_the_output_refit_is_ridge_regression(options: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert error == pytest.approx(output_error(sample, after), rel=1e-3, abs=1e-6)
     assert error <= output_error(sample, before)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 22], ids=["by head", "at once"])
+def test_few_queries_are_regressed_the_same_way(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the products of queries instead of features, rank split included."""
+    monkeypatch.setattr(least_squares, "CHUNK_ELEMENTS", chunk)
+    sample = layer_sample(v_head_dim=3, sequences=2)
+    before = start(sample, rank=10)
+    (expected, wrong), (found, error) = (
+        regress(sample, before) for regress in (least_squares._regress_by_features, least_squares._regress_by_rows)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert error == pytest.approx(wrong, rel=1e-3)
 
 
 def test_the_output_keeps_the_rank_that_a_head_can_hold() -> None:

@@ -3,8 +3,8 @@
 >>> import attnedit
 >>> sorted(attnedit.__all__)
 ['AttneditError', 'CaptureError', 'CompileResult', 'Match', 'Reject', 'Report', 'Rewrite', 'RewriteError', 'Target',
- 'UsageError', 'VerificationError', 'attention', 'cache', 'calibrate', 'close', 'compile', 'exact', 'learned', 'load',
- 'rewrite']
+ 'UsageError', 'VerificationError', 'attention', 'cache', 'calibrate', 'close', 'compile', 'compile_checkpoint',
+ 'exact', 'learned', 'load', 'rewrite']
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import attnedit.targets.runtime.eager  # noqa: F401
 # Now rather than at first use: whoever imports the modules of these names later would get them in the functions' place.
 from attnedit.calibrate import calibrate
 from attnedit.compile import compile
+from attnedit.compile_checkpoint import compile_checkpoint
 from attnedit.compiler.errors import AttneditError, CaptureError, RewriteError, UsageError, VerificationError
 from attnedit.compiler.language import attention, cache
 from attnedit.compiler.pipeline import Target
@@ -43,6 +44,7 @@ __all__ = [
     "calibrate",
     "close",
     "compile",
+    "compile_checkpoint",
     "exact",
     "learned",
     "load",

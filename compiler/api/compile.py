@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,30 +15,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
 from attnedit.compiler.capture import as_captured, capture, graph_module
-from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_LENGTH
-from attnedit.compiler.data import context_length, position_limit, token_windows
+from attnedit.compiler.data import token_windows
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import KVUsage, kv_usage
+from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.pipeline import Target
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.registry import names_of
-from attnedit.compiler.report import LayerReport, Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
 from attnedit.figures import linear_notes, memory_curve, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
-from attnedit.passes.gateswa.options import FullLayers, GateSWAOptions
+from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers
-from attnedit.planning import DEFAULT_BUDGET, TARGETS, Plan, check_arguments, first_of, plan_sites
+from attnedit.planning import DEFAULT_BUDGET, TARGETS, check_arguments, first_of, plan_sites, window_length
 from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
 from attnedit.rewrite import rewrite
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
+from attnedit.rows import layer_rows
 from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.hf.towards import check_form
@@ -176,18 +174,8 @@ def compile(
 
 
 def _with_recipe(result: CompileResult, arguments: Mapping[str, Any], training: Mapping[str, Any]) -> CompileResult:
-    """Put into the report what was asked for, and which layers stayed full, so that it need not be measured again."""
-    values = {name: value for name, value in arguments.items() if name in Recipe.model_fields}
-    if isinstance(values["full_layers"], Sequence) and not isinstance(values["full_layers"], str):
-        values["full_layers"] = list(values["full_layers"])
-    if not isinstance(values["calibration"], str | Mapping):
-        path = values["calibration"]
-        values["calibration"] = os.fspath(path) if isinstance(path, os.PathLike) else None
-    if result.report.full_layers is not None:
-        values["full_layers"] = result.report.full_layers
-        if arguments["target"] == "gateswa":
-            values["kv_budget"] = None  # it said how many
-    recipe = Recipe(**values, training=dict(training))
+    """Put into the report what was asked for."""
+    recipe = Recipe.of(arguments, result.report.full_layers, training)
     report = result.report.model_copy(update={"recipe": recipe.model_dump(exclude_defaults=True)})
     return dataclasses.replace(result, report=report)
 
@@ -253,7 +241,7 @@ def _one_shot(
                     tokenizer,
                     model,
                     tokens=calibration_tokens,
-                    window=None if windowing is None else _window_length(model, windowing),
+                    window=None if windowing is None else window_length(model, windowing),
                     seed=seed,
                     progress=progress,
                 )
@@ -303,7 +291,17 @@ def _one_shot(
         target=target,
         sites_matched=len(sites),
         sites_rewritten=len(configs),
-        layers=_rows(plan, configs, latent, windowed, after),
+        layers=layer_rows(
+            plan,
+            configs,
+            after,
+            energy_kept={name: fit.energy_kept for name, fit in latent.fits.items()},
+            output_error={
+                **{name: fit.output_error for name, fit in windowed.fits.items()},
+                **{name: fit.output_error for name, fit in latent.fits.items()},
+            },
+            loss_increase=windowed.loss_increases,
+        ),
         rules=[
             rule
             for rule in (
@@ -334,12 +332,6 @@ def _set_modes(model: PreTrainedModel, modes: dict[str, bool]) -> None:
             module.train(modes[name])
 
 
-def _window_length(model: PreTrainedModel, options: GateSWAOptions) -> int:
-    """Tokens per calibration window: several of the attention's windows."""
-    wanted = max(DEFAULT_LENGTH, 4 * options.cached_tokens)
-    return min(wanted, context_length(model), position_limit(model) or wanted)
-
-
 def _config_of(graph: fx.GraphModule) -> AnyConfig:
     """Configuration of the new attention in a rewritten graph."""
     found: AnyConfig = next(getattr(graph, name) for name in KINDS if hasattr(graph, name)).config
@@ -356,28 +348,3 @@ def _rule(
 def _choice_note(full: list[int]) -> str:
     listed = ",".join(map(str, full)) + ("," if len(full) == 1 else "")
     return f"full layers chosen by measured loss; full_layers={listed!r} takes them again without measuring"
-
-
-def _rows(
-    plan: Plan, configs: Mapping[str, AnyConfig], latent: Latent, windowed: Windowed, after: KVUsage
-) -> list[LayerReport]:
-    rows = []
-    for site in plan.sites:
-        config, fit = configs.get(site.name), latent.fits.get(site.name)
-        window = windowed.fits.get(site.name)
-        rows.append(
-            LayerReport(
-                layer=site.layer_idx,
-                name=site.name,
-                kind="source" if config is None else kind_of(config).name,
-                kv_lora_rank=config.kv_lora_rank if isinstance(config, MLAConfig) else None,
-                qk_rope_head_dim=config.qk_rope_head_dim if isinstance(config, MLAConfig) else None,
-                sliding_window=config.sliding_window if isinstance(config, GateSWAConfig) else None,
-                loss_increase=windowed.loss_increases.get(site.name),
-                values_before=plan.before.per_layer[site.layer_idx],
-                values_after=after.per_layer[site.layer_idx],
-                energy_kept=fit.energy_kept if fit else None,
-                output_error=fit.output_error if fit else window.output_error if window else None,
-            )
-        )
-    return rows

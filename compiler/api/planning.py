@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_WINDOW_TOKENS
+from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage
 from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
@@ -208,6 +210,12 @@ def check_arguments(
         sinks=Sinks.parse(default_sinks if sinks is None else sinks),
     )
     return options, form
+
+
+def window_length(model: PreTrainedModel, options: GateSWAOptions) -> int:
+    """Tokens per calibration window for windowed layers: several of the attention's windows."""
+    wanted = max(DEFAULT_WINDOW_TOKENS, 4 * options.cached_tokens)
+    return min(wanted, context_length(model), position_limit(model) or wanted)
 
 
 def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[str]]:

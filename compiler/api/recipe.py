@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +105,29 @@ class Recipe(BaseModel):
             ]
             line = _line(tree, (*first["loc"], *inner[:1]))
             raise UsageError(f"{name}, line {line}: {place}: {message}{known}") from error
+
+    @classmethod
+    def of(
+        cls, arguments: Mapping[str, Any], full_layers: list[int] | None, training: Mapping[str, Any] | None = None
+    ) -> Recipe:
+        """What `attnedit.compile` was asked for, with the layers that stayed full, so that they need not be measured.
+
+        Args:
+            arguments: of the compilation; those that no recipe has are left out.
+            full_layers: as the report has them.
+            training: fields of `CalibrationOptions`.
+        """
+        values = {name: value for name, value in arguments.items() if name in cls.model_fields}
+        if isinstance(values["full_layers"], Sequence) and not isinstance(values["full_layers"], str):
+            values["full_layers"] = list(values["full_layers"])
+        if not isinstance(values["calibration"], str | Mapping):
+            path = values["calibration"]
+            values["calibration"] = os.fspath(path) if isinstance(path, os.PathLike) else None
+        if full_layers is not None:
+            values["full_layers"] = full_layers
+            if arguments["target"] == "gateswa":
+                values["kv_budget"] = None  # it said how many
+        return cls(**values, training=dict(training or {}))
 
     def to_yaml(self) -> str:
         """Everything that is not a default."""

@@ -66,13 +66,8 @@ class CompileResult:
         Raises:
             UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
         """
-        files: dict[str, str | Path] = {file.name: file for file in self.files}
-        if self.report.recipe:
-            files[RECIPE_FILE] = Recipe.model_validate(self.report.recipe).to_yaml()
-        license = self.report.license or source_license(self.report.source)
-        report = self.report.model_copy(update={"license": license})
-        files[CARD_FILE] = model_card(report, license=license)
-        files[HTML_FILE] = report.to_html()
+        report, texts = with_license(self.report)
+        files: dict[str, str | Path] = {**{file.name: file for file in self.files}, **texts}
         return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report.to_json(), files=files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
@@ -88,6 +83,16 @@ class CompileResult:
             UsageError: no runtime of that name is installed, or it lacks a package.
         """
         return find_runtime(runtime)(self, directory, **options)
+
+
+def with_license(report: Report) -> tuple[Report, dict[str, str]]:
+    """The report with its source's licence, and the texts that go beside it by file name: recipe, card and page."""
+    license = report.license or source_license(report.source)
+    report = report.model_copy(update={"license": license})
+    texts = {CARD_FILE: model_card(report, license=license), HTML_FILE: report.to_html()}
+    if report.recipe:
+        texts[RECIPE_FILE] = Recipe.model_validate(report.recipe).to_yaml()
+    return report, texts
 
 
 def find_runtime(name: str) -> Callable[..., Any]:

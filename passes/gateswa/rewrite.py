@@ -66,19 +66,14 @@ def window_layers(
         UsageError: no query of the calibration data loses anything to the window.
         CaptureError: a layer cannot be rewritten.
     """
-    if windows.shape[1] <= options.cached_tokens:
-        raise UsageError(
-            f"window {options.window}: calibration windows of {windows.shape[1]} tokens lose nothing to it; "
-            "give a smaller window"
-        )
+    check_loss(windows, options)
     tried = sites if isinstance(full, int) else [site for site in sites if site.layer_idx not in full]
     configs = {site.name: options.config(site) for site in tried}
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, WindowFit] = {}
-    queries = max(1, QUERIES // len(windows))
 
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
-        sample = take_sample(source, site, inputs, queries, seed)
+        sample = take_sample(source, site, inputs, queries_of(windows), seed)
         fits[site.name] = fit_window(sample, configs[site.name])
         graphs[site.name] = build(result, site, configs[site.name], fits[site.name])
 
@@ -96,3 +91,21 @@ def window_layers(
         sorted(site.layer_idx for site in dearest),
         increases,
     )
+
+
+def check_loss(windows: Tensor, options: GateSWAOptions) -> None:
+    """Refuse calibration windows [N, T] that show nothing of what the attention's windows take away.
+
+    Raises:
+        UsageError: they are too short.
+    """
+    if windows.shape[1] <= options.cached_tokens:
+        raise UsageError(
+            f"window {options.window}: calibration windows of {windows.shape[1]} tokens lose nothing to it; "
+            "give a smaller window"
+        )
+
+
+def queries_of(windows: Tensor) -> int:
+    """Sampled queries of each calibration window [N, T]."""
+    return max(1, QUERIES // len(windows))

@@ -116,14 +116,19 @@ def _split_output(site: AttentionSite, shape: Shape, factors: Factors, weight: T
 
     F_h has rank at most e, so projecting on the leading eigenvectors of F_h^T F_h loses nothing.
     """
-    output = factors.output.double()
     if shape.exact or site.output_gate:
-        return torch.linalg.pinv(weight.double()) @ output, None
+        return torch.linalg.pinv(weight.double()) @ factors.output.double(), None
     e, rank = site.v_head_dim, factors.rank
-    vectors = torch.linalg.eigh(output.mT @ output).eigenvectors[..., -min(e, rank) :]
-    missing = e - vectors.shape[-1]
-    up = nn.functional.pad(vectors.mT, (0, 0, 0, missing))
-    return up, nn.functional.pad(output @ vectors, (0, missing))
+    missing = max(0, e - rank)
+    up = weight.new_zeros(len(weight), e, rank, dtype=torch.float64)
+    projected = torch.zeros_like(weight, dtype=torch.float64)
+    # By head: in float64 the weights of all heads are as large as a decoder layer.
+    for h, output in enumerate(factors.output):
+        output = output.double()
+        vectors = torch.linalg.eigh(output.mT @ output).eigenvectors[:, -min(e, rank) :]
+        up[h] = nn.functional.pad(vectors.mT, (0, 0, 0, missing))
+        projected[h] = nn.functional.pad(output @ vectors, (0, missing))
+    return up, projected
 
 
 def _with_weight(site: AttentionSite, module: nn.Module, by_head: Tensor) -> nn.Module:

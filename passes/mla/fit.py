@@ -50,6 +50,10 @@ class FitOptions:
             alternations, latent_side=False, iterations=3, output_queries=8192, logit_queries=2048, exact_stream=False
         )
 
+    def queries(self, windows: int) -> int:
+        """Sampled queries of each of so many calibration windows."""
+        return max(1, self.output_queries // windows)
+
 
 @dataclass(frozen=True)
 class Fit:

@@ -25,7 +25,7 @@ from attnedit.passes.mla.weights import (
     score,
     slot_tables,
 )
-from attnedit.passes.sample import Chunk, LayerSample
+from attnedit.passes.sample import CHUNK_ELEMENTS, Chunk, LayerSample
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the weights it starts from, as a fraction of the mean diagonal of its Gram
@@ -101,6 +101,15 @@ def refit_output(sample: LayerSample, factors: Factors) -> tuple[Factors, float]
     if sample.fixed_output:
         factors = _refit_values(sample, factors)
         return factors, output_error(sample, factors)
+    rows = sample.query.shape[0] * sample.query.shape[2]
+    by_rows = rows < sample.heads * factors.rank
+    output, error = (_regress_by_rows if by_rows else _regress_by_features)(sample, factors)
+    energy = float(sample.target.double().square().sum())
+    return replace(factors, output=output), max(error, 0.0) / max(energy, 1e-30)
+
+
+def _regress_by_features(sample: LayerSample, factors: Factors) -> tuple[Tensor, float]:
+    """The regression through the Gram matrix of the features [H r, H r]: output [H, D, r], energy of its error."""
     h, r, e = sample.heads, factors.rank, sample.value.shape[-1]
     gram = torch.zeros(h * r, h * r, device=sample.key.device)
     cross = torch.zeros(h * r, factors.output.shape[1], device=sample.key.device)
@@ -122,8 +131,43 @@ def refit_output(sample: LayerSample, factors: Factors) -> tuple[Factors, float]
     # |y - F z|^2 from the moments that are there anyway
     flat = output.transpose(1, 2).reshape(h * r, -1)
     energy = float(sample.target.double().square().sum())
-    error = energy + float(((gram @ flat).double() * flat).sum()) - 2 * float((cross.double() * flat).sum())
-    return replace(factors, output=output), max(error, 0.0) / max(energy, 1e-30)
+    return output, energy + float(((gram @ flat).double() * flat).sum()) - 2 * float((cross.double() * flat).sum())
+
+
+def _regress_by_rows(sample: LayerSample, factors: Factors) -> tuple[Tensor, float]:
+    """The same regression through the products of sampled queries [M, M], for fewer queries than features.
+
+    F = F_0 + (Y - F_0 Z)(Z^T Z + ridge)^-1 Z^T with a column of Z per query: equal, by the identity of Woodbury. Heads
+    are taken one by one where r is large, since all their weights in float64 are as large as a decoder layer.
+    """
+    r, e = factors.rank, sample.value.shape[-1]
+    n, h, q = sample.query.shape[:3]
+    z = sample.key.new_empty(h, n, q, r)
+    for chunk, reads in latent_reads(sample, factors):
+        z[:, chunk.sequences, chunk.queries] = reads.transpose(0, 1)
+    z = z.flatten(1, 2)
+    target = sample.target.flatten(0, 1)
+    products, missing = z.new_zeros(n * q, n * q), target.clone()
+    for features, start in zip(z, factors.output, strict=True):
+        products.addmm_(features, features.mT)
+        missing.addmm_(features, start.mT, alpha=-1)
+    ridge = OUTPUT_RIDGE * float(products.diagonal().mean())
+    system = products.double()
+    system.diagonal().add_(ridge)
+    dual = torch.cholesky_solve(missing.double(), torch.linalg.cholesky(system)).float()
+    output = torch.empty_like(factors.output)
+    error = target.clone()
+    for heads in torch.arange(h).split(max(1, CHUNK_ELEMENTS // (r * output.shape[1]))):
+        part = slice(int(heads[0]), int(heads[-1]) + 1)
+        fitted = (factors.output[part] + dual.mT @ z[part]).double()
+        if r > e:
+            blocks = (z[part].mT @ z[part]).double()
+            blocks.diagonal(dim1=-2, dim2=-1).add_(ridge)
+            fitted = _truncate(fitted, blocks, e)
+        output[part] = fitted
+        for features, weight in zip(z[part], output[part], strict=True):
+            error.addmm_(features, weight.mT, alpha=-1)
+    return output, float(error.double().square().sum())
 
 
 def _refit_values(sample: LayerSample, factors: Factors) -> Factors:

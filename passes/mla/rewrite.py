@@ -65,28 +65,26 @@ def latent_layers(
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, Fit] = {}
     maps: dict[str, LinearSite] = {}
-
-    def keep_all(site: AttentionSite) -> None:
-        shape = shapes[site.name]
-        graphs[site.name] = build(result, site, shape, exact_factors(site, shape, output_weight(source, site)[0]))
-
     if windows is None:
         for site in track(sites, "build layers", progress):
-            keep_all(site)
+            graphs[site.name] = exact_layer(result, site, shapes[site.name])
         return Latent(graphs, fits)
-    queries = max(1, options.output_queries // len(windows))
 
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
         shape = shapes[site.name]
         if shape.exact:
-            keep_all(site)
+            graphs[site.name] = exact_layer(result, site, shape)
             return
-        sample = take_sample(source, site, inputs, queries, seed, hidden=linear)
+        sample = take_sample(source, site, inputs, options.queries(len(windows)), seed, hidden=linear)
         if linear:
             maps[site.name], sample = linearise(source, site, sample)
-        fit = fit_layer(sample, shape, options)
-        fits[site.name] = fit
-        graphs[site.name] = build(result, site, shape, fit.factors, maps.get(site.name))
+        fits[site.name] = fit_layer(sample, shape, options)
+        graphs[site.name] = build(result, site, shape, fits[site.name].factors, maps.get(site.name))
 
     stream(source, sites, windows, visit, progress=progress, stage="fit layers", exact=options.exact_stream)
     return Latent(graphs, fits, maps)
+
+
+def exact_layer(model: PreTrainedModel, site: AttentionSite, shape: Shape) -> fx.GraphModule:
+    """One layer of the lossless shape, which needs no data; see `build` for the arguments."""
+    return build(model, site, shape, exact_factors(site, shape, output_weight(model, site)[0]))

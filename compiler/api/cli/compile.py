@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -51,12 +52,13 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_source
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
+from attnedit.compiler.report import Report
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
 from attnedit.recipe import RECIPE_FILE, Recipe
-from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, check_free
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, RUN_FILE, check_free
 
 OptionalModelArgument = Annotated[
     str | None,
@@ -96,6 +98,15 @@ KernelDimsOption = Annotated[
     typer.Option("--kernel-dims", help="With a latent profile: the sizes of engines' kernels, in place of a budget."),
 ]
 
+LowMemoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="Read, rewrite and write layer by layer: memory for a layer, not for the model; killed, the same command "
+        "goes on. Needs safetensors and --calibration.",
+    ),
+]
+
 
 def compile_model(
     context: typer.Context,
@@ -132,6 +143,7 @@ def compile_model(
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     allow_pickle: AllowPickleOption = False,
+    low_memory: LowMemoryOption = False,
     overwrite: OverwriteOption = False,
     fuel: FuelOption = None,
     dump_graphs: DumpOption = None,
@@ -144,6 +156,18 @@ def compile_model(
     arguments = wanted.arguments()
     check_arguments(**{name: arguments[name] for name in inspect.signature(check_arguments).parameters})
     trained = CalibrationOptions.of(**wanted.training).steps > 0
+    if low_memory:
+        _refuse_with_low_memory(
+            {
+                "training": trained,
+                "--dequantize": dequantize,
+                "--profile": wanted.profile is not None or wanted.kernel_dims,
+                "--fuel": fuel is not None,
+                "--dump-graphs": dump_graphs is not None,
+            }
+        )
+        _show(output, _compile_in_parts(wanted, output, device=device, overwrite=overwrite), json=json)
+        return
     if trained:
         open_run(output, {"command": "compile", **wanted.model_dump(mode="json")}, overwrite=overwrite)
     else:
@@ -178,12 +202,40 @@ def compile_model(
         result.report = result.report.model_copy(update={"recipe": {**result.report.recipe, **named}})
         with stage("save", progress):
             result.save(output, overwrite=overwrite or trained)
+    _show(output, result.report, json=json)
+
+
+def _refuse_with_low_memory(asked: Mapping[str, bool]) -> None:
+    for name, given in asked.items():
+        if given:
+            raise UsageError(f"{name} needs the whole model in memory; leave it out, or --low-memory")
+
+
+def _compile_in_parts(wanted: Recipe, output: Path, *, device: str, overwrite: bool) -> Report:
+    if overwrite or not (output.expanduser() / RUN_FILE).exists():
+        check_output(output, overwrite=overwrite)
+    whole = {*wanted.training, "profile", "kernel_dims"}
+    arguments = {name: value for name, value in wanted.arguments().items() if name not in whole}
+    with ProgressBars() as progress:
+        return attnedit.compile_checkpoint(
+            str(wanted.model),
+            output,
+            **arguments,
+            dtype=wanted.dtype,
+            revision=wanted.revision,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def _show(output: Path, report: Report, *, json: bool) -> None:
     if json:
-        print_json({"output": str(output), **result.report.to_dict()})
+        print_json({"output": str(output), **report.to_dict()})
     else:
-        show(result.report)
+        show(report)
         show(f"saved in {output}, with {HTML_FILE} to look at and {RECIPE_FILE}:")
-        show(Recipe.model_validate(result.report.recipe).to_yaml().rstrip())
+        show(Recipe.model_validate(report.recipe).to_yaml().rstrip())
 
 
 def _recipe(context: typer.Context, file: Path | None, calibration: str | dict[str, float] | None) -> Recipe:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from attnedit import run_directory
 from attnedit.cli.terminal import check_output
-from attnedit.compiler.errors import UsageError
 from attnedit.compiler.processes import processes
 from attnedit.passes.calibration.options import CalibrationOptions as Defaults
-from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
+from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 FitStepsOption = Annotated[
     int, typer.Option(min=0, help="Steps of layer-wise fitting: each attention learns the source attention's output.")
@@ -58,27 +56,8 @@ def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> Non
         UsageError: it holds something else, or the run of another recipe, and is not to be overwritten.
     """
     output = output.expanduser()
-    file = output / RUN_FILE
     if not processes().main:  # it comes here second
         return
-    if file.exists() and not overwrite:
-        try:
-            there = json.loads(file.read_text(encoding="utf-8"))["recipe"]
-        except (OSError, ValueError, KeyError, TypeError):
-            there = {}
-        for name in {**there, **recipe}:
-            if there.get(name) != recipe.get(name):
-                raise UsageError(
-                    f"{output} holds an unfinished run of another recipe ({name} {there.get(name)!r} there, "
-                    f"{recipe.get(name)!r} here); give its arguments to go on, another directory, or --overwrite"
-                )
-        return
-    check_output(output, overwrite=overwrite)
-    check_free(output, overwrite)
-    if output.exists():
-        shutil.rmtree(output)
-    try:
-        output.mkdir(parents=True)
-        file.write_text(json.dumps({"recipe": dict(recipe)}, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write to {output}: {error.strerror or error}") from error
+    if overwrite or not (output / RUN_FILE).exists():
+        check_output(output, overwrite=overwrite)
+    run_directory.open_run(output, recipe, overwrite=overwrite)

@@ -65,16 +65,7 @@ def save(
     try:
         _set_usual_mode(staging)
         model.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        if report is not None:
-            text = report if isinstance(report, str) else json.dumps(report, indent=2)
-            (staging / REPORT_FILE).write_text(text.rstrip() + "\n", encoding="utf-8")
-        for name, content in (files or {}).items():
-            if isinstance(content, str):
-                (staging / name).write_text(content, encoding="utf-8")
-            elif content.exists():
-                shutil.copyfile(content, staging / name)
+        write_beside(staging, tokenizer, report, files)
         _put_in_place(staging, target)
     except (OSError, SafetensorError) as error:
         raise AttneditError(f"could not write {target}: {error}") from error
@@ -84,6 +75,22 @@ def save(
             for folder in made:
                 folder.rmdir()
     return target
+
+
+def write_beside(
+    directory: Path, tokenizer: Any = None, report: Any = None, files: Mapping[str, str | Path] | None = None
+) -> None:
+    """Write what goes with a model's weights and configuration; the arguments are those of `save`."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if report is not None:
+        text = report if isinstance(report, str) else json.dumps(report, indent=2)
+        (directory / REPORT_FILE).write_text(text.rstrip() + "\n", encoding="utf-8")
+    for name, content in (files or {}).items():
+        if isinstance(content, str):
+            (directory / name).write_text(content, encoding="utf-8")
+        elif content.exists():
+            shutil.copyfile(content, directory / name)
 
 
 def load_model(

@@ -1,0 +1,1 @@
+../../compiler/api/compile_checkpoint.py

@@ -1,0 +1,1 @@
+../../compiler/api/run_directory.py

@@ -1,0 +1,306 @@
+"""`attnedit.compile_checkpoint`: the pipeline of `attnedit.compile` on a checkpoint too large to load, part by part."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import fx
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from attnedit.calibrate import calibration_name
+from attnedit.compiler.capture import as_captured, capture
+from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
+from attnedit.compiler.data import token_windows
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.evaluate import kv_usage
+from attnedit.compiler.models import SMOLLM2, load_config_only, load_tokenizer, parse_dtype, resolve_device
+from attnedit.compiler.processes import processes
+from attnedit.compiler.progress import Progress, stage
+from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
+from attnedit.figures import memory_curve, site_graphs
+from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite, Rewritten
+from attnedit.passes.gateswa.options import FullLayers
+from attnedit.passes.gateswa.rewrite import check_loss
+from attnedit.passes.mla.fit import FitOptions
+from attnedit.planning import DEFAULT_BUDGET, TARGETS, Plan, check_arguments, plan_sites, window_length
+from attnedit.recipe import Recipe
+from attnedit.result import with_license
+from attnedit.rows import layer_rows
+from attnedit.run_directory import check_run, open_run
+from attnedit.targets.attention.kinds import AnyConfig, kind_of
+from attnedit.targets.runtime.eager import splice, to_attnedit, use_captured_implementation
+from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, write_beside
+from attnedit.targets.runtime.eager.shards import write_index
+
+
+def compile_checkpoint(
+    model: str | PathLike[str],
+    directory: str | PathLike[str],
+    target: str = "mla",
+    *,
+    kv_budget: float | None = None,
+    window: int | None = None,
+    full_layers: FullLayers = None,
+    gate: str | None = None,
+    sinks: str | None = None,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration_tokens: int | None = None,
+    alternations: int = FitOptions.alternations,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Rewrite a checkpoint of safetensors into a directory, with one decoder layer in memory at a time.
+
+    The result is what `attnedit.compile` gives for the loaded model, to rounding; `attnedit.load` and
+    ``AutoModelForCausalLM.from_pretrained`` read it. Beside one layer, memory is needed for its calibration tensors and
+    least squares, for the hidden states of the calibration windows, and for the embeddings.
+
+    Killed, the same call goes on after the last layer that is written and ends with the same weights.
+
+    Args:
+        model: directory of the checkpoint, or a name on the hub, which is fetched.
+        directory: where the result goes; missing, empty, or with the unfinished run of the same arguments.
+        target: as for `attnedit.compile`.
+        kv_budget: as for `attnedit.compile`.
+        window: as for `attnedit.compile`.
+        full_layers: "every:N" or layer indices; to choose them by measured loss takes passes through the whole model.
+        gate: as for `attnedit.compile`.
+        sinks: as for `attnedit.compile`.
+        calibration: as for `attnedit.compile`, but given: own samples take passes through the whole model.
+        tokenizer: the checkpoint's own unless given.
+        calibration_tokens: as for `attnedit.compile`.
+        alternations: as for `attnedit.compile`.
+        seed: as for `attnedit.compile`.
+        device: where to compute; CUDA if there is one, unless told.
+        dtype: of the weights; "auto" is the checkpoint's own.
+        revision: of a hub name.
+        verify: read the result layer by layer and hold it to its contract: decoding from the cache against prefill, and
+            where nothing was to be lost the logits against the source's.
+        overwrite: start again, or replace an earlier result.
+        progress: see `attnedit.compiler.progress`.
+
+    Returns:
+        The report, which is in the directory too.
+
+    Raises:
+        UsageError: wrong arguments or input; CaptureError (a UsageError) for attention that cannot be rewritten.
+        VerificationError: the result broke its contract; the directory is left unfinished.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"layer by layer there is only {', '.join(TARGETS)}, not {target!r}")
+    windowing, _ = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    options = FitOptions.of(alternations)
+    if processes().count > 1:
+        raise UsageError("layer by layer works in one process; start one")
+    if calibration is None and kv_budget != 1:
+        raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
+    arguments: dict[str, Any] = {
+        "target": target,
+        "kv_budget": kv_budget,
+        "window": window,
+        "full_layers": full_layers,
+        "gate": gate,
+        "sinks": sinks,
+        "calibration": calibration,
+        "calibration_tokens": calibration_tokens,
+        "alternations": alternations,
+        "seed": seed,
+        "model": fspath(model),
+        "revision": revision,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    run = {"command": "compile --low-memory", **Recipe.of(arguments, None).model_dump(mode="json")}
+    seconds: dict[str, float] = {}
+    output, where = Path(directory).expanduser().resolve(), resolve_device(device)
+    check_run(output, run, overwrite=overwrite)
+    source, reader = _open(fspath(model), revision, dtype, where)
+    name = str(source.config.name_or_path)
+    tokenizer = tokenizer or load_tokenizer(source, revision=revision)
+    with timed(seconds, "capture"), stage("capture", progress):
+        sites = _capture(source, name)
+        plan = plan_sites(source, sites, kv_usage(source), target, windowing, kv_budget, full_layers)
+    if where.type != "cpu":
+        _place_buffers(source, where)
+    if isinstance(plan.full, int) and plan.full:
+        raise UsageError(
+            "choosing the full layers by measured loss takes passes through the whole model, which is read layer by "
+            "layer here; name them: full_layers 'every:4', or indices"
+        )
+    windowed = [site for site in plan.chosen if windowing is not None and site.layer_idx not in _full(plan)]
+    kept = plan.latent_sites([site.name for site in windowed])
+    shapes = plan.shapes(kept)
+    exact = windowing is None and all(shape.exact for shape in shapes.values())
+    if calibration is None and not exact:
+        raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
+    windows = None
+    if not exact:
+        with timed(seconds, "data"):
+            windows = token_windows(
+                calibration,
+                tokenizer,
+                source,
+                tokens=calibration_tokens,
+                window=None if windowing is None else window_length(source, windowing),
+                seed=seed,
+                progress=progress,
+            )
+        if windowing is not None:
+            check_loss(windows, windowing)
+    open_run(output, run, overwrite=overwrite)
+    job = Job(windowed, shapes, windowing, options, windows, seed)
+    work = LayerwiseRewrite(source, reader, sites, job, output)
+    with as_captured(source, sites):
+        rewritten = work.run(progress)
+    seconds["fit"] = rewritten.seconds
+    write_index(output, work.shards)
+
+    ids = check_tokens(windows, source, 0 if windowing is None else windowing.cached_tokens, where)
+    checks: list[Verification] = []
+    with timed(seconds, "verify"), stage("verify", progress):
+        expected = None
+        if verify and exact:
+            layers: Any = source.get_submodule(work.layers)
+            with as_captured(source, sites), reader.streaming(layers):
+                expected = logits_of(source, ids)
+        graphs = _graphs(source, sites, rewritten.configs)
+        drawn = site_graphs(source, plan, graphs, rewritten.configs)
+        splice(source, graphs)
+        result = to_attnedit(source, rewritten.configs)
+        use_captured_implementation(result, sites)
+        if verify:
+            written = CheckpointReader(output, result, device=where, name=str(output))
+            layers = result.get_submodule(work.layers)
+            with written.streaming(layers):
+                if expected is not None:
+                    checks.append(same_logits(expected, result, ids))
+                checks.append(same_decode(result, ids, few_passes=True))
+    after = kv_usage(result)
+    report = Report(
+        source=name,
+        target=target,
+        sites_matched=len(sites),
+        sites_rewritten=len(rewritten.configs),
+        layers=layer_rows(
+            plan,
+            rewritten.configs,
+            after,
+            energy_kept=rewritten.energy_kept,
+            output_error=rewritten.output_error,
+            loss_increase={},
+        ),
+        verification=checks,
+        kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None else kv_budget,
+        calibration="" if windows is None else calibration_name(calibration),
+        calibration_tokens=0 if windows is None else windows.numel(),
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        full_layers=None if windowing is None else _full(plan),
+        rules=_rules(rewritten, exact),
+        notes=[*plan.notes, "read, rewritten and written layer by layer"],
+        kv_curve=memory_curve(result, plan, rewritten.configs),
+        graphs=drawn,
+        recipe=Recipe.of(arguments, None if windowing is None else _full(plan)).model_dump(exclude_defaults=True),
+        **kv_fields(plan.before, after),
+    )
+    return _finish(result, output, report, tokenizer)
+
+
+def _open(
+    model: str, revision: str | None, dtype: torch.dtype | str, device: torch.device
+) -> tuple[PreTrainedModel, CheckpointReader]:
+    """The model on meta, in the dtype asked for, and its checkpoint."""
+    dtype = parse_dtype(dtype)
+    if model == SMOLLM2 or Path(model).expanduser().is_file():
+        raise UsageError(f"{model} is no checkpoint of safetensors, which alone can be read layer by layer")
+    source = load_config_only(model, revision=revision, dequantize=False, dtype=dtype)
+    directory = checkpoint_directory(model, revision)
+    if dtype == "auto" and source.config.dtype is None:
+        files = weight_files(directory, model)
+        source = load_config_only(model, revision=revision, dequantize=False, dtype=_stored_dtype(files))
+    if (directory / "generation_config.json").is_file():
+        source.generation_config = GenerationConfig.from_pretrained(directory)
+    return source, CheckpointReader(directory, source, device=device, name=model)
+
+
+def _stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
+    """Of the first floating-point tensor."""
+    for key, file in files.items():
+        with safe_open(file, framework="pt") as content:
+            found: torch.dtype = content.get_slice(key)[:0].dtype
+        if found.is_floating_point:
+            return found
+    return torch.float32
+
+
+def _capture(source: PreTrainedModel, name: str) -> list[AttentionSite]:
+    try:
+        return capture(source)
+    except RuntimeError as error:  # some linear-attention layers read numbers off tensors
+        raise UsageError(
+            f"{name} cannot be traced without its weights ({error}); compile it as a whole, without low memory"
+        ) from error
+
+
+def _place_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Move what no checkpoint holds; captured models have it on the CPU."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _full(plan: Plan) -> list[int]:
+    return [] if isinstance(plan.full, int) else plan.full
+
+
+def _graphs(
+    source: PreTrainedModel, sites: list[AttentionSite], configs: Mapping[str, AnyConfig]
+) -> dict[str, fx.GraphModule]:
+    """The new attention by the site's name, its weights on meta."""
+    named = {site.name: site for site in sites}
+    return {name: kind_of(config).graph(source, named[name], config) for name, config in configs.items()}
+
+
+def _rules(rewritten: Rewritten, exact: bool) -> list[RuleReport]:
+    kinds = [kind_of(config).name for config in rewritten.configs.values()]
+    contracts = {"gateswa": "learned", "mla": "close" if exact else "learned"}
+    return [
+        RuleReport(
+            name=name,
+            contract=contracts[name],
+            matched=kinds.count(name),
+            rewritten=kinds.count(name),
+            seconds=rewritten.rule_seconds[name],
+        )
+        for name in contracts
+        if name in kinds
+    ]
+
+
+def _finish(result: PreTrainedModel, output: Path, report: Report, tokenizer: PreTrainedTokenizerBase | None) -> Report:
+    """Write all that is no weight; the directory is a result as soon as it is no run any more."""
+    report, texts = with_license(report)
+    config: Any = result.config
+    config.dtype = str(result.dtype).removeprefix("torch.")
+    config.architectures = [type(result).__name__]
+    config.save_pretrained(output)
+    if result.can_generate() and result.generation_config is not None:
+        result.generation_config.save_pretrained(output)
+    write_beside(output, tokenizer, report.to_json(), dict(texts))
+    (output / RUN_FILE).unlink()
+    shutil.rmtree(output / STATE_DIRECTORY, ignore_errors=True)
+    return report

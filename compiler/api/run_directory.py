@@ -1,0 +1,57 @@
+"""Output directories of runs that can be killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnedit.compiler.errors import UsageError
+from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
+
+
+def check_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Whether a directory holds a run of this recipe to go on with.
+
+    Args:
+        output: the directory.
+        recipe: values that JSON can write; all that decides the result.
+        overwrite: start again, whatever attnedit wrote there.
+
+    Raises:
+        UsageError: it holds something else, or the run of another recipe, and is not to be overwritten.
+    """
+    file = output / RUN_FILE
+    if overwrite or not file.exists():
+        check_free(output, overwrite)
+        return False
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        there = {}
+    for name in {**there, **recipe}:
+        if there.get(name) != recipe.get(name):
+            raise UsageError(
+                f"{output} holds an unfinished run of another recipe ({name} {there.get(name)!r} there, "
+                f"{recipe.get(name)!r} here); give its arguments to go on, another directory, or --overwrite"
+            )
+    return True
+
+
+def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make a directory a run directory, or go on with the run that it holds; see `check_run`.
+
+    Raises:
+        UsageError: it is not free, or cannot be written.
+    """
+    if check_run(output, recipe, overwrite=overwrite):
+        return
+    try:
+        if output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True)
+        (output / RUN_FILE).write_text(json.dumps({"recipe": dict(recipe)}, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write to {output}: {error.strerror or error}") from error
