@@ -23,7 +23,12 @@ ECOSYSTEM_STAMP := $(VENV)/.attnedit-ecosystem
 DOCS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11
 ECOSYSTEM := bitsandbytes==0.50.2 lm_eval==0.4.13 peft==0.21.2 torchao==0.18.0
 
-.PHONY: help demo docs test test-long lint types setup clean
+# torch_npu has an environment of its own, on top of this one: without CANN it breaks a plain `import torch`.
+NPU_VENV := .venv-npu
+NPU_STAMP := $(NPU_VENV)/.attnedit-setup
+TORCH_NPU := torch_npu==2.13.0 "protobuf<4" decorator attrs
+
+.PHONY: help demo docs test test-long test-npu test-npu-device lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,10 +37,16 @@ demo: $(STAMP)  ## compile a real small model offline, evaluate it and its sourc
 	$(BIN)/attnedit demo
 
 test: lint types  ## lint, types and the fast tests
-	$(PYTEST) -m "not long"
+	$(PYTEST) -m "not long and not npu and not torch_npu"
 
 test-long: $(ECOSYSTEM_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
-	$(PYTEST) -m long
+	$(PYTEST) -m "long and not npu and not torch_npu"
+
+test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, without a card; needs cc and nm
+	ATTNEDIT_NPU_PYTHON=$(abspath $(NPU_VENV)/bin/python) $(PYTEST) -m torch_npu
+
+test-npu-device:  ## tests on an Ascend NPU, with the python that has torch_npu (PYTHON=...)
+	$(PYTHON) -m pytest -m npu
 
 docs: $(DOCS_STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -50,7 +61,7 @@ types: $(STAMP)  ## mypy, strict
 setup: $(STAMP)  ## only make .venv
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -68,4 +79,11 @@ $(DOCS_STAMP): $(STAMP)
 
 $(ECOSYSTEM_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[ecosystem]" $(TORCH) $(PINNED) $(ECOSYSTEM)
+	@touch $@
+
+$(NPU_STAMP): $(STAMP)
+	test -x $(NPU_VENV)/bin/python || $(BIN)/python -m venv $(NPU_VENV)
+	echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(NPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/attnedit.pth
+	$(NPU_VENV)/bin/python -m pip install --quiet --no-deps $(TORCH_NPU)
 	@touch $@

@@ -41,11 +41,11 @@ from attnedit.compiler.models import load_source
 from attnedit.passes.mla.assemble import build
 from attnedit.passes.mla.budget import Shape, source_values
 from attnedit.passes.mla.weights import Factors
+from attnedit.targets.runtime.check import cases
 from attnedit.targets.runtime.eager import share_copy, splice
 from attnedit.targets.runtime.onnx import Decoding, OnnxModel, export
 from attnedit.targets.runtime.onnx.attention import EXPORT, export_attention
 from attnedit.targets.runtime.onnx.cache import ExportLayer, current_step
-from attnedit.targets.runtime.onnx.check import cases
 
 TURN = 5
 """Tokens that a model decodes in a row."""
@@ -99,7 +99,7 @@ def export_fused(model: PreTrainedModel, directory: Path) -> None:
     try:
         with (
             mock.patch("attnedit.targets.runtime.onnx.program.export_cache", cache),
-            mock.patch("attnedit.targets.runtime.onnx.check.cases", single),
+            mock.patch("attnedit.targets.runtime.check.cases", single),
         ):
             export(SimpleNamespace(model=model, tokenizer=None), directory, cache="static")
     finally:

@@ -16,6 +16,8 @@ import networkx as nx
 from pydantic import BaseModel, ConfigDict
 from torch import fx
 
+from attnedit.compiler.dataflow import is_size
+
 CHARACTER, LINE, PADDING, GAP, ROW_GAP = 6.6, 15, 8, 14, 26
 SWEEPS = 12
 COLOURS = {
@@ -61,7 +63,7 @@ class GraphSketch(BaseModel):
 
 def sketch(graph: fx.Graph) -> GraphSketch:
     """Reduce a graph to what is drawn: without inputs that nothing reads, and without sizes read off tensors."""
-    nodes = [node for node in graph.nodes if (node.users or node.op != "placeholder") and not _is_size(node)]
+    nodes = [node for node in graph.nodes if (node.users or node.op != "placeholder") and not is_size(node)]
     symbols = _symbols(nodes)
     return GraphSketch(
         nodes=[
@@ -138,10 +140,6 @@ def _label(node: fx.Node) -> str:
 
 def _has(module: Any, name: str) -> bool:
     return any(name == found for found, _ in module.named_modules())
-
-
-def _is_size(node: fx.Node) -> bool:
-    return node.op == "call_function" and "sym_size" in str(node.target)
 
 
 def _symbols(nodes: list[fx.Node]) -> dict[str, str]:

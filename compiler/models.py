@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.gguf_reading import shared_gguf_reader
-from attnedit.compiler.processes import processes
+from attnedit.compiler.processes import accelerator, processes
 from attnedit.compiler.source_checks import (
     check_config,
     check_tokenizer,
@@ -114,7 +114,7 @@ def load_source(
         model: hub name, directory (also one that attnedit saved), ``.gguf`` file, or ``smollm2``.
         revision: branch, tag or commit; hub names only.
         dtype: of the weights; ``"auto"`` keeps the checkpoint's own.
-        device: a torch device, or ``"auto"``: CUDA where there is one.
+        device: a torch device, or ``"auto"``: CUDA or an Ascend NPU where there is one.
         dequantize: accept an already quantised checkpoint and unpack it. A ``.gguf`` is always unpacked.
         allow_pickle: read weights saved as pickles (``.bin``) where there are no safetensors; tensors only, no code.
 
@@ -238,20 +238,25 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Turn ``"auto"`` (or None) into CUDA where there is one, else the CPU; check any other.
+    """Turn ``"auto"`` (or None) into CUDA or an Ascend NPU where there is one, else the CPU; check any other.
 
     Raises:
         UsageError: no such device here.
     """
     if device is None or device == "auto":
-        return processes().device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return processes().device or torch.device(accelerator() or "cpu")
+    if str(device).partition(":")[0] == "npu" and accelerator() != "npu":
+        raise UsageError(
+            f"device {str(device)!r} is not usable here: it needs an Ascend NPU with CANN and torch_npu "
+            "(docs/ascend.md)"
+        )
     try:
         resolved = torch.device(device)
         if resolved.type == "meta":
             raise RuntimeError("nothing can be computed on it")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {str(device)!r} is not usable here; give cpu, cuda, or leave it auto") from error
+        raise UsageError(f"device {str(device)!r} is not usable here; give cpu, cuda, npu, or leave it auto") from error
     return resolved
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnedit.compiler.apply import Applied, Outcome, apply, batches_of, trace_patterns
-from attnedit.compiler.drawing import Dump
+from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import CaptureError, VerificationError
 from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import SiteGraph

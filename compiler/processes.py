@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import is_npu_available
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +23,13 @@ from attnedit.compiler.errors import UsageError
 
 PATIENCE = timedelta(hours=24)
 """How long the others wait while the main process works alone."""
+
+
+def accelerator() -> str | None:
+    """Type of the accelerator here, "cuda" or "npu", or None; asking imports torch_npu where that is installed."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "npu" if is_npu_available() else None
 
 
 class Processes:
@@ -38,7 +46,7 @@ class Processes:
         self.count, self.rank, self.sharded = 1, 0, False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # accelerate joins processes on CPUs only when told that there is nothing else.
-            self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+            self._state = PartialState(cpu=accelerator() is None, timeout=PATIENCE)
             self.count, self.rank = self._state.num_processes, self._state.process_index
             # accelerate tells those it launches what was asked for in these variables.
             self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -78,7 +86,9 @@ class Processes:
         if self.count == 1:
             return dict(values)
         names = sorted(values)
-        total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device)
+        # Ascend's collective library does not sum float64.
+        dtype = torch.float32 if self.device is not None and self.device.type == "npu" else torch.float64
+        total = torch.tensor([values[name] for name in names], dtype=dtype, device=self.device)
         dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
 

@@ -20,3 +20,8 @@ def mark(fresh: Iterable[fx.Node], replaced: fx.Node, rule: str) -> None:
 def rules(node: fx.Node) -> set[str]:
     """The rules that made a node, and those that made what it stands in place of."""
     return {source.pass_name for source in node.meta.get("from_node", ())}
+
+
+def made_by(node: fx.Node) -> set[str]:
+    """The `rules` that are rewrites: capture has passes of its own."""
+    return {rule for rule in rules(node) if ":" in rule or rule.startswith("attnedit.")}

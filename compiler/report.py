@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -338,3 +338,18 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def _number(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Write layer numbers shortly.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1][1:] = [layer]
+        else:
+            runs.append([layer])
+    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -70,7 +70,7 @@ def sample_windows(
     generator = torch.Generator(device).manual_seed(seed)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     size = _batch_size(model, length)
-    sampled = _half(model) if device.type == "cuda" else model
+    sampled = _half(model) if device.type in ("cuda", "npu") else model
     total, done, rows = length * -(-count // size), 0, []
     for start in range(0, count, size):
         tokens = torch.full((min(size, count - start), 1), _first_token(model, tokenizer), device=device)

@@ -21,7 +21,7 @@ PAGES = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("index", "user-guide", "mla", "gateswa", "onnx", "export-hf", "writing-a-rewrite")
+        for name in ("index", "user-guide", "mla", "gateswa", "onnx", "ascend", "export-hf", "writing-a-rewrite")
     ),
 ]
 LONG = ["docs/ecosystem.md"]

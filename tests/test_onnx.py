@@ -21,9 +21,10 @@ from conftest import make_llama
 from transformers import PreTrainedModel
 
 import attnedit
+from attnedit.targets.runtime.check import check_model
 from attnedit.targets.runtime.onnx import Manifest, OnnxModel, export
 from attnedit.targets.runtime.onnx.cache import LayerCache
-from attnedit.targets.runtime.onnx.check import ROUNDED_TOLERANCES, TOLERANCES, check_model
+from attnedit.targets.runtime.onnx.export import ROUNDED_TOLERANCES, TOLERANCES
 from attnedit.targets.runtime.onnx.genai import even_split
 from attnedit.targets.runtime.onnx.runner import choose
 

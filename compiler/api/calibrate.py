@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ START_DIRECTORY = "start"
 """In a run directory: the model before training."""
 BEST_DIRECTORY = "best"
 """In a run directory whose training broke down: the best state."""
+
+ASCEND = "npu"
+"""Type of Ascend's devices, to torch."""
 
 
 def calibrate(
@@ -91,7 +95,7 @@ def calibrate(
         # Own samples are made once, by the main process, and read from the disk by the others.
         with timed(seconds, "training data"), processes().main_first():
             batches = training_batches(calibration, tokenizer, teacher, options, seed, directory, progress)
-        with timed(seconds, "training"):
+        with timed(seconds, "training"), _kernels(teacher, model):
             try:
                 done = train(model, teacher, sites, batches, options, directory=directory, progress=progress)
             except DivergedError as error:
@@ -120,6 +124,16 @@ def calibrate(
     )
     files = [] if directory is None else [directory / name for name in (LOG_FILE, PLOT_FILE)]
     return CompileResult(model, Report.model_validate(report.model_dump()), tokenizer, files)
+
+
+def _kernels(*models: PreTrainedModel) -> AbstractContextManager[None]:
+    """Attention by an operator of the device for as long as it trains, where there is one that torch does not call."""
+    kind = next(models[0].parameters()).device.type
+    if kind != ASCEND:
+        return nullcontext()
+    from attnedit.targets.runtime.npu.training import training_attention  # costs a second, which few need
+
+    return training_attention(kind, *models)
 
 
 def training_batches(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import token_windows
-from attnedit.compiler.drawing import Dump
+from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.fuel import Fuel

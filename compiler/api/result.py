@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
-BUILT_IN = {"onnx": "attnedit.targets.runtime.onnx:export", "hf": "attnedit.targets.runtime.hf:export"}
+BUILT_IN = {name: f"attnedit.targets.runtime.{name}:export" for name in ("hf", "npu", "onnx")}
 
 
 @dataclass
@@ -69,13 +71,13 @@ class CompileResult:
         return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report.to_json(), files=files)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
-        """Lower to another runtime: "onnx", "hf", or a name among the entry points `attnedit.runtimes`.
+        """Lower to another runtime: "onnx", "hf", "npu", or a name among the entry points `attnedit.runtimes`.
 
         Args:
             runtime: its name.
             directory: where to; missing or empty.
-            **options: of the runtime; see `attnedit.targets.runtime.onnx.export` and
-                `attnedit.targets.runtime.hf.export`.
+            **options: of the runtime; see `attnedit.targets.runtime.onnx.export`,
+                `attnedit.targets.runtime.hf.export` and `attnedit.targets.runtime.npu.export`.
 
         Raises:
             UsageError: no runtime of that name is installed, or it lacks a package.
@@ -99,11 +101,32 @@ def find_runtime(name: str) -> Callable[..., Any]:
     Raises:
         UsageError: no runtime of that name is installed, it lacks a package, or two packages register one name.
     """
+    export: Callable[..., Any] = load_entry(_entry(name), "export to")
+    return export
+
+
+def _entry(name: str) -> EntryPoint:
+    """Find a runtime; raises UsageError where there is none of that name."""
     known = registered(RUNTIMES, BUILT_IN)
     if name not in known:
         raise UsageError(f"no runtime {name!r} to export to; installed: {', '.join(sorted(known))}")
-    export: Callable[..., Any] = load_entry(known[name], "export to")
-    return export
+    return known[name]
+
+
+def find_inspection(name: str) -> Any:
+    """Return the module of a runtime, which says in advance what the runtime would make of a model.
+
+    The module that holds its export function has ``inspect(model, **options)``, which returns JSON values, and
+    ``table(values)``, which returns them for rich to print.
+
+    Raises:
+        UsageError: no runtime of that name is installed, it lacks a package, or it has no such functions.
+    """
+    find_runtime(name)
+    module = sys.modules[_entry(name).module]
+    if not hasattr(module, "inspect"):
+        raise UsageError(f"the runtime {name} has nothing to inspect in advance")
+    return module
 
 
 def load(directory: str | os.PathLike[str]) -> CompileResult:

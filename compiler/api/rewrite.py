@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.calibrate import calibration_name
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import token_windows
-from attnedit.compiler.drawing import Dump
+from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
 from attnedit.compiler.fuel import Fuel

@@ -276,7 +276,7 @@ def mixed_precision(model: nn.Module) -> Iterator[None]:
 def multiplies_half(model: nn.Module) -> bool:
     """Whether `mixed_precision` makes products in bfloat16."""
     weight = next(model.parameters())
-    fast = weight.device.type == "cuda" or (weight.device.type == "cpu" and fast_bfloat16())
+    fast = weight.device.type in ("cuda", "npu") or (weight.device.type == "cpu" and fast_bfloat16())
     return weight.dtype in (torch.bfloat16, torch.float16) or fast
 
 

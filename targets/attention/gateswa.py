@@ -21,6 +21,7 @@ from attnedit.targets.attention.config import GateSWAConfig
 from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks
 from attnedit.targets.attention.gateswa_layers import bounded_layer
 from attnedit.targets.attention.gateswa_ring import RingLayer
+from attnedit.targets.attention.kernels import kernel_for, shown, with_virtual_keys
 
 __all__ = ["GateSWA", "GateSWAConfig"]
 
@@ -233,6 +234,14 @@ class GateSWA(nn.Module):
         config = self.config
         batch, heads, length, _ = query.shape
         groups = config.num_key_value_heads
+        if (kernel := kernel_for(query, mask)) is not None and config.softcap is None:
+            more: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
+            if self.sink_logit is not None:
+                more.append((self.sink_logit, self.sink_value))
+            given = (query, keys, values, shown(mask))
+            if more:
+                given = with_virtual_keys(*given, config.scale, more)
+            return kernel(*given, config.scale).transpose(1, 2)
         # The heads of a group stand side by side as more queries: keys and values are read once, not repeated.
         grouped = (query * config.scale).reshape(batch, groups, -1, config.head_dim)
         logits = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, length, -1)

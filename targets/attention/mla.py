@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import MLAConfig
+from attnedit.targets.attention.kernels import kernel_for, shown, with_virtual_keys
 from attnedit.targets.attention.latent_decode import decodes_fused, latent_decode
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
@@ -204,6 +205,13 @@ class MLA(nn.Module):
             query = torch.cat((query, query_rope), dim=-1) if nope else query_rope
             key = torch.cat((key, rotated), dim=-1) if nope else rotated
         causal = mask is None and length > 1
+        if (kernel := kernel_for(query, mask)) is not None and config.softcap is None and (causal or mask is not None):
+            visible = None if mask is None else shown(mask)
+            if self.sinks is not None:
+                visible = _causal(length, key.shape[2], 0, config.window, query.device) if visible is None else visible
+                virtual = [(self.sinks, None)]
+                query, key, value, visible = with_virtual_keys(query, key, value, visible, config.scale, virtual)
+            return kernel(query, key, value, visible, config.scale).transpose(1, 2)
         if config.softcap is not None or self.sinks is not None:
             if causal:
                 mask = _causal(length, key.shape[2], 0, config.window, query.device)

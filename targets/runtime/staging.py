@@ -1,4 +1,4 @@
-"""What exports of every runtime have in common: a directory that appears complete or not at all, checked options."""
+"""What exports of every runtime have in common: directories that appear whole, checked options, facts for a runner."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError
 
@@ -46,3 +49,27 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     known = tuple(choices)
     if value not in known:
         raise UsageError(f"{option} {value!r} is not known; give {' or '.join(known)}")
+
+
+def generation_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what a runner must know of a model: the fields that the manifests of all runtimes share.
+
+    They are ``source`` (name of its class), ``dtype``, ``vocab_size``, ``max_positions`` (None where its configuration
+    names none), ``eos_token_id`` (all tokens that end a text) and ``pad_token_id``.
+    """
+    config = model.config.get_text_config(decoder=True)
+    generation: Any = model.generation_config
+    ends = getattr(generation, "eos_token_id", None)
+    ends = config.eos_token_id if ends is None else ends
+    ends = [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+    pad = getattr(config, "pad_token_id", None)
+    rows: Any = model.get_input_embeddings()
+    limit = getattr(config, "max_position_embeddings", None)
+    return {
+        "source": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "vocab_size": int(rows.weight.shape[0]),
+        "max_positions": None if limit is None else int(limit),
+        "eos_token_id": ends,
+        "pad_token_id": int(pad) if pad is not None else ends[0] if ends else 0,
+    }

@@ -29,7 +29,7 @@ from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
 
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="Runtime: onnx or hf.")],
+    to: Annotated[str, typer.Option(help="Runtime: onnx, hf or npu.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; missing or empty.")],
     flavor: Annotated[
         str | None, typer.Option(help="ort: for ONNX Runtime; genai: for onnxruntime-genai; atc: for Ascend's ATC.")
@@ -37,12 +37,15 @@ def export(
     cache: Annotated[
         str | None, typer.Option(help="dynamic: grows with every call; static: buffers of a fixed capacity.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or float16; the model's own unless given.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or (npu) bfloat16; the model's own unless given."),
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4 weights in linear layers.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen by what the runtime can run.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="atc: rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="atc, npu: rows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="atc: tokens of one prefill call.")] = None,
-    capacity: Annotated[int | None, typer.Option(help="atc: tokens that the cache holds.")] = None,
+    capacity: Annotated[int | None, typer.Option(help="atc, npu: tokens that the cache holds.")] = None,
     profile: Annotated[
         str | None, typer.Option(help="hf: deepseek_v3, youtu, laguna, lfm3, native or remote (docs/export-hf.md).")
     ] = None,
@@ -52,6 +55,7 @@ def export(
     gguf: Annotated[
         bool, typer.Option("--gguf", help="hf: the form of a latent profile that llama.cpp's converter reads.")
     ] = False,
+    soc: Annotated[str | None, typer.Option(help="npu: 910b, 910_93 or 310p; its limits decide.")] = None,
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     allow_pickle: AllowPickleOption = False,
@@ -62,7 +66,7 @@ def export(
     lower = find_runtime(to)
     given: dict[str, Any] = {"flavor": flavor, "cache": cache, "dtype": dtype, "quantize": quantize, "opset": opset}
     given |= {"batch_size": batch_size, "seq_len": seq_len, "capacity": capacity}
-    given |= {"profile": profile, "kernel_dims": kernel_dims or None, "gguf": gguf or None}
+    given |= {"profile": profile, "kernel_dims": kernel_dims or None, "gguf": gguf or None, "soc": soc}
     options = {name: value for name, value in given.items() if value is not None}
     check_options(to, lower, options)
     with ProgressBars() as progress:
@@ -75,11 +79,15 @@ def export(
             source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)
         manifest = lower(source, output, progress=progress, **options)
     checks = getattr(manifest, "checks", [])
+    decisions = list(getattr(manifest, "summary", []))
     worst = max((check["deviation"] for check in checks), default=None)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     if json:
-        print_json({"model": model, "to": to, "output": str(output), "bytes": size, "checks": checks, **options})
+        facts = {"model": model, "to": to, "output": str(output), "bytes": size, "checks": checks, **options}
+        print_json({**facts, "decisions": decisions} if decisions else facts)
         return
+    for decision in decisions:
+        show(decision)
     found = f", {len(checks)} comparisons with the live model: deviation at most {worst:.1e}" if checks else ""
     show(f"{output}: {size / 2**20:,.1f} MiB{found}")
 

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from attnedit.cli.export import check_options
 from attnedit.cli.terminal import JsonOption, ModelArgument, ProgressBars, RevisionOption, print_json, show
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import context_length
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_config_only
 from attnedit.compiler.progress import stage
+from attnedit.compiler.report import ranges
 from attnedit.compiler.sites import AttentionSite
+from attnedit.result import find_inspection
 
 
-def inspect(model: ModelArgument, revision: RevisionOption = None, json: JsonOption = False) -> None:
+def inspect(
+    model: ModelArgument,
+    runtime: Annotated[
+        str | None, typer.Option(help="Show what this runtime would make of each attention: npu.")
+    ] = None,
+    soc: Annotated[str | None, typer.Option(help="npu: 910b, 910_93 or 310p.")] = None,
+    revision: RevisionOption = None,
+    json: JsonOption = False,
+) -> None:
     """Show the attention sites of a model, what was read off their graphs, and what their cache costs."""
+    if runtime is not None:
+        return _inspect_for(runtime, model, {} if soc is None else {"soc": soc}, revision, json)
+    if soc is not None:
+        raise UsageError("--soc belongs to --runtime npu; leave it out")
     with ProgressBars() as progress, stage("capture", progress):
         meta = load_config_only(model, revision=revision)
         if getattr(meta.config, "attnedit", None):
@@ -39,6 +55,18 @@ def inspect(model: ModelArgument, revision: RevisionOption = None, json: JsonOpt
         f"KV cache at {facts['context_length']:,} tokens: {facts['kv_values_per_token_layer']:g} values per token "
         f"and layer, {facts['kv_bytes_per_token']:,.0f} bytes per token ({facts['dtype']})"
     )
+
+
+def _inspect_for(name: str, model: str, options: dict[str, Any], revision: str | None, json: bool) -> None:
+    """Show what a runtime would make of a model, rewritten or not."""
+    found = find_inspection(name)
+    check_options(name, found.inspect, options)
+    with ProgressBars() as progress, stage("inspect", progress):
+        facts = found.inspect(load_config_only(model, revision=revision), **options)
+    if json:
+        print_json({"model": model, "runtime": name, **facts})
+    else:
+        show(found.table(facts))
 
 
 def describe(model: PreTrainedModel, sites: Sequence[AttentionSite]) -> dict[str, Any]:
@@ -98,7 +126,7 @@ def _row(kind: dict[str, Any]) -> list[str]:
     if kind["softcap"] is not None:
         other.append(f"softcap {kind['softcap']:g}")
     return [
-        _ranges(kind["layers"]),
+        ranges(kind["layers"]),
         str(kind["num_attention_heads"]),
         str(kind["num_key_value_heads"]),
         f"{dim}" if dim == v_dim else f"{dim}/{v_dim}",
@@ -108,18 +136,3 @@ def _row(kind: dict[str, Any]) -> list[str]:
         ", ".join(other) or "-",
         str(kind["kv_values_per_token"]),
     ]
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """Write layer numbers shortly.
-
-    >>> _ranges([0, 1, 2, 5, 7, 8])
-    '0-2, 5, 7-8'
-    """
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1][1:] = [layer]
-        else:
-            runs.append([layer])
-    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -37,7 +37,7 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub name, model directory, .gguf file, or smollm2.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, npu, ... or auto.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 AllowPickleOption = Annotated[

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from attnedit.compiler.errors import AttneditError
 from attnedit.targets.runtime.onnx.cache import LayerCache
 from attnedit.targets.runtime.onnx.manifest import FixedSizes
-from attnedit.targets.runtime.onnx.program import Signature, export_program, takes_positions
+from attnedit.targets.runtime.onnx.program import Signature, export_program
+from attnedit.targets.runtime.tracing import takes_positions
 
 OPSET = 17
 """The newest that ATC is documented to read everywhere."""

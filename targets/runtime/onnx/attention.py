@@ -19,66 +19,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from attnedit.compiler.errors import AttneditError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
+from attnedit.targets.runtime.decomposed import absorbed, as_bias, attend, probabilities, rotate
 from attnedit.targets.runtime.onnx.cache import ExportLayer, Step, current_step
 
 EXPORT = "attnedit_onnx"
 """Name of the attention implementation, to transformers."""
-
-# Half of the lowest number: a logit added to it stays finite, and a row that sees nothing stays defined.
-HIDDEN = torch.finfo(torch.float32).min / 2
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    softcap: float | None = None,
-    sinks: tuple[Tensor, ...] = (),
-) -> tuple[Tensor, Tensor]:
-    """Attend, heads of a group side by side.
-
-    Args:
-        query: [B, H, T, d], scaled.
-        key: [B, G, S, d].
-        value: [B, G, S, dv].
-        bias: float32 to add to the logits, [B, 1, T, S].
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        sinks: logits [H] of keys without value.
-
-    Returns:
-        Outputs [B, H, T, dv], and the probabilities of the sinks [B, H, T, len(sinks)].
-    """
-    batch, heads, length, size = query.shape
-    groups = key.shape[1]
-    rows = heads // groups * length
-    logits = torch.matmul(query.reshape(batch, groups, rows, size), key.transpose(-1, -2))
-    weights, rest = probabilities(logits.reshape(batch, heads, length, key.shape[2]), bias, softcap, sinks)
-    weights = weights.to(value.dtype).reshape(batch, groups, rows, key.shape[2])
-    return torch.matmul(weights, value).reshape(batch, heads, length, value.shape[-1]), rest
-
-
-def probabilities(
-    logits: Tensor, bias: Tensor, softcap: float | None, sinks: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """Cap, mask and normalise logits [B, H, T, S] in float32; the sinks' share [B, H, T, len(sinks)] apart."""
-    logits = logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits + bias
-    count = logits.shape[-1]
-    if sinks:
-        extra = torch.stack([sink.float() for sink in sinks], dim=-1)[None, :, None]
-        logits = torch.cat((logits, extra.expand(logits.shape[0], -1, logits.shape[2], -1)), dim=-1)
-    weights = logits.softmax(dim=-1)
-    if not sinks:
-        return weights, weights[..., :0]
-    return weights[..., :count], weights[..., count:]
-
-
-def as_bias(visible: Tensor) -> Tensor:
-    """Turn a mask, True where to attend, into float32 to add to logits."""
-    return (~visible).float() * HIDDEN
 
 
 class LatentAttention(nn.Module):
@@ -101,18 +46,9 @@ class LatentAttention(nn.Module):
         config = self.config = mla.config
         self.kv_a_proj_with_mqa = mla.kv_a_proj_with_mqa
         self.sinks = mla.sinks
-        nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
-        like = next(mla.kv_a_proj_with_mqa.parameters())
-        with torch.no_grad():
-            # Read off the output: an adapter may stand in front of the weight.
-            up = mla.kv_b_proj(torch.eye(rank, dtype=like.dtype, device=like.device))
-            up = up.unflatten(-1, (config.num_attention_heads, -1)).permute(1, 2, 0)  # [H, nope + dv, r]
-            down = [up[:, :nope]] if nope else []
-            if mla.q_rope_proj is not None:
-                down.append(mla.q_rope_proj.transpose(1, 2))
-            query_down = torch.cat(down, dim=-1) * config.scale
-        self.register_buffer("query_down", query_down)  # [H, d, r + 2 s], or [H, d, 2 s] without nope
-        self.register_buffer("value_up", up[:, nope:].transpose(1, 2).contiguous())  # [H, r, dv]
+        query_down, value_up = absorbed(mla)
+        self.register_buffer("query_down", query_down * config.scale)  # [H, d, r + 2 s], or [H, d, 2 s] without nope
+        self.register_buffer("value_up", value_up)  # [H, r, dv]
         self.register_buffer("columns", torch.tensor(config.rope_columns, dtype=torch.int64))
 
     def forward(
@@ -132,7 +68,7 @@ class LatentAttention(nn.Module):
         onto_slots = None
         if rope and cos is not None and sin is not None:
             cos, sin = (self._columns(table, slots) for table in (cos, sin))
-            slots, onto_slots = _rotate(slots, cos, sin), _rotate(down[..., -rope:], cos, sin)
+            slots, onto_slots = rotate(slots, cos, sin), rotate(down[..., -rope:], cos, sin)
         elif onto_latent is None:
             raise AttneditError(f"layer {config.layer_idx}: rotary slots need cos and sin, and its graph has none")
         layer: ExportLayer = cache.layers[config.layer_idx]
@@ -267,12 +203,6 @@ def _products(cached: Tensor, queries: Tensor) -> Tensor:
     logits around afterwards.
     """
     return torch.matmul(cached.squeeze(1), queries.flatten(1, 2).transpose(1, 2))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [.., 2 s], real parts first, by cos and sin [.., s]."""
-    real, imaginary = x.chunk(2, dim=-1)
-    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
 
 
 def export_attention(

@@ -15,18 +15,26 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError, VerificationError
 from attnedit.compiler.progress import Progress, stage
+from attnedit.targets.runtime.check import check_model
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.onnx.atc import OPSET, fixed_cases, fixed_programs
 from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache, layer_caches
-from attnedit.targets.runtime.onnx.check import ROUNDED_TOLERANCES, TOLERANCES, check_model
 from attnedit.targets.runtime.onnx.genai import even_split, write_config
 from attnedit.targets.runtime.onnx.kernels import check_kernels, choose_dtype, choose_opset
 from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, FixedSizes, Manifest
-from attnedit.targets.runtime.onnx.program import Signature, export_program, takes_positions
+from attnedit.targets.runtime.onnx.program import Signature, export_program
 from attnedit.targets.runtime.onnx.quantize import quantize_weights
 from attnedit.targets.runtime.onnx.runner import OnnxModel
-from attnedit.targets.runtime.staging import check_choice, staged
+from attnedit.targets.runtime.staging import check_choice, generation_facts, staged
+from attnedit.targets.runtime.tracing import takes_positions
+
+TOLERANCES = {"float32": 1e-3, "float16": 5e-2}
+"""Largest tolerated difference of logits, as a fraction of the largest logit."""
+
+ROUNDED_TOLERANCES = {"int8": 0.25, "int4": 1.0}
+"""Integer weights are other weights, and the graph was checked before they were rounded. This is the root mean square
+of the difference as a fraction of the logits' own, and only tells rounding from a broken model (unrelated: 1.4)."""
 
 EXTERNAL_ABOVE = 2**31 - 2**26
 """Bytes of weights from which they go into a file of their own: protobuf ends at 2 GiB, and the graph needs room."""
@@ -172,25 +180,12 @@ def _manifest(
     flavor: str,
     fixed: FixedSizes | None,
 ) -> Manifest:
-    config = model.config.get_text_config(decoder=True)
-    generation: Any = model.generation_config
-    ends = getattr(generation, "eos_token_id", None)
-    ends = config.eos_token_id if ends is None else ends
-    ends = [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
-    pad = getattr(config, "pad_token_id", None)
-    rows: Any = model.get_input_embeddings()
-    limit = getattr(config, "max_position_embeddings", None)
     return Manifest(
-        source=type(model).__name__,
+        **generation_facts(model),
         cache=cache,
-        dtype=str(model.dtype).removeprefix("torch."),
         quantize=quantize,
         opset=opset,
         positions=takes_positions(model),
-        vocab_size=int(rows.weight.shape[0]),
-        max_positions=None if limit is None else int(limit),
-        eos_token_id=ends,
-        pad_token_id=int(pad) if pad is not None else ends[0] if ends else 0,
         layers=list(layers),
         flavor=flavor,
         fixed=fixed,

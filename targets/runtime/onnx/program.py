@@ -5,9 +5,7 @@ Shapes: B batch, T new tokens, P cached tokens, S = P + T, or the capacity of fi
 
 from __future__ import annotations
 
-import inspect
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +13,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from attnedit.compiler.anchor import attention_implementation, experts_implementation
 from attnedit.compiler.errors import AttneditError
-from attnedit.compiler.forwards import evaluation_mode
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.onnx.attention import EXPORT, lower
 from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache, Step, export_cache, stepping
+from attnedit.targets.runtime.tracing import traceable
 
 # Sizes for tracing: all different, and none that a real dimension of a model is likely to have.
 BATCH, LENGTH, PAST = 2, 5, 11
@@ -126,11 +122,6 @@ class _CachedModel(nn.Module):
         return logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
 
 
-def takes_positions(model: nn.Module) -> bool:
-    """Whether a model's forward has ``position_ids``."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
 def export_program(model: PreTrainedModel, signature: Signature, opset: int) -> ir.Model:
     """Trace a model and translate it to ONNX.
 
@@ -149,28 +140,17 @@ def export_program(model: PreTrainedModel, signature: Signature, opset: int) -> 
         name: {axis: torch.export.Dim.AUTO for axis, size in enumerate(axes) if isinstance(size, str)}
         for name, axes in signature.inputs().items()
     }
-    try:
-        with (
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            evaluation_mode(copy),
-            attention_implementation(copy, EXPORT),
-            experts_implementation(copy, "batched_mm"),
-        ):
-            warnings.simplefilter("ignore")  # torch's and onnxscript's own
-            wrapper = _CachedModel(copy, signature).eval()
-            traced = torch.export.export(wrapper, (example,), dynamic_shapes=(shapes,), strict=False)
-            program = torch.onnx.export(
-                traced,
-                dynamo=True,
-                input_names=list(signature.inputs()),
-                output_names=list(signature.outputs()),
-                opset_version=opset,
-                verbose=False,
-            )
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, TorchDynamoException) as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise AttneditError(f"{type(model).__name__} could not be exported to ONNX: {reason}") from error
+    with traceable(copy, EXPORT, "batched_mm", "ONNX"):
+        wrapper = _CachedModel(copy, signature).eval()
+        traced = torch.export.export(wrapper, (example,), dynamic_shapes=(shapes,), strict=False)
+        program = torch.onnx.export(
+            traced,
+            dynamo=True,
+            input_names=list(signature.inputs()),
+            output_names=list(signature.outputs()),
+            opset_version=opset,
+            verbose=False,
+        )
     if program is None:
         raise AttneditError(f"{type(model).__name__}: torch.onnx.export returned nothing")
     _name_axes(program.model, signature)

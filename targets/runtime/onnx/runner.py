@@ -16,14 +16,11 @@ import onnxruntime
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.targets.runtime.check import PREFILL
 from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, Manifest
 from attnedit.targets.runtime.onnx.program import Signature
 
 Array = npt.NDArray[Any]
-
-PREFILL = 256
-"""Tokens of a prompt that go in at once: the logits of attention, [B, H, T, S], stay small, and window layers cost
-the same for every token."""
 
 
 class OnnxModel:
@@ -97,7 +94,7 @@ class OnnxModel:
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
         self._check_prompt(ids, mask, max_new_tokens)
         generator = np.random.default_rng(seed)
-        chunk = PREFILL
+        chunk = PREFILL  # logits [B, H, T, S] stay small, and window layers cost the same for every token
         if self.manifest.fixed is not None:
             chunk = self.manifest.fixed.sequence_length
             ids, mask = (np.pad(x, ((0, 0), (-x.shape[1] % chunk, 0))) for x in (ids, mask))

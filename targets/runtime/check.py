@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,14 +13,33 @@ from transformers import DynamicCache, PreTrainedModel
 from attnedit.compiler.errors import VerificationError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
-from attnedit.targets.runtime.onnx.program import takes_positions
-from attnedit.targets.runtime.onnx.runner import PREFILL, OnnxModel
+from attnedit.targets.runtime.tracing import takes_positions
 
-# Largest tolerated difference of logits, as a fraction of the largest logit.
-TOLERANCES = {"float32": 1e-3, "float16": 5e-2}
-# Integer weights are other weights, and the graph was checked before they were rounded. This is the root mean square of
-# the difference as a fraction of the logits' own, and only tells rounding from a broken model (unrelated logits: 1.4).
-ROUNDED_TOLERANCES = {"int8": 0.25, "int4": 1.0}
+Case = tuple[int, int, tuple[int, ...]]
+"""Batch, left padding of the first row, and tokens of successive calls."""
+
+PREFILL = 256
+"""Tokens of a prompt that go in at once."""
+
+
+class Decoder(Protocol):
+    """A running text of an exported model."""
+
+    def feed(self, input_ids: Any, attention_mask: Any) -> Any:
+        """Add tokens, numpy int64 [B, T], with 0 in the mask for padding.
+
+        Returns:
+            Numpy logits [B, T, V], or of the last tokens alone [B, 1, V].
+        """
+        ...
+
+
+class Exported(Protocol):
+    """An exported model that can be run here."""
+
+    def decoding(self, batch: int, capacity: int) -> Decoder:
+        """Begin with an empty cache."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,7 @@ def windows(model: PreTrainedModel) -> list[int]:
     return sorted(window for window in found if window + 2 <= limit)
 
 
-def cases(edges: Iterable[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+def cases(edges: Iterable[int]) -> Iterator[Case]:
     """Batch, padding and lengths of all comparisons; W - 1, W and W + 1 tokens for every window.
 
     >>> [lengths for _, _, lengths in cases([300])][-2:]
@@ -84,9 +103,9 @@ def _pieces(length: int) -> tuple[int, ...]:
 @torch.no_grad()
 def check_model(
     model: PreTrainedModel,
-    exported: OnnxModel,
+    exported: Exported,
     tolerance: float,
-    plan: Iterable[tuple[int, int, tuple[int, ...]]] | None = None,
+    plan: Iterable[Case] | None = None,
     *,
     rounded: bool = False,
 ) -> list[Check]:
@@ -113,7 +132,8 @@ def check_model(
             seen += length
             expected = _eager(model, ids, mask, span, cache)
             found = torch.from_numpy(state.feed(ids[:, span].numpy(), mask[:, span].numpy())).float()
-            real = mask[:, span].bool()
+            expected = expected[:, -found.shape[1] :]
+            real = mask[:, span][:, -found.shape[1] :].bool()
             differences.append((found - expected)[real].flatten())
             references.append(expected[real].flatten())
         sizes = [_size(torch.cat(parts), rounded) for parts in (differences, references)]

@@ -1,0 +1,187 @@
+"""Attention as Ascend runs it: fused operators where the legaliser found that they fit, plain products elsewhere.
+
+Shapes: B batch, T new tokens, S keys, H heads, G key/value heads, d query size, dv value size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.mla import MLA
+from attnedit.targets.runtime.decomposed import as_bias, attend
+from attnedit.targets.runtime.npu.cache import NpuLayer, current_cache, current_step
+from attnedit.targets.runtime.npu.extras import Virtual, prompt_extras, virtual_keys
+from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
+from attnedit.targets.runtime.npu.latent import LatentAttention
+from attnedit.targets.runtime.npu.legalise import LayerPlan
+from attnedit.targets.runtime.npu.limits import BLOCK
+
+NPU = "attnedit_npu"
+"""Name of the attention implementation, to transformers."""
+
+ops = torch.ops.npu
+
+
+class WindowAttention(nn.Module):
+    """`GateSWA` with a cache that is a ring: the tokens of the window, and the kept sinks before them.
+
+    Args:
+        module: the trained module.
+        plan: how it runs.
+    """
+
+    def __init__(self, module: GateSWA, plan: LayerPlan) -> None:
+        super().__init__()
+        self.config, self.plan = module.config, plan
+        self.g_proj, self.sink_logit, self.sink_value = module.g_proj, module.sink_logit, module.sink_value
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden: Tensor | None,
+        mask: Any,
+        cache: Any,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; as `GateSWA.forward`, with an NPU cache. The mask follows from the current step.
+
+        Returns:
+            [B, T, H, dv].
+        """
+        config = self.config
+        virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
+        if self.sink_logit is not None:
+            virtual.append((self.sink_logit, self.sink_value))
+        layer: NpuLayer = cache.layers[config.layer_idx]
+        out = grouped_attention(layer, query, key, value, config.scale, config.softcap, virtual).transpose(1, 2)
+        if self.g_proj is None or hidden is None:
+            return out
+        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
+        return out * gate
+
+
+def grouped_attention(
+    layer: NpuLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    virtual: Virtual,
+) -> Tensor:
+    """Attend to keys and values, all of them or those of a window, and write the new ones.
+
+    Args:
+        layer: of the cache.
+        query: [B, H, T, d], rotated.
+        key: [B, G, T, d]; of a "held" layer every key, [B, G, S, d].
+        value: like `key`.
+        scale: of the logits.
+        softcap: of the logits.
+        virtual: logits [H] of keys that every query sees, with their values [G, dv] if they have any.
+
+    Returns:
+        [B, H, T, dv].
+    """
+    plan, step = layer.plan, current_step()
+    site = plan.site
+    if site.form == "window":
+        layer.write_ring(key, value)
+    elif site.form == "full":
+        layer.write_pages(key, value)
+    if step.prefill and plan.prefill.fused:
+        extras = prompt_extras(plan, query, key, value, scale, virtual)
+        return prompt_attention(plan, query, key, value, scale, extras)
+    if not step.prefill and plan.decode.fused:
+        return _token_attention(layer, query, value.shape[-1], scale, virtual)
+    if step.prefill:
+        bias = prompt_bias(plan, query.shape[2])
+    elif site.form == "window":
+        key, value = (buffer for buffer in layer.buffers)
+        bias = as_bias(layer.ring_visible())
+    else:
+        if site.form == "full":
+            key, value = layer.all_rows(0), layer.all_rows(1)
+        bias = rows_bias(plan, key.shape[2])
+    out, rest = attend(query * scale, key, value, bias, softcap, tuple(logit for logit, _ in virtual))
+    for index, (_, own) in enumerate(virtual):
+        if own is not None:
+            shared = own.repeat_interleave(query.shape[1] // own.shape[0], dim=0)
+            out = out + rest[..., index : index + 1].to(out.dtype) * shared[:, None]
+    return out
+
+
+def _token_attention(layer: NpuLayer, query: Tensor, value_size: int, scale: float, virtual: Virtual) -> Tensor:
+    """One token's attention [B, H, 1, dv] to what is cached, by the fused operator."""
+    plan, step = layer.plan, current_step()
+    extras = virtual_keys(query, value_size, virtual)
+    key, value = layer.buffers
+    options: dict[str, Any]
+    if plan.site.form == "window":
+        options = {"atten_mask": ~layer.ring_visible()}
+    else:
+        key, value = layer.pages(0), layer.pages(1)
+        options = {"actual_seq_kvlen": step.counts, "block_table": step.table, "block_size": BLOCK}
+    out, total = ops.npu_fused_infer_attention_score_v2(
+        F.pad(query, (0, plan.size - query.shape[-1])).contiguous(),
+        key,
+        value,
+        **options,
+        num_query_heads=query.shape[1],
+        num_key_value_heads=plan.site.kv_heads,
+        softmax_scale=scale,
+        input_layout="BNSD",
+        return_softmax_lse=extras is not None,
+    )
+    out = out[..., :value_size]
+    return out if extras is None else extras.blend(out, total)
+
+
+def lower(model: nn.Module, plans: list[LayerPlan]) -> None:
+    """Replace every rewritten attention in a model by the form that Ascend runs, in place."""
+    by_layer = {plan.site.layer: plan for plan in plans}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MLA):
+            model.set_submodule(name, LatentAttention(module, by_layer[module.config.layer_idx]))
+        elif isinstance(module, GateSWA):
+            model.set_submodule(name, WindowAttention(module, by_layer[module.config.layer_idx]))
+
+
+def npu_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of layers that were not rewritten, as transformers' attention interface wants it.
+
+    Returns:
+        [B, T, H, dv], and no probabilities.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: NpuLayer = current_cache().layers[int(module.layer_idx)]  # type: ignore[arg-type]
+    virtual: Virtual = [] if s_aux is None else [(s_aux, None)]
+    return grouped_attention(layer, query, key, value, scale, softcap, virtual).transpose(1, 2), None
+
+
+def npu_mask(*args: Any, **kwargs: Any) -> None:
+    """Nothing: the plan of a layer says what it sees."""
+    return None
+
+
+AttentionInterface.register(NPU, npu_attention)
+AttentionMaskInterface.register(NPU, npu_mask)

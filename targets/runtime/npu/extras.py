@@ -1,0 +1,84 @@
+"""Keys outside a fused call: sinks that are logits alone, and kept sink tokens of a prompt.
+
+Shapes: B batch, T new tokens, H heads, G key/value heads, d query size, dv value size, m extra keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnedit.targets.runtime.decomposed import HIDDEN
+from attnedit.targets.runtime.npu.legalise import LayerPlan
+
+Virtual = Sequence[tuple[Tensor, Tensor | None]]
+"""Logits [H] of keys that every query sees, with their values [G, dv] if they have any."""
+
+
+class Extras:
+    """Keys outside the fused call: sinks that are logits alone, and kept sink tokens of a prompt.
+
+    Fused attention gives its output and the logarithm of its softmax's sum; so the softmax over more keys is a weighted
+    mean of two: exact, and the fused call stays as it is.
+
+    Args:
+        logits: of the keys, [B, H, T, m].
+        values: [B, H, m, dv]; 0 where a key has none.
+    """
+
+    def __init__(self, logits: Tensor, values: Tensor) -> None:
+        logits = logits.float()
+        self.total = logits.logsumexp(dim=-1, keepdim=True)
+        self.out = torch.matmul(logits.softmax(dim=-1), values.float())
+
+    def blend(self, out: Tensor, total: Tensor) -> Tensor:
+        """Bring the keys into an output [B, H, T, dv] whose softmax summed to ``exp(total)`` [B, H, T, 1]."""
+        share = torch.sigmoid(total - self.total)
+        return (out.float() * share + self.out * (1 - share)).to(out.dtype)
+
+
+def virtual_keys(query: Tensor, value_size: int, sinks: Virtual) -> Extras | None:
+    """Make extras of sinks: logits [H] and, perhaps, values [G, dv], for queries [B, H, T, d]."""
+    if not sinks:
+        return None
+    batch, heads, length, _ = query.shape
+    logits = torch.stack([logit for logit, _ in sinks], dim=-1)[None, :, None].expand(batch, -1, length, -1)
+    rows = [
+        query.new_zeros((heads, value_size))
+        if value is None
+        else value.repeat_interleave(heads // value.shape[0], dim=0)
+        for _, value in sinks
+    ]
+    return Extras(logits, torch.stack(rows, dim=1)[None])
+
+
+def prompt_extras(
+    plan: LayerPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    virtual: Virtual,
+) -> Extras | None:
+    """Virtual keys, and the kept sinks for queries whose window they have left."""
+    count = plan.site.sink_tokens
+    if not count:
+        return virtual_keys(query, value.shape[-1], virtual)
+    batch, heads, length, _ = query.shape
+    shared = heads // key.shape[1]
+    first = torch.arange(count).clamp(max=length - 1)
+    keys, values = (x.index_select(2, first).repeat_interleave(shared, dim=1) for x in (key, value))
+    logits = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
+    gone = torch.arange(length)[:, None] - torch.arange(count) >= int(plan.site.window or 0)
+    logits = logits.masked_fill(~gone, HIDDEN)
+    if virtual:
+        more = torch.stack([logit.float() for logit, _ in virtual], dim=-1)[None, :, None]
+        logits = torch.cat((logits, more.expand(batch, -1, length, -1)), dim=-1)
+        rows = [
+            values.new_zeros((heads, values.shape[-1])) if own is None else own.repeat_interleave(shared, dim=0)
+            for _, own in virtual
+        ]
+        values = torch.cat((values, torch.stack(rows, dim=1)[None].expand(batch, -1, -1, -1)), dim=2)
+    return Extras(logits, values)

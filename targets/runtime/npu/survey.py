@@ -1,0 +1,117 @@
+"""What each attention of a live model is, rewritten or not, as far as kernels are concerned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from attnedit.compiler.anchor import (
+    PROBE,
+    InterfaceCall,
+    attention_implementation,
+    experts_implementation,
+    listening,
+    mask_window,
+)
+from attnedit.compiler.errors import UsageError
+from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.mla import MLA
+from attnedit.targets.runtime.npu.legalise import Site
+from attnedit.targets.runtime.tracing import takes_positions
+
+
+@torch.no_grad()
+def survey(model: PreTrainedModel) -> list[Site]:
+    """Run two tokens, and describe the attention of every layer of the cache.
+
+    Args:
+        model: with weights, or on meta.
+
+    Raises:
+        UsageError: a layer's attention cannot be lowered: it keeps something else than keys and values, does not go
+            through transformers' attention interface, or sees a pattern that is neither causal nor a window.
+    """
+    if not takes_positions(model):
+        raise UsageError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need")
+    found: dict[int, Site] = {}
+    for module in model.modules():
+        if isinstance(module, MLA):
+            found[module.config.layer_idx] = Site.of_mla(module.config)
+        elif isinstance(module, GateSWA):
+            found[module.config.layer_idx] = Site.of_gateswa(module.config)
+    cache = DynamicCache(config=model.config)
+    calls: dict[int, tuple[Site, Tensor, Tensor]] = {}
+
+    def listen(call: InterfaceCall) -> None:
+        layer = getattr(call.module, "layer_idx", None)
+        if layer is None or call.problem is not None:
+            raise UsageError(f"{type(call.module).__name__}: {call.problem or 'its layer is not known'}")
+        calls[int(layer)] = (_described(int(layer), call), call.key, call.value)
+
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+    with attention_implementation(model, PROBE), experts_implementation(model, "batched_mm"), listening(listen):
+        call: Any = model
+        call(ids, past_key_values=cache, use_cache=True)
+    for index, layer in enumerate(cache.layers):
+        if index in found:
+            continue
+        key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(key, Tensor) or not isinstance(value, Tensor) or key.dim() != 4:
+            raise UsageError(
+                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values; "
+                "the NPU export has no buffers for such a state"
+            )
+        if index not in calls:
+            raise UsageError(
+                f"layer {index} of {type(model).__name__} does not go through transformers' attention interface; "
+                "rewrite its attention first"
+            )
+        site, seen_key, seen_value = calls[index]
+        found[index] = site if _same(key, seen_key) and _same(value, seen_value) else _held(site, key, value)
+    return [found[index] for index in sorted(found)]
+
+
+def _described(layer: int, call: InterfaceCall) -> Site:
+    settings = dict(call.settings)
+    shown = mask_window(call.mask)
+    if shown is None or not shown.regular:
+        raise UsageError(f"layer {layer}: its mask is neither causal nor a sliding window")
+    return Site(
+        layer,
+        "full" if shown.window is None else "window",
+        call.query.shape[1],
+        call.key.shape[1],
+        call.query.shape[3],
+        call.value.shape[3],
+        window=shown.window,
+        virtual=int(bool(settings["sinks"])),
+        softcap=settings["softcap"] is not None,
+    )
+
+
+def _same(cached: Tensor, seen: Tensor) -> bool:
+    """Whether the attention reads the cache as it is (a layer that slides may keep one token less)."""
+    kept = min(cached.shape[2], seen.shape[2])
+    if cached.shape[1::2] != seen.shape[1::2]:
+        return False
+    return cached.is_meta or torch.equal(cached[:, :, -kept:], seen[:, :, -kept:])
+
+
+def _held(site: Site, key: Tensor, value: Tensor) -> Site:
+    if site.window is not None:
+        raise UsageError(f"layer {site.layer} makes keys under a window out of another cache, which is not supported")
+    sizes = (key.shape[1], key.shape[3], value.shape[3])
+    return Site(
+        site.layer,
+        "held",
+        site.heads,
+        site.kv_heads,
+        site.size,
+        site.value_size,
+        virtual=site.virtual,
+        softcap=site.softcap,
+        held=sizes,
+    )

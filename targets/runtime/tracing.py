@@ -1,0 +1,44 @@
+"""What every export by tracing has in common: how a model is called, and how it stands while it is traced."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+
+from attnedit.compiler.anchor import attention_implementation, experts_implementation
+from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.forwards import evaluation_mode
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model's forward has ``position_ids``."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def traceable(model: PreTrainedModel, attention: str, experts: str, runtime: str) -> Iterator[None]:
+    """Inside the block a model computes attention and experts by these implementations, without gradients.
+
+    Raises:
+        AttneditError: tracing inside the block failed; names the runtime.
+    """
+    try:
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            evaluation_mode(model),
+            attention_implementation(model, attention),
+            experts_implementation(model, experts),
+        ):
+            warnings.simplefilter("ignore")  # torch's and onnxscript's own
+            yield
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, TorchDynamoException) as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise AttneditError(f"{type(model).__name__} could not be exported to {runtime}: {reason}") from error
