@@ -63,6 +63,7 @@ def test_training_lowers_the_losses_and_keeps_the_contracts(family: str, target:
     assert "held-out loss" in str(result.report)
 
 
+@pytest.mark.long
 def test_same_seed_same_result_another_seed_another() -> None:
     ids = tokens(2, 20, seed=5)
     one, same, other = (logits(compiled("llama", "mla", seed=seed).model, ids) for seed in (3, 3, 4))
@@ -154,6 +155,7 @@ def test_commands(saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Ca
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.long
 def test_an_unfinished_run_is_gone_on_with_by_its_recipe_alone(
     saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -181,6 +183,7 @@ def attnedit_main(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+@pytest.mark.long
 def test_a_mixture_on_the_command_line(saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured) -> None:
     other = tmp_path / "other=1.txt"
     other.write_text("The cache decides what a long context costs. " * 400, encoding="utf-8")

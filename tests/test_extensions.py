@@ -109,7 +109,7 @@ def test_a_target_a_pass_and_a_runtime_of_another_package(saved_llama: Path, tmp
         "has rewritten the attention of tiny-llama in this model: Swapped and Damped."
         in (out / "README.md").read_text()
     )
-    assert "is rewritten already; inspect the model that it came from" in refusal(capsys, "inspect", out)
+    assert "give the model that it came from" in refusal(capsys, "inspect", out)
     answer(capsys, "export", out, "--to", "listing", "-o", tmp_path / "listing")
     assert "model.layers.0.self_attn.q_proj.weight [64, 64]" in (tmp_path / "listing" / "weights.txt").read_text()
     assert "has no option --opset" in refusal(
@@ -129,6 +129,7 @@ def test_a_target_a_pass_and_a_runtime_of_another_package(saved_llama: Path, tmp
     )
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("damping")
 def test_names_and_target_objects_in_python(llama: torch.nn.Module) -> None:
     damping = importlib.import_module("damping")

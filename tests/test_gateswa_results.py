@@ -166,6 +166,7 @@ def test_memory_is_bounded_at_32k() -> None:
     check_memory(32768, 4096)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FEW[:-1])
 def test_whole_model_as_a_graph(family: str) -> None:
     model, inputs = shared_rewrite(family), batch(17)

@@ -142,6 +142,7 @@ def test_tied_weights_that_differ_are_not_tied(checkpoint: Callable[..., Path], 
     torch.testing.assert_close(found.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
+@pytest.mark.long
 def test_no_more_than_one_layer_is_alive(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Counted in tensors: of the weights of eight layers only one's are there while the next is worked on."""
     source = checkpoint("qwen3", num_hidden_layers=8, intermediate_size=4096)

@@ -33,7 +33,7 @@ from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers
-from attnedit.planning import DEFAULT_BUDGET, TARGETS, check_arguments, first_of, plan_sites, window_length
+from attnedit.planning import DEFAULT_BUDGET, TARGETS, check_arguments, check_fresh, plan_sites, window_length
 from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
 from attnedit.rewrite import rewrite
@@ -213,10 +213,7 @@ def _one_shot(
     windowing, form = check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     options = FitOptions.of(alternations)
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    if rewritten := getattr(model.config, "attnedit", None):
-        raise UsageError(
-            f"{name} is rewritten already ({first_of(list(rewritten['sites']))}); compile the model that it came from"
-        )
+    check_fresh(model, name)
     check_config(model.config, name)
     check_weights(model, name)
     if device is not None:

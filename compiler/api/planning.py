@@ -239,6 +239,17 @@ def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[
     return full or able, notes
 
 
+def check_fresh(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose attention attnedit has rewritten.
+
+    Raises:
+        UsageError: it is such a one; the message names it by `name`.
+    """
+    if rewritten := getattr(model.config, "attnedit", None):
+        sites = first_of(list(rewritten["sites"]))
+        raise UsageError(f"{name} is rewritten already ({sites}); give the model that it came from")
+
+
 def first_of(names: list[str]) -> str:
     """One name, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

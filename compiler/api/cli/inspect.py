@@ -20,6 +20,7 @@ from attnedit.compiler.models import load_config_only
 from attnedit.compiler.progress import stage
 from attnedit.compiler.report import ranges
 from attnedit.compiler.sites import AttentionSite
+from attnedit.planning import check_fresh
 from attnedit.result import find_inspection
 
 
@@ -39,8 +40,7 @@ def inspect(
         raise UsageError("--soc belongs to --runtime npu; leave it out")
     with ProgressBars() as progress, stage("capture", progress):
         meta = load_config_only(model, revision=revision)
-        if getattr(meta.config, "attnedit", None):
-            raise UsageError(f"{model} is rewritten already; inspect the model that it came from")
+        check_fresh(meta, model)
         facts = describe(meta, capture(meta))
     if json:
         print_json({"model": model, **facts})

@@ -45,7 +45,7 @@ from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.passes.mla.budget import plan
 from attnedit.passes.mla.fit import FitOptions
-from attnedit.planning import check_arguments, choose_sites
+from attnedit.planning import check_arguments, check_fresh, choose_sites
 
 
 def sweep(
@@ -142,6 +142,7 @@ def check_smallest(model: PreTrainedModel, kv_budget: float) -> None:
     Raises:
         UsageError: no attention that can be rewritten, or a budget that cannot be met.
     """
+    check_fresh(model, getattr(model.config, "name_or_path", "") or type(model).__name__)
     sites = capture(model)
     plan(sites, dict(enumerate(kv_usage(model).per_layer)), choose_sites(sites)[0], kv_budget)
 

@@ -193,7 +193,7 @@ def _classes_of(config_class: ConfigClass, architecture: str | None) -> tuple[Co
     found = list(candidates) if isinstance(candidates, (list, tuple)) else [candidates]
     named = [model_class for model_class in found if model_class is not None and model_class.__name__ == architecture]
     known = named[0] if named else getattr(transformers, architecture or "", None) or found[0]
-    if not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
+    if not (isinstance(known, type) and issubclass(known, PreTrainedModel) and known.can_generate()):
         raise UsageError(f"this transformers has no causal language model for {config_class.__name__}")
     return _make(config_class, known)
 
