@@ -61,8 +61,10 @@ def take_sample(
         states += [before.float()] if hidden else []
         if biased is not None and bias is None:
             # Windows have no padding, so that it is the same for all.
-            bias = biased(*batch.args, **batch.kwargs)[0][0, :, positions].float()
-            bias = bias - bias.amax(-1, keepdim=True)
+            added = biased(*batch.args, **batch.kwargs)[0]
+            if added is not None:  # a mask of nothing but causality
+                bias = added[0, :, positions].float()
+                bias = bias - bias.amax(-1, keepdim=True)
         if angles and tables is None:
             cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
             tables = cos, sin

@@ -122,7 +122,10 @@ def test_a_random_decoder(made: tuple[PreTrainedConfig, torch.dtype], target: st
     ids = tokens(2, 21)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    expected = logits(source, ids, mask)
+    try:
+        expected = logits(source, ids, mask)
+    except RuntimeError:
+        assume(False)  # the source itself cannot run: no grouped products of experts in float64
     assume(bool(torch.isfinite(expected).all()))  # some give NaN for padding in float64
     options: dict[str, Any] = {"kv_budget": 1.0}
     if target == "mla":
