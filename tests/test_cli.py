@@ -231,11 +231,13 @@ def test_a_failed_job_is_1(monkeypatch: pytest.MonkeyPatch, capsys: Captured) ->
 def test_the_installed_command_keeps_stderr_clean(saved_llama: Path) -> None:
     command = [str(Path(sys.executable).with_name("attnedit")), "inspect", str(saved_llama), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"})
-    if importlib.util.find_spec("torchao") is None:  # it writes there itself when transformers imports it
-        assert done.stderr == ""
+    quiet = importlib.util.find_spec("torchao") is None  # it writes there itself when transformers imports it
+    assert done.stderr == "" or not quiet
     assert json.loads(done.stdout)["sites"] == 2
     done = subprocess.run([*command[:2], "./gone"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("attnedit: ")
+    assert done.stderr.count("\n") == 1 or not quiet
 
 
 def test_commands_leave_the_source_as_it_is(saved_llama: Path, compiled: Path) -> None:
