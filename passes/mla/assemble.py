@@ -12,6 +12,7 @@ from attnedit.compiler.dataflow import sources
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.linear import LinearSite
+from attnedit.passes.mla.solve import thin
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.site_sample import output_weight, part_of
 from attnedit.targets.attention.mla import MLA, MLAConfig
@@ -114,20 +115,20 @@ def build(
 def _split_output(site: AttentionSite, shape: Shape, factors: Factors, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """W_UV [H, e, r] in float64, and o_proj's new weight by head [H, D, e] where it changes.
 
-    F_h has rank at most e, so projecting on the leading eigenvectors of F_h^T F_h loses nothing.
+    F_h has rank at most e, so its leading singular vectors lose nothing.
     """
     if shape.exact or site.output_gate:
         return torch.linalg.pinv(weight.double()) @ factors.output.double(), None
     e, rank = site.v_head_dim, factors.rank
-    missing = max(0, e - rank)
     up = weight.new_zeros(len(weight), e, rank, dtype=torch.float64)
     projected = torch.zeros_like(weight, dtype=torch.float64)
     # By head: in float64 the weights of all heads are as large as a decoder layer.
     for h, output in enumerate(factors.output):
-        output = output.double()
-        vectors = torch.linalg.eigh(output.mT @ output).eigenvectors[:, -min(e, rank) :]
-        up[h] = nn.functional.pad(vectors.mT, (0, 0, 0, missing))
-        projected[h] = nn.functional.pad(output @ vectors, (0, missing))
+        basis, small = thin(output.double(), min(e, rank))
+        left, size, right = torch.linalg.svd(small, full_matrices=False)
+        missing = e - len(size)
+        up[h] = nn.functional.pad(right, (0, 0, 0, missing))
+        projected[h] = nn.functional.pad(basis @ (left * size), (0, missing))
     return up, projected
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.solve import Blocks, conjugate_gradients, inverse_root
+from attnedit.passes.mla.solve import Blocks, conjugate_gradients, inverse_root, thin
 from attnedit.passes.mla.weights import (
     Factors,
     key_features,
@@ -33,6 +33,8 @@ matrix: this times features per sampled query, so that few queries are trusted l
 OUTPUT_SHARE = 10.0
 """Weight of the output's error against the logits' in the latent-side problem."""
 WHITENING_RIDGE = 1e-4
+PRODUCT_ROWS = 512
+"""Rows at once of a symmetric product: small ones save close to half of it, large ones keep matrix products fast."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ def _regress_by_rows(sample: LayerSample, factors: Factors) -> tuple[Tensor, flo
     target = sample.target.flatten(0, 1)
     products, missing = z.new_zeros(n * q, n * q), target.clone()
     for features, start in zip(z, factors.output, strict=True):
-        products.addmm_(features, features.mT)
-        missing.addmm_(features, start.mT, alpha=-1)
+        _add_products(products, features)
+        _subtract_outputs(missing, features, *thin(start, e))
     ridge = OUTPUT_RIDGE * float(products.diagonal().mean())
     system = products.double()
     system.diagonal().add_(ridge)
@@ -159,15 +161,28 @@ def _regress_by_rows(sample: LayerSample, factors: Factors) -> tuple[Tensor, flo
     error = target.clone()
     for heads in torch.arange(h).split(max(1, CHUNK_ELEMENTS // (r * output.shape[1]))):
         part = slice(int(heads[0]), int(heads[-1]) + 1)
-        fitted = (factors.output[part] + dual.mT @ z[part]).double()
+        output[part] = factors.output[part] + dual.mT @ z[part]
         if r > e:
             blocks = (z[part].mT @ z[part]).double()
             blocks.diagonal(dim1=-2, dim2=-1).add_(ridge)
-            fitted = _truncate(fitted, blocks, e)
-        output[part] = fitted
+            output[part] = _truncate(output[part], blocks, e)
         for features, weight in zip(z[part], output[part], strict=True):
-            error.addmm_(features, weight.mT, alpha=-1)
+            _subtract_outputs(error, features, *thin(weight, e))
     return output, float(error.double().square().sum())
+
+
+def _add_products(products: Tensor, features: Tensor) -> None:
+    """Add the products of all rows of [M, r], computing each pair once, in blocks."""
+    for rows in torch.arange(len(features)).split(PRODUCT_ROWS):
+        first, end = int(rows[0]), int(rows[-1]) + 1
+        block = features[first:end] @ features[:end].mT
+        products[first:end, :end] += block
+        products[:first, first:end] += block[:, :first].mT
+
+
+def _subtract_outputs(outputs: Tensor, features: Tensor, left: Tensor, right: Tensor) -> None:
+    """Subtract from outputs [M, D] what features [M, r] give through the weight left . right."""
+    outputs.addmm_(features @ right.mT, left.mT, alpha=-1)
 
 
 def _refit_values(sample: LayerSample, factors: Factors) -> Factors:
@@ -191,11 +206,10 @@ def _refit_values(sample: LayerSample, factors: Factors) -> Factors:
 def _truncate(output: Tensor, covariance: Tensor, rank: int) -> Tensor:
     """Best rank-`rank` approximation of F_h [H, D, r] in the metric of its ridged input covariance [H, r, r]."""
     root = torch.linalg.cholesky(covariance)
-    scaled = output @ root
+    scaled = (output @ root.to(output.dtype)).double()
     top = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[..., -rank:]
-    projected = (scaled @ top) @ top.mT
-    result: Tensor = torch.linalg.solve_triangular(root.mT, projected.mT, upper=True).mT
-    return result
+    back = torch.linalg.solve_triangular(root.mT, top, upper=True).mT
+    return (scaled @ top).to(output.dtype) @ back.to(output.dtype)
 
 
 def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iterations: int) -> Factors:

@@ -1,4 +1,4 @@
-"""Linear least squares by preconditioned conjugate gradients on the normal equations."""
+"""Linear least squares by preconditioned conjugate gradients on the normal equations, and what prepares them."""
 
 from __future__ import annotations
 
@@ -57,3 +57,11 @@ def conjugate_gradients(
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return sum(float(torch.dot(x.flatten(), y.flatten())) for x, y in zip(a, b, strict=True))
+
+
+def thin(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Split a matrix [D, r] whose rank is known to be at most `rank`: [D, k] orthonormal and [k, r], k <= rank."""
+    # As many random combinations of its columns span the same space.
+    mixing = torch.randn(weight.shape[1], rank, generator=torch.Generator().manual_seed(0)).to(weight)
+    basis = torch.linalg.qr(weight @ mixing).Q
+    return basis, basis.mT @ weight
