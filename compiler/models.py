@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import pickle
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,12 +30,12 @@ from transformers.utils.quantization_config import GgufConfig
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.gguf_reading import shared_gguf_reader
 from attnedit.compiler.processes import accelerator, processes
+from attnedit.compiler.remote_code import needs_own_code, trusting
 from attnedit.compiler.source_checks import (
     check_config,
     check_tokenizer,
     check_weight_files,
     check_weights,
-    needs_own_code,
     quantization_method,
 )
 
@@ -86,9 +86,11 @@ class _Location:
     name: str
     directory: Path | None
     gguf: str | None = None
+    trust_remote_code: bool = False
 
     def arguments(self, revision: str | None) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"trust_remote_code": False}  # unset, transformers may ask on the terminal
+        # Unset, transformers may ask on the terminal.
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.directory is not None:
             arguments["local_files_only"] = True
         if self.gguf is not None:
@@ -107,6 +109,7 @@ def load_source(
     device: str = "auto",
     dequantize: bool = False,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Load a model and its tokenizer, and check that both can be worked on.
 
@@ -117,14 +120,15 @@ def load_source(
         device: a torch device, or ``"auto"``: CUDA or an Ascend NPU where there is one.
         dequantize: accept an already quantised checkpoint and unpack it. A ``.gguf`` is always unpacked.
         allow_pickle: read weights saved as pickles (``.bin``) where there are no safetensors; tensors only, no code.
+        trust_remote_code: run the modelling code that comes with the checkpoint; it can do anything that you can.
 
     Raises:
         UsageError: nothing there, damaged, or not a model attnedit converts.
     """
     torch_dtype, target = parse_dtype(dtype), resolve_device(device)
-    location = _locate(model, revision)
+    location = _locate(model, revision, trust_remote_code)
     config = _read_config(location, revision)
-    check_config(config, location.name, dequantize=dequantize)
+    check_config(config, location.name, dequantize=dequantize, trust_remote_code=trust_remote_code)
     if location.directory is not None and location.gguf is None:
         check_weight_files(Path(location.path), location.name, allow_pickle=allow_pickle)
     # The configuration is handed on everywhere: parsing the header of a GGUF takes seconds each time.
@@ -146,7 +150,9 @@ def load_source(
             )
         if location.gguf is None and quantization_method(config) is not None:
             _unpack(loaded)
-    except READING_ERRORS as error:
+    except UsageError:
+        raise
+    except _errors(location) as error:
         raise _cannot_read("the weights of", location, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -165,7 +171,12 @@ def load_source(
 
 
 def load_config_only(
-    model: str, *, revision: str | None = None, dequantize: bool = True, dtype: torch.dtype | str = "auto"
+    model: str,
+    *,
+    revision: str | None = None,
+    dequantize: bool = True,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Build the model of a configuration on meta tensors: ``config.json`` is enough, no weight is read.
 
@@ -176,16 +187,18 @@ def load_config_only(
         revision: branch, tag or commit; hub names only.
         dequantize: the default accepts a quantised model's configuration, as if it were dequantised.
         dtype: of the weights that are not there; "auto" is the configuration's.
+        trust_remote_code: as in `load_source`.
 
     Raises:
         UsageError: nothing there, unreadable, or not a model attnedit converts.
     """
-    location = _locate(model, revision)
+    location = _locate(model, revision, trust_remote_code)
     config = _read_config(location, revision)
-    check_config(config, location.name, dequantize=dequantize)
+    check_config(config, location.name, dequantize=dequantize, trust_remote_code=trust_remote_code)
     if quantization_method(config) is not None:
         del config.quantization_config
-    asked = {} if parse_dtype(dtype) == "auto" else {"dtype": parse_dtype(dtype)}
+    asked: dict[str, Any] = {} if parse_dtype(dtype) == "auto" else {"dtype": parse_dtype(dtype)}
+    asked["trust_remote_code"] = trust_remote_code
     try:
         with init_empty_weights(include_buffers=False):
             built = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **asked))
@@ -193,20 +206,22 @@ def load_config_only(
         for module in built.modules():
             for key in module._buffers.keys() - module._non_persistent_buffers_set:
                 module._buffers[key] = module.get_buffer(key).to("meta")  # a weight in all but name
-    except READING_ERRORS as error:
+    except _errors(location) as error:
         raise _cannot_read("the configuration of", location, error) from error
     built.eval()
     built.config.name_or_path = location.name
     return built
 
 
-def load_tokenizer(model: PreTrainedModel, *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    model: PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """Read the tokenizer of a model that `load_config_only` built; None if it has none.
 
     Raises:
         UsageError: it cannot be read, or does not fit the model.
     """
-    location = _locate(str(model.config.name_or_path), revision)
+    location = _locate(str(model.config.name_or_path), revision, trust_remote_code)
     tokenizer = _read_tokenizer(location, revision, model.config)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, location.name)
@@ -260,7 +275,11 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def _locate(model: str, revision: str | None) -> _Location:
+def _locate(model: str, revision: str | None, trust_remote_code: bool = False) -> _Location:
+    return replace(_find(model, revision), trust_remote_code=trust_remote_code)
+
+
+def _find(model: str, revision: str | None) -> _Location:
     if not model.strip():
         raise UsageError(f"no model is named; give a hub name, a model directory, a .gguf file or {SMOLLM2}")
     if model == SMOLLM2:
@@ -312,8 +331,11 @@ def embedded_gguf() -> Path:
 
 def _read_config(location: _Location, revision: str | None) -> PreTrainedConfig:
     try:
-        return cast(PreTrainedConfig, AutoConfig.from_pretrained(location.path, **location.arguments(revision)))
-    except READING_ERRORS as error:
+        with trusting(location.path if location.trust_remote_code else None):
+            return cast(PreTrainedConfig, AutoConfig.from_pretrained(location.path, **location.arguments(revision)))
+    except UsageError:
+        raise
+    except _errors(location) as error:
         raise _cannot_read("the configuration of", location, error) from error
 
 
@@ -324,7 +346,7 @@ def _read_tokenizer(
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.path, config=config, **location.arguments(revision))
-    except READING_ERRORS as error:
+    except _errors(location) as error:
         raise _cannot_read("the tokenizer of", location, error) from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 
@@ -354,6 +376,11 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+
+
+def _errors(location: _Location) -> tuple[type[Exception], ...]:
+    """What reading may raise: code that comes with a model may raise anything."""
+    return (Exception,) if location.trust_remote_code else READING_ERRORS
 
 
 def _cannot_read(what: str, location: _Location, error: BaseException) -> UsageError:

@@ -14,14 +14,20 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.remote_code import AUTO_CLASSES, auto_map_of, needs_own_code
 
 
-def check_config(config: PreTrainedConfig, name: str, *, dequantize: bool = False) -> None:
+def check_config(
+    config: PreTrainedConfig, name: str, *, dequantize: bool = False, trust_remote_code: bool = False
+) -> None:
     """Refuse what cannot be a decoder-only text model, from the configuration alone.
 
     Raises:
-        UsageError: encoder-decoder, encoder, multimodal, no causal language model, or quantised without ``dequantize``.
+        UsageError: encoder-decoder, encoder, multimodal, no causal language model, quantised without ``dequantize``, or
+            of classes that transformers lacks, without ``trust_remote_code``.
     """
+    if not trust_remote_code:
+        _check_code(config, name)
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"{name} is an encoder-decoder ({config.model_type}); attnedit converts decoder-only language models"
@@ -33,7 +39,9 @@ def check_config(config: PreTrainedConfig, name: str, *, dequantize: bool = Fals
             f"{name} is multimodal ({config.model_type}); attnedit converts text models only: save its text tower, "
             f"{text.model_type}, as a model of its own and give that directory"
         )
-    _check_architecture(config, name)
+    # The class that a trusted auto_map names is whatever it is: loading it shows that.
+    if not trust_remote_code or "AutoModelForCausalLM" not in auto_map_of(config):
+        _check_architecture(config, name)
     method = quantization_method(config)
     if method is not None and not dequantize:
         raise UsageError(
@@ -68,18 +76,17 @@ def quantization_method(config: PreTrainedConfig) -> str | None:
     return str(getattr(method, "value", method) or "unknown method")
 
 
-def needs_own_code(name: str) -> UsageError:
-    """The refusal of a model whose modelling code comes with its weights."""
-    return UsageError(
-        f"{name} needs modelling code from its own repository (trust_remote_code), which attnedit does not run; "
-        f"give a model whose architecture transformers has"
-    )
+def _check_code(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a checkpoint with code of its own, unless transformers has meanwhile adopted all its classes."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    adopted = {kind.__name__ for kind in (type(config), *(found if isinstance(found, tuple) else (found,))) if kind}
+    references = auto_map_of(config)
+    if any(references[auto].rpartition(".")[2] not in adopted for auto in AUTO_CLASSES if auto in references):
+        raise needs_own_code(name)
 
 
 def _check_architecture(config: PreTrainedConfig, name: str) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if getattr(config, "auto_map", None):
-            raise needs_own_code(name)
         raise UsageError(f"{name} ({config.model_type}) is not a causal language model; attnedit converts those only")
     # A checkpoint of another head would load with its language head initialised at random. The bare base model
     # is let through here: whether its head is tied, and so not missing, shows when the weights are read.

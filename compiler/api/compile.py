@@ -24,6 +24,7 @@ from attnedit.compiler.pipeline import Target
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.registry import names_of
+from attnedit.compiler.remote_code import is_own_class
 from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
@@ -157,7 +158,7 @@ def compile(
         with processes().main_first():  # whose result the others read
             if not start.is_dir():
                 _one_shot(model, **arguments).save(start)
-        result = load(start)
+        result = load(start, trust_remote_code=is_own_class(type(model)))
         result.tokenizer = tokenizer
     result = calibrate(
         result,
@@ -214,7 +215,7 @@ def _one_shot(
     options = FitOptions.of(alternations)
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     check_fresh(model, name)
-    check_config(model.config, name)
+    check_config(model.config, name, trust_remote_code=True)  # what is live has run already
     check_weights(model, name)
     if device is not None:
         model = (model if in_place else share_copy(model)).to(device)  # type: ignore[arg-type]  # transformers wraps it

@@ -22,6 +22,7 @@ from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import SMOLLM2, load_config_only, load_tokenizer, parse_dtype, resolve_device
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
+from attnedit.compiler.remote_code import copy_code
 from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
@@ -38,6 +39,7 @@ from attnedit.run_directory import check_run, open_run
 from attnedit.targets.attention.kinds import AnyConfig, kind_of
 from attnedit.targets.runtime.eager import splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, write_beside
+from attnedit.targets.runtime.eager.classes import source_classes
 from attnedit.targets.runtime.eager.shards import write_index
 
 
@@ -59,6 +61,7 @@ def compile_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
+    trust_remote_code: bool = False,
     verify: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -88,6 +91,7 @@ def compile_checkpoint(
         device: where to compute; CUDA if there is one, unless told.
         dtype: of the weights; "auto" is the checkpoint's own.
         revision: of a hub name.
+        trust_remote_code: run the modelling code that comes with the checkpoint; it can do anything that you can.
         verify: read the result layer by layer and hold it to its contract: decoding from the cache against prefill, and
             where nothing was to be lost the logits against the source's.
         overwrite: start again, or replace an earlier result.
@@ -127,9 +131,9 @@ def compile_checkpoint(
     seconds: dict[str, float] = {}
     output, where = Path(directory).expanduser().resolve(), resolve_device(device)
     check_run(output, run, overwrite=overwrite)
-    source, reader = _open(fspath(model), revision, dtype, where)
+    source, reader = _open(fspath(model), dtype, where, revision=revision, trust_remote_code=trust_remote_code)
     name = str(source.config.name_or_path)
-    tokenizer = tokenizer or load_tokenizer(source, revision=revision)
+    tokenizer = tokenizer or load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
     with timed(seconds, "capture"), stage("capture", progress):
         sites = _capture(source, name)
         plan = plan_sites(source, sites, kv_usage(source), target, windowing, kv_budget, full_layers)
@@ -220,17 +224,18 @@ def compile_checkpoint(
 
 
 def _open(
-    model: str, revision: str | None, dtype: torch.dtype | str, device: torch.device
+    model: str, dtype: torch.dtype | str, device: torch.device, *, revision: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, CheckpointReader]:
     """The model on meta, in the dtype asked for, and its checkpoint."""
     dtype = parse_dtype(dtype)
     if model == SMOLLM2 or Path(model).expanduser().is_file():
         raise UsageError(f"{model} is no checkpoint of safetensors, which alone can be read layer by layer")
-    source = load_config_only(model, revision=revision, dequantize=False, dtype=dtype)
+    options: dict[str, Any] = {"revision": revision, "dequantize": False, "trust_remote_code": trust_remote_code}
+    source = load_config_only(model, dtype=dtype, **options)
     directory = checkpoint_directory(model, revision)
     if dtype == "auto" and source.config.dtype is None:
         files = weight_files(directory, model)
-        source = load_config_only(model, revision=revision, dequantize=False, dtype=_stored_dtype(files))
+        source = load_config_only(model, dtype=_stored_dtype(files), **options)
     if (directory / "generation_config.json").is_file():
         source.generation_config = GenerationConfig.from_pretrained(directory)
     return source, CheckpointReader(directory, source, device=device, name=model)
@@ -298,6 +303,7 @@ def _finish(result: PreTrainedModel, output: Path, report: Report, tokenizer: Pr
     config.dtype = str(result.dtype).removeprefix("torch.")
     config.architectures = [type(result).__name__]
     config.save_pretrained(output)
+    copy_code(source_classes(result), output)
     if result.can_generate() and result.generation_config is not None:
         result.generation_config.save_pretrained(output)
     write_beside(output, tokenizer, report.to_json(), dict(texts))

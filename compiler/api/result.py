@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.capture import capture_model
 from attnedit.compiler.errors import UsageError
@@ -129,25 +129,29 @@ def find_inspection(name: str) -> Any:
     return module
 
 
-def load(directory: str | os.PathLike[str]) -> CompileResult:
+def load(directory: str | os.PathLike[str], *, trust_remote_code: bool = False) -> CompileResult:
     """Read what `CompileResult.save` wrote.
 
+    Args:
+        directory: where.
+        trust_remote_code: run the modelling code that is there, where the source came with code of its own.
+
     Raises:
-        UsageError: nothing there, not an attnedit model, or damaged.
+        UsageError: nothing there, not an attnedit model, damaged, or with code that is not trusted.
     """
     path = Path(directory).expanduser()
-    model = load_model(path)
+    model = load_model(path, trust_remote_code=trust_remote_code)
     report = read_report(path)
-    return CompileResult(model, report, _read_tokenizer(path))
+    return CompileResult(model, report, _read_tokenizer(path, model.config, trust_remote_code))
 
 
-def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+def _read_tokenizer(path: Path, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     if not (path / "tokenizer_config.json").exists():
         return None
     try:
         # Unset, transformers may ask on the terminal whether to run code.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
+            path, config=config, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except READING_ERRORS as error:
         raise UsageError(f"cannot read the tokenizer in {path}: {type(error).__name__}: {error}") from error

@@ -190,7 +190,7 @@ def _named(name: str) -> list[Rewrite]:
 def _check_source(model: PreTrainedModel, name: str) -> None:
     record = getattr(model.config, "attnedit", None)
     if record is None:
-        check_config(model.config, name)
+        check_config(model.config, name, trust_remote_code=True)  # what is live has run already
         check_weights(model, name)
         return
     other = [site for site, values in record["sites"].items() if values.get("kind") != KV_CACHE_MODULE]

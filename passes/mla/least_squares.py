@@ -209,7 +209,8 @@ def _truncate(output: Tensor, covariance: Tensor, rank: int) -> Tensor:
     scaled = (output @ root.to(output.dtype)).double()
     top = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[..., -rank:]
     back = torch.linalg.solve_triangular(root.mT, top, upper=True).mT
-    return (scaled @ top).to(output.dtype) @ back.to(output.dtype)
+    result: Tensor = (scaled @ top).to(output.dtype) @ back.to(output.dtype)
+    return result
 
 
 def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iterations: int) -> Factors:

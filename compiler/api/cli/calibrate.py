@@ -20,6 +20,7 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
+    TrustRemoteCodeOption,
     calibration_source,
     check_tokenizer_there,
     print_json,
@@ -73,6 +74,7 @@ def calibrate(
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     allow_pickle: AllowPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -101,9 +103,15 @@ def calibrate(
         raise UsageError(f"{output} is the model to train itself; give another output directory")
     with ProgressBars() as progress:
         with stage("load model", progress):
-            result = attnedit.load(directory)
+            result = attnedit.load(directory, trust_remote_code=trust_remote_code)
             source = load_source(
-                teacher, revision=revision, dtype=dtype, device=device, dequantize=dequantize, allow_pickle=allow_pickle
+                teacher,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                dequantize=dequantize,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
             )
         if texts is not None:
             check_tokenizer_there(source, "calibration text")

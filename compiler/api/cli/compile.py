@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
+    TrustRemoteCodeOption,
     calibration_source,
     check_output,
     check_tokenizer_there,
@@ -143,6 +144,7 @@ def compile_model(
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     allow_pickle: AllowPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     low_memory: LowMemoryOption = False,
     overwrite: OverwriteOption = False,
     fuel: FuelOption = None,
@@ -166,7 +168,11 @@ def compile_model(
                 "--dump-graphs": dump_graphs is not None,
             }
         )
-        _show(output, _compile_in_parts(wanted, output, device=device, overwrite=overwrite), json=json)
+        _show(
+            output,
+            _compile_in_parts(wanted, output, device=device, overwrite=overwrite, trust_remote_code=trust_remote_code),
+            json=json,
+        )
         return
     if trained:
         open_run(output, {"command": "compile", **wanted.model_dump(mode="json")}, overwrite=overwrite)
@@ -182,6 +188,7 @@ def compile_model(
                 device=device,
                 dequantize=dequantize,
                 allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
             )
         if wanted.calibration is not None:
             check_tokenizer_there(source, "calibration text")
@@ -211,7 +218,7 @@ def _refuse_with_low_memory(asked: Mapping[str, bool]) -> None:
             raise UsageError(f"{name} needs the whole model in memory; leave it out, or --low-memory")
 
 
-def _compile_in_parts(wanted: Recipe, output: Path, *, device: str, overwrite: bool) -> Report:
+def _compile_in_parts(wanted: Recipe, output: Path, *, overwrite: bool, **options: Any) -> Report:
     if overwrite or not (output.expanduser() / RUN_FILE).exists():
         check_output(output, overwrite=overwrite)
     whole = {*wanted.training, "profile", "kernel_dims"}
@@ -223,9 +230,9 @@ def _compile_in_parts(wanted: Recipe, output: Path, *, device: str, overwrite: b
             **arguments,
             dtype=wanted.dtype,
             revision=wanted.revision,
-            device=device,
             overwrite=overwrite,
             progress=progress,
+            **options,
         )
 
 

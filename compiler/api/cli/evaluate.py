@@ -20,6 +20,7 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
+    TrustRemoteCodeOption,
     check_readable,
     check_tokenizer_there,
     print_json,
@@ -50,6 +51,7 @@ def evaluate(
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     allow_pickle: AllowPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Ask for a fact planted in a long text, in place of perplexity.")
     ] = False,
@@ -67,7 +69,13 @@ def evaluate(
     with ProgressBars() as progress:
         with stage("load model", progress):
             source = load_source(
-                model, revision=revision, dtype=dtype, device=device, dequantize=dequantize, allow_pickle=allow_pickle
+                model,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                dequantize=dequantize,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
             )
         tokenizer = check_tokenizer_there(source, "evaluation text")
         if retrieve:

@@ -16,6 +16,7 @@ from attnedit.cli.terminal import (
     ModelArgument,
     ProgressBars,
     RevisionOption,
+    TrustRemoteCodeOption,
     check_output,
     print_json,
     show,
@@ -59,6 +60,7 @@ def export(
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     allow_pickle: AllowPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a model, rewritten or not, for another runtime, and check it against the live one."""
@@ -72,7 +74,13 @@ def export(
     with ProgressBars() as progress:
         with stage("load model", progress):
             loaded = load_source(
-                model, revision=revision, dtype="auto", device="cpu", dequantize=dequantize, allow_pickle=allow_pickle
+                model,
+                revision=revision,
+                dtype="auto",
+                device="cpu",
+                dequantize=dequantize,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
             )
         source: Any = loaded
         if (Path(model).expanduser() / REPORT_FILE).exists():

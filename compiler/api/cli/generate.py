@@ -19,6 +19,7 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
+    TrustRemoteCodeOption,
     check_tokenizer_there,
     print_json,
     show,
@@ -40,19 +41,27 @@ def generate(
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     allow_pickle: AllowPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
     if is_exported(model):
-        if revision is not None or dequantize or allow_pickle:
+        if revision is not None or dequantize or allow_pickle or trust_remote_code:
             raise UsageError(
-                f"{model} is an exported model; --revision, --dequantize and --allow-pickle are for others"
+                f"{model} is an exported model; --revision, --dequantize, --allow-pickle and --trust-remote-code are "
+                f"for others"
             )
         generate_exported(model, prompt, max_new_tokens, temperature, seed, json=json)
         return
     with ProgressBars() as progress, stage("load model", progress):
         source = load_source(
-            model, revision=revision, dtype=dtype, device=device, dequantize=dequantize, allow_pickle=allow_pickle
+            model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            dequantize=dequantize,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
         )
     tokenizer = check_tokenizer_there(source, "a prompt")
     torch.manual_seed(seed)

@@ -12,7 +12,15 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from attnedit.cli.export import check_options
-from attnedit.cli.terminal import JsonOption, ModelArgument, ProgressBars, RevisionOption, print_json, show
+from attnedit.cli.terminal import (
+    JsonOption,
+    ModelArgument,
+    ProgressBars,
+    RevisionOption,
+    TrustRemoteCodeOption,
+    print_json,
+    show,
+)
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import context_length
 from attnedit.compiler.errors import UsageError
@@ -31,15 +39,17 @@ def inspect(
     ] = None,
     soc: Annotated[str | None, typer.Option(help="npu: 910b, 910_93 or 310p.")] = None,
     revision: RevisionOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show the attention sites of a model, what was read off their graphs, and what their cache costs."""
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if runtime is not None:
-        return _inspect_for(runtime, model, {} if soc is None else {"soc": soc}, revision, json)
+        return _inspect_for(runtime, model, {} if soc is None else {"soc": soc}, source, json)
     if soc is not None:
         raise UsageError("--soc belongs to --runtime npu; leave it out")
     with ProgressBars() as progress, stage("capture", progress):
-        meta = load_config_only(model, revision=revision)
+        meta = load_config_only(model, **source)
         check_fresh(meta, model)
         facts = describe(meta, capture(meta))
     if json:
@@ -57,12 +67,12 @@ def inspect(
     )
 
 
-def _inspect_for(name: str, model: str, options: dict[str, Any], revision: str | None, json: bool) -> None:
+def _inspect_for(name: str, model: str, options: dict[str, Any], source: dict[str, Any], json: bool) -> None:
     """Show what a runtime would make of a model, rewritten or not."""
     found = find_inspection(name)
     check_options(name, found.inspect, options)
     with ProgressBars() as progress, stage("inspect", progress):
-        facts = found.inspect(load_config_only(model, revision=revision), **options)
+        facts = found.inspect(load_config_only(model, **source), **options)
     if json:
         print_json({"model": model, "runtime": name, **facts})
     else:

@@ -30,6 +30,7 @@ from attnedit.cli.terminal import (
     ProgressBars,
     RevisionOption,
     SeedOption,
+    TrustRemoteCodeOption,
     calibration_source,
     check_output,
     check_readable,
@@ -65,6 +66,7 @@ def sweep(
     revision: RevisionOption = None,
     dequantize: DequantizeOption = False,
     allow_pickle: AllowPickleOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -78,7 +80,13 @@ def sweep(
     with ProgressBars() as progress:
         with stage("load model", progress):
             source = load_source(
-                model, revision=revision, dtype=dtype, device=device, dequantize=dequantize, allow_pickle=allow_pickle
+                model,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                dequantize=dequantize,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
             )
         tokenizer = check_tokenizer_there(source, "evaluation text")
         with stage("tokenise", progress):

@@ -43,6 +43,10 @@ RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit 
 AllowPickleOption = Annotated[
     bool, typer.Option("--allow-pickle", help="Read weights that are pickles (.bin) where there are no safetensors.")
 ]
+TrustRemoteCodeOption = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the modelling code that comes with the checkpoint; read it before."),
+]
 DequantizeOption = Annotated[bool, typer.Option("--dequantize", help="Unpack a source that is already quantised.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same result.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.compiler.models import READING_ERRORS
+from attnedit.compiler.remote_code import copy_code, trusting
 from attnedit.compiler.source_checks import check_sizes, check_weight_files
-from attnedit.targets.runtime.eager.classes import MODEL_TYPE
+from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_classes
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "attnedit-report.json"
@@ -65,6 +66,7 @@ def save(
     try:
         _set_usual_mode(staging)
         model.save_pretrained(staging)
+        copy_code(source_classes(model), staging)
         write_beside(staging, tokenizer, report, files)
         _put_in_place(staging, target)
     except (OSError, SafetensorError) as error:
@@ -94,7 +96,10 @@ def write_beside(
 
 
 def load_model(
-    directory: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device_map: Any = None
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Read what `save` (or ``save_pretrained``) wrote.
 
@@ -102,6 +107,7 @@ def load_model(
         directory: a local directory.
         dtype: of the weights; "auto" keeps the saved one.
         device_map: as transformers takes it.
+        trust_remote_code: run the modelling code that is there, where the source came with code of its own.
 
     Returns:
         The model, in eval mode.
@@ -119,9 +125,10 @@ def load_model(
         raise UsageError(f"{path} holds {what}, not a model that attnedit saved")
     check_weight_files(path, str(path))
     auto: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
-    local = {"local_files_only": True, "trust_remote_code": False}
+    local = {"local_files_only": True, "trust_remote_code": False}  # transformers need import nothing itself
     try:
-        config = AutoConfig.from_pretrained(path, **local)
+        with trusting(str(path) if trust_remote_code else None):
+            config = AutoConfig.from_pretrained(path, **local)
         check_sizes(config, str(path))
         model, info = auto.from_pretrained(
             path,

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from attnedit.compiler.capture import capture, captured_implementation
 from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.remote_code import class_references, own_class
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
 from attnedit.targets.runtime.eager.cache import BoundedGeneration
@@ -59,11 +60,16 @@ class AttneditConfig(PreTrainedConfig):
                 f"config.json has attnedit format {record.get('format_version')}, this version reads {FORMAT_VERSION}; "
                 "use the version of attnedit that wrote it"
             )
-        if source_type not in CONFIG_MAPPING:
+        own = {auto: own_class(reference) for auto, reference in (record.get("auto_map") or {}).items()}
+        if "AutoConfig" not in own and source_type not in CONFIG_MAPPING:
             raise UsageError(
                 f"this transformers ({transformers.__version__}) does not know the source's model type {source_type!r}"
             )
-        config_class, _ = _classes_of(CONFIG_MAPPING[source_type], record.get("architecture"))
+        config_class = own["AutoConfig"] if "AutoConfig" in own else CONFIG_MAPPING[source_type]
+        if "AutoModelForCausalLM" in own:
+            config_class, _ = _make(config_class, own["AutoModelForCausalLM"])
+        else:
+            config_class, _ = _classes_of(config_class, record.get("architecture"))
         # A shallow copy: transformers writes its own keyword arguments into the dictionary.
         return config_class.from_dict(dict(config_dict), **kwargs)
 
@@ -141,7 +147,8 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, AnyConfig]) -
         quantizer.remove_quantization_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.__dict__.pop("model_type", None)
+    for name in ("model_type", "auto_map"):
+        config.__dict__.pop(name, None)
     config.__class__ = config_class
     config.source_model_type = source_type
     config.attnedit = {
@@ -150,7 +157,15 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, AnyConfig]) -
         "sites": sites,
     }
     model.__class__ = model_class
+    if own := class_references(source_classes(model)):
+        config.attnedit["auto_map"] = own
     return model
+
+
+def source_classes(model: PreTrainedModel) -> dict[str, type]:
+    """Return the classes of a rewritten model's source, by the auto class that finds each."""
+    kind = type(model)
+    return {"AutoConfig": source_config_class(type(model.config)), "AutoModelForCausalLM": kind.__bases__[1]}
 
 
 def source_config_class(config_class: ConfigClass) -> ConfigClass:
@@ -192,39 +207,38 @@ def _classes_of(config_class: ConfigClass, architecture: str | None) -> tuple[Co
     candidates = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
     found = list(candidates) if isinstance(candidates, (list, tuple)) else [candidates]
     named = [model_class for model_class in found if model_class is not None and model_class.__name__ == architecture]
-    known = named[0] if named else getattr(transformers, architecture or "", None) or found[0]
+    known = named[0] if named else getattr(transformers, architecture, None) if architecture else found[0]
     if not (isinstance(known, type) and issubclass(known, PreTrainedModel) and known.can_generate()):
-        raise UsageError(f"this transformers has no causal language model for {config_class.__name__}")
+        raise UsageError(
+            f"this transformers has no causal language model {architecture or ''} for {config_class.__name__}"
+        )
     return _make(config_class, known)
 
 
 def _make(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigClass, ModelClass]:
-    key = (config_class, model_class)
-    if key in _CLASSES:
-        return _CLASSES[key]
-    made = {"__module__": __name__, "__qualname__": PREFIX + config_class.__name__, "model_type": MODEL_TYPE}
-    # One configuration class may serve several model classes; pickle needs it to be one object.
+    made = _CLASSES.get((config_class, model_class))
+    if made is None:
+        made = _CLASSES[config_class, model_class] = _new_classes(config_class, model_class)
+        register_conversions(config_class, model_class, made[1])
+    # Anew each time, for one configuration class may serve several model classes.
+    AutoModelForCausalLM.register(*made, exist_ok=True)
+    return made
+
+
+def _new_classes(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigClass, ModelClass]:
+    # _auto_class: set, transformers would save this file as the model's own code.
+    common: dict[str, Any] = {"__module__": __name__, "_auto_class": None}
+    # Pickle needs a configuration class to be one object.
     new_config = next((pair[0] for (source, _), pair in _CLASSES.items() if source is config_class), None)
     if new_config is None:
-        made["__doc__"] = f"`{config_class.__name__}` of a model that attnedit rewrote."
-        new_config = cast(ConfigClass, type(PREFIX + config_class.__name__, (config_class,), made))
-    new_model = cast(
-        ModelClass,
-        type(
-            PREFIX + model_class.__name__,
-            (_Rewritten, model_class),
-            {
-                "__module__": __name__,
-                "__qualname__": PREFIX + model_class.__name__,
-                "__doc__": f"`{model_class.__name__}` with other attention in the layers its configuration names.",
-                "config_class": new_config,
-            },
-        ),
-    )
-    _CLASSES[key] = (new_config, new_model)
-    AutoModelForCausalLM.register(new_config, new_model, exist_ok=True)
-    register_conversions(config_class, model_class, new_model)
-    return new_config, new_model
+        name = PREFIX + config_class.__name__
+        documented = f"`{config_class.__name__}` of a model that attnedit rewrote."
+        own = {**common, "__qualname__": name, "__doc__": documented, "model_type": MODEL_TYPE}
+        new_config = cast(ConfigClass, type(name, (config_class,), own))
+    name = PREFIX + model_class.__name__
+    documented = f"`{model_class.__name__}` with other attention in the layers its configuration names."
+    own = {**common, "__qualname__": name, "__doc__": documented, "config_class": new_config}
+    return new_config, cast(ModelClass, type(name, (_Rewritten, model_class), own))
 
 
 def _rebuild(model: PreTrainedModel) -> None:

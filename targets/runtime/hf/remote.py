@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.errors import UsageError, VerificationError
 from attnedit.targets.attention.kinds import KINDS
 from attnedit.targets.runtime.eager.checkpoint import CONFIG_FILE
+from attnedit.targets.runtime.eager.classes import source_classes
 
 MODELING = "modeling_attnedit"
 ROOTS = (
@@ -86,11 +87,12 @@ def write_code(model: PreTrainedModel, directory: Path) -> None:
     Raises:
         UsageError: the source's class is not among transformers' own.
     """
-    source_config, source_model = type(model.config).__bases__[0].__name__, type(model).__bases__[1].__name__
+    kinds = source_classes(model).values()
+    source_config, source_model = (kind.__name__ for kind in kinds)
     transformers = importlib.import_module("transformers")
-    for name in (source_config, source_model):
-        if not hasattr(transformers, name):
-            raise UsageError(f"{name} is not one of transformers' own classes, so the code cannot import it")
+    for kind in kinds:
+        if getattr(transformers, kind.__name__, None) is not kind:
+            raise UsageError(f"{kind.__name__} is not one of transformers' own classes, so the code cannot import it")
     for name, text in copied_modules().items():
         (directory / f"{name}.py").write_text(text, encoding="utf-8")
     names = {"config": source_config, "model": source_model}
