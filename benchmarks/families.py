@@ -83,11 +83,23 @@ ALWAYS = (
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _KINDS = ["sliding_attention", "full_attention"]
 
+_BLT_PART = {
+    **{"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 1, "intermediate_size": 48},
+    **{"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD_DIM},
+}
+
 SPECIAL: dict[str, dict[str, Any]] = {
     # what must agree with something else in a way no name tells
     "bailing_hybrid": {"n_group": 1, "topk_group": 1, "head_dim": 8},
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "patcher_config": _BLT_PART,
+        "encoder_config": {**_BLT_PART, "hidden_size_global": HIDDEN},
+        "decoder_config": {**_BLT_PART, "hidden_size_global": HIDDEN},
+        "global_config": _BLT_PART,
+    },
     "cohere_compass_text": {"layer_types": _KINDS, "rope_parameters": {kind: _ROPE for kind in _KINDS}},
     "dbrx": {
         "attn_config": {"kv_n_heads": GROUPS, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -108,6 +120,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **{"indexer_budget": 8, "indexer_compress_ratio": 4},
     },
     "reformer": {"axial_pos_embds": False},
+    # its own cache drops what is beyond this, its masks do not
+    "moshi": {"sliding_window": POSITIONS},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
@@ -117,9 +131,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+REQUIRED: dict[str, dict[str, Any]] = {
+    # what a class cannot do without, since its own defaults contradict each other
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+}
+
+
 def tiny(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """Make a small configuration: the class's defaults with `SIZES` where it has such a field."""
-    defaults = config_class()
+    defaults = config_class(**REQUIRED.get(config_class.model_type, {}))
     fields = vars(defaults)
     known = {name: size for name, size in SIZES.items() if name in fields and name not in defaults.attribute_map}
     # None mostly means: follows from the others, as they are.
@@ -169,7 +189,7 @@ def generates(model: PreTrainedModel) -> str:
 
 def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
     """Yield one column of the table after another."""
-    defaults = config_class()
+    defaults = config_class(**REQUIRED.get(config_class.model_type, {}))
     if type(defaults.get_text_config(decoder=True)) is not config_class:
         check_config(defaults, config_class.model_type)  # says that it is multimodal
     config = tiny(config_class)
@@ -256,7 +276,8 @@ def table(rows: dict[str, dict[str, str]]) -> str:
         f"{len(rows)} classes: " + ", ".join(f"{count} {word}" for word, count in counts.most_common()) + ".",
         "",
         "- sites: attention modules that were found. identity: logits when each is replaced by its own graph;",
-        "  families that write their attention out, past transformers' attention interface, agree to rounding.",
+        "  families that write their attention out, past transformers' attention interface, agree to rounding, and",
+        "  so do those that apply attention sinks as a factor on the output (Granite SWA).",
         "- MLA 1: deviation at the whole budget, of the largest logit. MLA 1/2, GateSWA: generates for a padded batch.",
         "- positions stay in the keys: what the model does with positions is no rotary embedding that can be taken",
         "  out, so keys are compressed as they are cached.",

@@ -12,6 +12,8 @@ import networkx
 import torch
 from torch import fx
 
+from attnedit.compiler.errors import CaptureError
+
 aten = torch.ops.aten
 
 # Ops whose first tensor gives only shape, dtype or device.
@@ -159,7 +161,10 @@ class Evaluator:
         if node.target is operator.getitem:
             return args[0][args[1]]
         target: Any = node.target
-        return target(*args, **kwargs)
+        try:
+            return target(*args, **kwargs)
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise CaptureError(f"{where(node)} works for the traced sizes only: {error}") from error
 
     def _attribute(self, name: str) -> Any:
         if name in self.constants:

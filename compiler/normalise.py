@@ -160,6 +160,9 @@ def raise_children(graph: fx.Graph, calls: list[ChildCall], root: str) -> None:
                 regions.setdefault(path[depth], []).append(node)
         for key, nodes in regions.items():
             call = known.get(key)
+            within = {tuple(inside[node][depth + 1 : depth + 2]) for node in nodes}
+            if len(within) == 1 and within != {()}:
+                continue  # it only calls another, which says more: a linear module that is wrapped
             if call is not None and _raise(graph, call, nodes):
                 for node in nodes:
                     del inside[node]

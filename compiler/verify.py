@@ -52,7 +52,7 @@ def same_logits(expected: Tensor, result: PreTrainedModel, ids: Tensor) -> Verif
 
 @torch.inference_mode()
 def same_decode(
-    result: PreTrainedModel, ids: Tensor, rounding: float = 0.0, *, few_passes: bool = False
+    result: PreTrainedModel, ids: Tensor, rounding: float = 0.0, *, own: float = 0.0, few_passes: bool = False
 ) -> Verification:
     """Decoding token by token from the cache gives the logits of a prefill.
 
@@ -61,32 +61,68 @@ def same_decode(
         ids: token ids [1, T].
         rounding: what the model rounds its cache by, as a fraction: like half precision, where one number may fall to
             the other side, so that three in four tokens must agree within it.
+        own: how far the source is off in the same, `decode_error`: so far twice, and at most what bfloat16 may be, the
+            result may be off too.
         few_passes: the last token alone and those before it together, for a model that is read for every pass.
 
     Raises:
         VerificationError: it does not, within `TOLERANCE` of the largest logit.
     """
+    prefill, decoded = _decoded(result, ids, few_passes)
+    allowed = min(2 * own, TOLERANCE[torch.bfloat16])
+    return _hold("decoding from the cache against prefill", prefill, decoded, rounding, allowed)
+
+
+@torch.inference_mode()
+def decode_error(source: PreTrainedModel, ids: Tensor, sites: int) -> float:
+    """How far a source's own decoding is off its prefill, of the largest logit; 0 where all layers are attention.
+
+    Some state-space layers do other things in the two: Nemotron-H's bound their time step in prefill only.
+
+    Args:
+        source: the model.
+        ids: token ids [1, T].
+        sites: how many attention sites it has.
+    """
+    if sites >= source.config.get_text_config(decoder=True).num_hidden_layers:
+        return 0.0
+    return float(_by_token(*_decoded(source, ids, False)).max())
+
+
+def decode_note(own: float) -> list[str]:
+    """What a report says of a source whose decoding is not its prefill."""
+    off = f"the source's own decoding is off its prefill by {own:.1e} of the largest logit"
+    return [off] if own > TOLERANCE[torch.float32] else []
+
+
+def _decoded(model: PreTrainedModel, ids: Tensor, few_passes: bool) -> tuple[Tensor, Tensor]:
+    """Logits of a prefill, and of decoding after its first half."""
     # Positions are given in both: left out, some families start to count elsewhere.
-    prefill: Tensor = result(ids, use_cache=False, **position_ids(result, ids, 0)).logits
-    cache = DynamicCache(config=result.config)
+    prefill: Tensor = model(ids, use_cache=False, **position_ids(model, ids, 0)).logits
+    cache = DynamicCache(config=model.config)
     first = max(ids.shape[1] // 2, ids.shape[1] - LENGTH // 2)
     steps = []
     ends = [first, ids.shape[1] - 1, ids.shape[1]] if few_passes else range(first, ids.shape[1] + 1)
     for start, stop in itertools.pairwise([0, *ends]):
         part = ids[:, start:stop]
-        call = {"past_key_values": cache, "use_cache": True, **position_ids(result, part, start)}
-        steps.append(result(part, **call).logits)
-    return _hold("decoding from the cache against prefill", prefill, torch.cat(steps, 1), rounding)
+        call = {"past_key_values": cache, "use_cache": True, **position_ids(model, part, start)}
+        steps.append(model(part, **call).logits)
+    return prefill, torch.cat(steps, 1)
 
 
-def _hold(what: str, expected: Tensor, found: Tensor, rounding: float = 0.0) -> Verification:
+def _by_token(expected: Tensor, found: Tensor) -> Tensor:
+    """The largest deviation of each token, of the largest logit [tokens], in float32 at least."""
+    kind = torch.promote_types(expected.dtype, torch.float32)
+    expected, found = expected.to(kind), found.to(kind)
+    return (expected - found).abs().amax(-1).flatten() / expected.abs().max().clamp(min=1e-30)
+
+
+def _hold(what: str, expected: Tensor, found: Tensor, rounding: float = 0.0, allowed: float = 0.0) -> Verification:
     tolerance = TOLERANCE.get(expected.dtype, 1e-4)
     rounded = expected.dtype in HALF or rounding > tolerance
-    tolerance = max(tolerance, rounding)
-    kind = torch.promote_types(expected.dtype, torch.float32)
-    size = float(expected.to(kind).abs().max())
-    by_token = (expected.to(kind) - found.to(kind)).abs().amax(-1).flatten()
-    error = float(by_token.quantile(0.75) if rounded else by_token.max()) / max(size, 1e-30)
+    tolerance = max(tolerance, rounding, allowed)
+    by_token = _by_token(expected, found)
+    error = float(by_token.quantile(0.75) if rounded else by_token.max())
     if not error <= tolerance:
         raise VerificationError(
             f"{what}: off by {error:.1e} of the largest logit where {tolerance:.0e} is allowed; "

@@ -19,7 +19,7 @@ from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
 from attnedit.compiler.sampling import own_windows
-from attnedit.compiler.verify import check_tokens, same_decode
+from attnedit.compiler.verify import check_tokens, decode_error, same_decode
 from attnedit.passes.calibration.batches import Batches, mix
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
 from attnedit.passes.calibration.options import CalibrationOptions
@@ -107,7 +107,9 @@ def calibrate(
         checks = list(result.report.verification)
         if verify:
             with timed(seconds, "verify"), stage("verify", progress):
-                checks.append(same_decode(model, check_tokens(batches.held_out, model)))
+                ids = check_tokens(batches.held_out, model)
+                own = decode_error(teacher, ids, result.report.sites_matched)
+                checks.append(same_decode(model, ids, own=own))
     finally:
         implementation.close()
         for module, training_mode in modes:

@@ -27,7 +27,7 @@ from attnedit.compiler.registry import names_of
 from attnedit.compiler.remote_code import is_own_class
 from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.source_checks import check_config, check_weights
-from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
+from attnedit.compiler.verify import check_tokens, decode_error, decode_note, logits_of, same_decode, same_logits
 from attnedit.figures import linear_notes, memory_curve, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers
@@ -267,6 +267,7 @@ def _one_shot(
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
         expected = logits_of(model, ids) if verify and exact else None
+        own = decode_error(model, ids, len(sites)) if verify else 0.0
         drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
@@ -278,7 +279,7 @@ def _one_shot(
             with timed(seconds, "verify"), stage("verify", progress):
                 if expected is not None:
                     checks.append(same_logits(expected, result, ids))
-                checks.append(same_decode(result, ids))
+                checks.append(same_decode(result, ids, own=own))
     finally:
         implementation.close()
         _set_modes(model, modes)
@@ -315,7 +316,7 @@ def _one_shot(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else windowed.full,
-        notes=[*plan.notes, *linear_notes(latent), *limit.note()],
+        notes=[*plan.notes, *linear_notes(latent), *limit.note(), *decode_note(own)],
         kv_curve=memory_curve(model, plan, configs),
         graphs=drawn,
         **kv_fields(plan.before, after),
