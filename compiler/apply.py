@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnedit.compiler import provenance
-from attnedit.compiler.dataflow import where
+from attnedit.compiler.dataflow import is_tensor, where
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import SiteGraph, cut, graft
@@ -27,13 +27,15 @@ class Applied:
 
     Attributes:
         match: with its parts.
-        before: computes what the pattern returned, from the arguments of the attention module.
-        after: the same of the replacement; its parts are the live ones.
+        before: computes what the pattern returned and then the captures, from the arguments of the attention module.
+        after: what the replacement returns; its parts are the live ones.
+        captures: names of those that are tensors.
     """
 
     match: Match
     before: fx.GraphModule
     after: fx.GraphModule
+    captures: tuple[str, ...]
 
     @torch.no_grad()
     def run(self, args: tuple[Any, ...], kwargs: Any) -> Batch:
@@ -42,7 +44,8 @@ class Applied:
         if name in kwargs:
             hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() == 3)
             kwargs = {**kwargs, name: dense_mask(kwargs[name], hidden, hidden.shape[1], site.window)}
-        return Batch(list(self.before(*args, **kwargs)), list(self.after(*args, **kwargs)))
+        old, new = list(self.before(*args, **kwargs)), list(self.after(*args, **kwargs))
+        return Batch(old[: len(new)], new, dict(zip(self.captures, old[len(new) :], strict=True)))
 
 
 @dataclass
@@ -102,7 +105,13 @@ def apply(
         new = make_parts(rewrite, match, state.root)
         old, names = state.root, [node.name for node in binding.outputs]
         results = graft(state, rewrite, match, binding, new, pattern.memo)
-        applied = Applied(with_parts(match, new), cut(old, names), cut(state.root, results))
+        captured = {
+            name: bound.name
+            for name, bound in match.captures.items()
+            if isinstance(bound, fx.Node) and is_tensor(bound)
+        }
+        before = cut(old, [*names, *captured.values()])
+        applied = Applied(with_parts(match, new), before, cut(state.root, results), tuple(captured))
         outcome.applied.append(applied)
     return outcome
 
@@ -152,6 +161,13 @@ def trace_patterns(rewrite: Rewrite) -> Callable[[SiteGraph], Pattern]:
     return pattern_for
 
 
-def batches_of(applied: Applied, inputs: Iterator[Any]) -> Iterator[Batch]:
-    """Calibration data at a match, from the arguments of its attention module."""
-    return (applied.run(given.args, given.kwargs) for given in inputs)
+@dataclass(frozen=True)
+class Batches:
+    """Calibration data at a match, from the arguments of its attention module; computed anew each time it is read."""
+
+    applied: Applied
+    inputs: Sequence[Any]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One batch after another."""
+        return (self.applied.run(given.args, given.kwargs) for given in self.inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,7 +47,7 @@ def make_parts(rewrite: Rewrite, match: Match, root: fx.GraphModule) -> nn.Modul
     return new.to(weight.device) if not any(p.is_meta for p in (*new.parameters(), *new.buffers())) else new
 
 
-def run_fit(rewrite: Rewrite, match: Match, batches: Iterator[Batch]) -> None:
+def run_fit(rewrite: Rewrite, match: Match, batches: Iterable[Batch]) -> None:
     """Let the author set the parts; numbers that are not finite are refused.
 
     Raises:

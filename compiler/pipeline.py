@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attnedit.compiler.apply import Applied, Outcome, apply, batches_of, trace_patterns
+from attnedit.compiler.apply import Applied, Batches, Outcome, apply, trace_patterns
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import CaptureError, VerificationError
 from attnedit.compiler.fuel import Fuel
@@ -173,16 +173,15 @@ def _fit(
     applied = {name: outcome.applied for name, outcome in outcomes.items() if outcome.applied}
     if rewrite.fit is None:
         for done in (one for several in applied.values() for one in several):
-            run_fit(rewrite, done.match, iter(()))
+            run_fit(rewrite, done.match, ())
         return
     if not applied:
         return
 
     def visit(site: AttentionSite, given: Iterator[AttentionInputs]) -> None:
-        several = applied[site.name]
-        kept: Any = given if len(several) == 1 else list(given)
-        for done in several:
-            run_fit(rewrite, done.match, batches_of(done, iter(kept)))
+        kept = list(given)
+        for done in applied[site.name]:
+            run_fit(rewrite, done.match, Batches(done, kept))
 
     sites = [record.site for record in records if record.site.name in applied]
     stream(inputs.model, sites, inputs.windows(), visit, progress=progress, stage=f"fit {rewrite.name}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from attnedit.compiler.canonical import Weight
@@ -72,10 +73,31 @@ class Batch:
     Attributes:
         before: what the pattern returns there, as a list of tensors.
         after: what the replacement returns, with the parts as they are.
+        captures: what the captures that are tensors stand for, by name.
     """
 
     before: list[Tensor]
     after: list[Tensor]
+    captures: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def least_squares(batches: Iterable[Batch], ridge: float = 1e-3) -> Tensor:
+    """The matrix per head that brings new values closest to old ones.
+
+    Args:
+        batches: the first old value of each [B, T, H, w], the first new one [B, T, H, v].
+        ridge: added to the Gram matrices, as a fraction of their mean diagonal.
+
+    Returns:
+        [H, v, w], float64: old = new @ it.
+    """
+    gram, cross = torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        new, old = (values[0].double().flatten(0, 1).transpose(0, 1) for values in (batch.after, batch.before))
+        gram, cross = gram + new.mT @ new, cross + new.mT @ old
+    level = ridge * gram.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
+    result: Tensor = torch.linalg.solve(gram + level * torch.eye(gram.shape[-1]).to(gram), cross)
+    return result
 
 
 @dataclass(frozen=True)
@@ -201,7 +223,8 @@ class Rewrite:
         """Give the parts values that follow from the source's weights (`match.module`)."""
 
     fit: Any = None
-    """``fit(self, match, batches)``: give the parts values that follow from data, an iterator of `Batch`, read once."""
+    """``fit(self, match, batches)``: give the parts values that follow from data, an iterable of `Batch`; read again,
+    `after` is computed with the parts as they are then."""
 
     @property
     def name(self) -> str:

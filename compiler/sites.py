@@ -148,6 +148,13 @@ class AttentionSite:
     implementation: str | None = None
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def planes(self) -> list[tuple[int, int]]:
+        """Head dims of queries and keys in pairs: those that the rotary embedding turns together, then the rest."""
+        pairs = [] if self.rope is None else list(self.rope.pairs)
+        still = sorted(set(range(self.head_dim)) - {dim for pair in pairs for dim in pair})
+        return [*pairs, *zip(still[::2], still[1::2], strict=True)]
+
     def node(self, name: str) -> fx.Node:
         """The node of `graph` called `name`; KeyError where there is none."""
         found: fx.Node | None = next((node for node in self.graph.nodes if node.name == name), None)

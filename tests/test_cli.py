@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,13 @@ def test_the_installed_command_keeps_stderr_clean(saved_llama: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith("attnedit: ")
     assert done.stderr.count("\n") == 1 or not quiet
+
+
+def test_the_package_runs_as_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(sys, "argv", ["attnedit", "inspect", "./gone"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("attnedit.cli", run_name="__main__")
+    assert capsys.readouterr().err.startswith("attnedit: ./gone does not exist")
 
 
 def test_commands_leave_the_source_as_it_is(saved_llama: Path, compiled: Path) -> None:

@@ -244,9 +244,9 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
 def test_gradients_reach_new_parts_and_training_heals() -> None:
     result = rewrite(source("llama"), EXAMPLES["MultiQuery"]()())
     result.model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
-    repair = result.model.get_submodule("model.layers.0.self_attn").get_parameter("repair")
-    assert repair.grad is not None
-    assert repair.grad.abs().max() > 0
+    output = result.model.get_submodule("model.layers.0.self_attn").get_parameter("output")
+    assert output.grad is not None
+    assert output.grad.abs().max() > 0
     trained = attnedit.calibrate(
         result,
         source("llama"),

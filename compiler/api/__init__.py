@@ -4,7 +4,7 @@
 >>> sorted(attnedit.__all__)
 ['AttneditError', 'CaptureError', 'CompileResult', 'Match', 'Reject', 'Report', 'Rewrite', 'RewriteError', 'Target',
  'UsageError', 'VerificationError', 'attention', 'cache', 'calibrate', 'close', 'compile', 'compile_checkpoint',
- 'exact', 'learned', 'load', 'rewrite']
+ 'exact', 'learned', 'least_squares', 'load', 'rewrite']
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from attnedit.compiler.errors import AttneditError, CaptureError, RewriteError, 
 from attnedit.compiler.language import attention, cache
 from attnedit.compiler.pipeline import Target
 from attnedit.compiler.report import Report
-from attnedit.compiler.rewrite import Match, Reject, Rewrite, close, exact, learned
+from attnedit.compiler.rewrite import Match, Reject, Rewrite, close, exact, learned, least_squares
 from attnedit.result import CompileResult, load
 from attnedit.rewrite import rewrite
 
@@ -47,6 +47,7 @@ __all__ = [
     "compile_checkpoint",
     "exact",
     "learned",
+    "least_squares",
     "load",
     "rewrite",
 ]

@@ -267,7 +267,7 @@ def _one_shot(
         configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
         expected = logits_of(model, ids) if verify and exact else None
-        own = decode_error(model, ids, len(sites)) if verify else 0.0
+        own_error = decode_error(model, ids, len(sites)) if verify else 0.0
         drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
@@ -279,7 +279,7 @@ def _one_shot(
             with timed(seconds, "verify"), stage("verify", progress):
                 if expected is not None:
                     checks.append(same_logits(expected, result, ids))
-                checks.append(same_decode(result, ids, own=own))
+                checks.append(same_decode(result, ids, own=own_error))
     finally:
         implementation.close()
         _set_modes(model, modes)
@@ -316,7 +316,7 @@ def _one_shot(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else windowed.full,
-        notes=[*plan.notes, *linear_notes(latent), *limit.note(), *decode_note(own)],
+        notes=[*plan.notes, *linear_notes(latent), *limit.note(), *decode_note(own_error)],
         kv_curve=memory_curve(model, plan, configs),
         graphs=drawn,
         **kv_fields(plan.before, after),
