@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.calibrate import START_DIRECTORY, calibrate, calibration_name
+from attnedit.calibrate import START_DIRECTORY, calibrate
 from attnedit.compiler.capture import as_captured, capture, graph_module
-from attnedit.compiler.data import token_windows
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
@@ -25,21 +23,21 @@ from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.registry import names_of
 from attnedit.compiler.remote_code import is_own_class
-from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.report import Verification, timed
 from attnedit.compiler.source_checks import check_config, check_weights
 from attnedit.compiler.verify import check_tokens, decode_error, decode_note, logits_of, same_decode, same_logits
-from attnedit.figures import linear_notes, memory_curve, site_graphs
+from attnedit.figures import linear_notes, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers
-from attnedit.planning import DEFAULT_BUDGET, TARGETS, check_arguments, check_fresh, plan_sites, window_length
+from attnedit.planning import DEFAULT_BUDGET, TARGETS, calibration_windows, check_arguments, check_fresh, plan_sites
 from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
 from attnedit.rewrite import rewrite
-from attnedit.rows import layer_rows
-from attnedit.targets.attention.kinds import KINDS, AnyConfig, kind_of
+from attnedit.rows import compile_report
+from attnedit.targets.attention.kinds import config_of, kind_of
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.hf.towards import check_form
 
@@ -234,15 +232,8 @@ def _one_shot(
         windows = None
         if not exact:
             with timed(seconds, "data"):
-                windows = token_windows(
-                    calibration,
-                    tokenizer,
-                    model,
-                    tokens=calibration_tokens,
-                    window=None if windowing is None else window_length(model, windowing),
-                    seed=seed,
-                    progress=progress,
-                )
+                data: dict[str, Any] = {"tokens": calibration_tokens, "seed": seed, "progress": progress}
+                windows = calibration_windows(calibration, tokenizer, model, windowing, **data)
         result = model if in_place else share_copy(model)
         work: dict[str, Any] = {"seed": seed, "progress": progress}
         windowed = Windowed({}, {}, [])
@@ -263,8 +254,8 @@ def _one_shot(
         made = {**windowed.graphs, **latent.graphs}
         graphs = limit.limit(made, [site.name for site in plan.chosen])
         for site in (site for site in plan.chosen if site.name in graphs):
-            dump(kind_of(_config_of(graphs[site.name])).name, site.name, graph_module(model, site), graphs[site.name])
-        configs = {site.name: _config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
+            dump(kind_of(config_of(graphs[site.name])).name, site.name, graph_module(model, site), graphs[site.name])
+        configs = {site.name: config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
         ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
         expected = logits_of(model, ids) if verify and exact else None
         own_error = decode_error(model, ids, len(sites)) if verify else 0.0
@@ -273,7 +264,6 @@ def _one_shot(
         result = to_attnedit(result, configs)
         if form is not None:
             check_form(result, form)
-        after = kv_usage(result)
         checks: list[Verification] = []
         if verify:
             with timed(seconds, "verify"), stage("verify", progress):
@@ -285,41 +275,26 @@ def _one_shot(
         _set_modes(model, modes)
     use_captured_implementation(result, sites)
     _set_modes(result, modes)
-    report = Report(
+    report = compile_report(
+        result,
+        plan,
+        configs,
+        matched={"gateswa": windowed.graphs, "mla": latent.graphs},
+        spent={"gateswa": seconds.get("windows", 0.0), "mla": seconds.get("fit", 0.0)},
+        exact=exact,
+        energy_kept={name: fit.energy_kept for name, fit in latent.fits.items()},
+        output_error={name: fit.output_error for fits in (windowed.fits, latent.fits) for name, fit in fits.items()},
+        loss_increase=windowed.loss_increases,
+        calibration=calibration,
+        windows=windows,
         source=name,
         target=target,
-        sites_matched=len(sites),
-        sites_rewritten=len(configs),
-        layers=layer_rows(
-            plan,
-            configs,
-            after,
-            energy_kept={name: fit.energy_kept for name, fit in latent.fits.items()},
-            output_error={
-                **{name: fit.output_error for name, fit in windowed.fits.items()},
-                **{name: fit.output_error for name, fit in latent.fits.items()},
-            },
-            loss_increase=windowed.loss_increases,
-        ),
-        rules=[
-            rule
-            for rule in (
-                _rule("gateswa", windowed.graphs, configs, "learned", seconds.get("windows", 0.0)),
-                _rule("mla", latent.graphs, configs, "close" if exact else "learned", seconds.get("fit", 0.0)),
-            )
-            if rule.matched
-        ],
         verification=checks,
         kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None and not kernel_dims else kv_budget,
-        calibration="" if windows is None else calibration_name(calibration),
-        calibration_tokens=0 if windows is None else windows.numel(),
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(),
         full_layers=None if windowing is None else windowed.full,
         notes=[*plan.notes, *linear_notes(latent), *limit.note(), *decode_note(own_error)],
-        kv_curve=memory_curve(model, plan, configs),
         graphs=drawn,
-        **kv_fields(plan.before, after),
     )
     return CompileResult(result, report, tokenizer)
 
@@ -329,19 +304,6 @@ def _set_modes(model: PreTrainedModel, modes: dict[str, bool]) -> None:
     for name, module in model.named_modules():  # parents come first
         if name in modes:
             module.train(modes[name])
-
-
-def _config_of(graph: fx.GraphModule) -> AnyConfig:
-    """Configuration of the new attention in a rewritten graph."""
-    found: AnyConfig = next(getattr(graph, name) for name in KINDS if hasattr(graph, name)).config
-    return found
-
-
-def _rule(
-    name: str, graphs: Mapping[str, fx.GraphModule], configs: Mapping[str, AnyConfig], contract: str, seconds: float
-) -> RuleReport:
-    rewritten = sum(site in configs for site in graphs)
-    return RuleReport(name=name, contract=contract, matched=len(graphs), rewritten=rewritten, seconds=seconds)
 
 
 def _choice_note(full: list[int]) -> str:

@@ -13,28 +13,26 @@ from safetensors import safe_open
 from torch import fx
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.calibrate import calibration_name
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
-from attnedit.compiler.data import token_windows
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import SMOLLM2, load_config_only, load_tokenizer, parse_dtype, resolve_device
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.remote_code import copy_code
-from attnedit.compiler.report import Report, RuleReport, Verification, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.report import Report, Verification, timed
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
-from attnedit.figures import memory_curve, site_graphs
-from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite, Rewritten
+from attnedit.figures import site_graphs
+from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import check_loss
 from attnedit.passes.mla.fit import FitOptions
-from attnedit.planning import DEFAULT_BUDGET, TARGETS, Plan, check_arguments, plan_sites, window_length
+from attnedit.planning import DEFAULT_BUDGET, TARGETS, Plan, calibration_windows, check_arguments, plan_sites
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
-from attnedit.rows import layer_rows
+from attnedit.rows import compile_report
 from attnedit.run_directory import check_run, open_run
 from attnedit.targets.attention.kinds import AnyConfig, kind_of
 from attnedit.targets.runtime.eager import splice, to_attnedit, use_captured_implementation
@@ -153,15 +151,8 @@ def compile_checkpoint(
     windows = None
     if not exact:
         with timed(seconds, "data"):
-            windows = token_windows(
-                calibration,
-                tokenizer,
-                source,
-                tokens=calibration_tokens,
-                window=None if windowing is None else window_length(source, windowing),
-                seed=seed,
-                progress=progress,
-            )
+            data: dict[str, Any] = {"tokens": calibration_tokens, "seed": seed, "progress": progress}
+            windows = calibration_windows(calibration, tokenizer, source, windowing, **data)
         if windowing is not None:
             check_loss(windows, windowing)
     open_run(output, run, overwrite=overwrite)
@@ -192,33 +183,29 @@ def compile_checkpoint(
                 if expected is not None:
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids, few_passes=True))
-    after = kv_usage(result)
-    report = Report(
+    full = None if windowing is None else _full(plan)
+    kinds = {name: kind_of(config).name for name, config in rewritten.configs.items()}
+    report = compile_report(
+        result,
+        plan,
+        rewritten.configs,
+        matched={kind: [name for name, own in kinds.items() if own == kind] for kind in set(kinds.values())},
+        spent=rewritten.rule_seconds,
+        exact=exact,
+        energy_kept=rewritten.energy_kept,
+        output_error=rewritten.output_error,
+        loss_increase={},
+        calibration=calibration,
+        windows=windows,
         source=name,
         target=target,
-        sites_matched=len(sites),
-        sites_rewritten=len(rewritten.configs),
-        layers=layer_rows(
-            plan,
-            rewritten.configs,
-            after,
-            energy_kept=rewritten.energy_kept,
-            output_error=rewritten.output_error,
-            loss_increase={},
-        ),
         verification=checks,
         kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None else kv_budget,
-        calibration="" if windows is None else calibration_name(calibration),
-        calibration_tokens=0 if windows is None else windows.numel(),
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(),
-        full_layers=None if windowing is None else _full(plan),
-        rules=_rules(rewritten, exact),
+        full_layers=full,
         notes=[*plan.notes, "read, rewritten and written layer by layer"],
-        kv_curve=memory_curve(result, plan, rewritten.configs),
         graphs=drawn,
-        recipe=Recipe.of(arguments, None if windowing is None else _full(plan)).model_dump(exclude_defaults=True),
-        **kv_fields(plan.before, after),
+        recipe=Recipe.of(arguments, full).model_dump(exclude_defaults=True),
     )
     return _finish(result, output, report, tokenizer)
 
@@ -278,22 +265,6 @@ def _graphs(
     """The new attention by the site's name, its weights on meta."""
     named = {site.name: site for site in sites}
     return {name: kind_of(config).graph(source, named[name], config) for name, config in configs.items()}
-
-
-def _rules(rewritten: Rewritten, exact: bool) -> list[RuleReport]:
-    kinds = [kind_of(config).name for config in rewritten.configs.values()]
-    contracts = {"gateswa": "learned", "mla": "close" if exact else "learned"}
-    return [
-        RuleReport(
-            name=name,
-            contract=contracts[name],
-            matched=kinds.count(name),
-            rewritten=kinds.count(name),
-            seconds=rewritten.rule_seconds[name],
-        )
-        for name in contracts
-        if name in kinds
-    ]
 
 
 def _finish(result: PreTrainedModel, output: Path, report: Report, tokenizer: PreTrainedTokenizerBase | None) -> Report:

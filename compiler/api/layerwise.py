@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from attnedit.compiler.checkpoint_reader import CheckpointReader, weights_of
@@ -30,7 +30,7 @@ from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import FitOptions, fit_layer
 from attnedit.passes.mla.rewrite import exact_layer
 from attnedit.passes.site_sample import take_sample
-from attnedit.targets.attention.kinds import KINDS, AnyConfig, config_from_dict, config_to_dict, kind_of
+from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_of, config_to_dict, kind_of
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard
 
 STATE_DIRECTORY = "run"
@@ -205,7 +205,7 @@ class LayerwiseRewrite:
         own = {name: values[name] for name in shard.weights}
         if graph is None or site is None:
             return own
-        rewritten.configs[site.name] = _config_of(graph)
+        rewritten.configs[site.name] = config_of(graph)
         old = f"{site.name}."
         new = {f"{old}{name}": value for name, value in graph.state_dict().items()}
         return {**{name: value for name, value in own.items() if not name.startswith(old)}, **new}
@@ -260,9 +260,3 @@ class LayerwiseRewrite:
         part = file.with_suffix(".part")
         save_file({"windows": windows.contiguous()}, part)
         os.replace(part, file)
-
-
-def _config_of(graph: nn.Module) -> AnyConfig:
-    """Configuration of the new attention in a rewritten graph."""
-    config: AnyConfig = next(getattr(graph, name) for name in KINDS if hasattr(graph, name)).config
-    return config

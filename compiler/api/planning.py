@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_WINDOW_TOKENS
-from attnedit.compiler.data import context_length, position_limit
+from attnedit.compiler.data import context_length, position_limit, token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage
 from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
@@ -212,10 +214,19 @@ def check_arguments(
     return options, form
 
 
-def window_length(model: PreTrainedModel, options: GateSWAOptions) -> int:
-    """Tokens per calibration window for windowed layers: several of the attention's windows."""
-    wanted = max(DEFAULT_WINDOW_TOKENS, 4 * options.cached_tokens)
-    return min(wanted, context_length(model), position_limit(model) or wanted)
+def calibration_windows(
+    calibration: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    windowing: GateSWAOptions | None,
+    **options: Any,
+) -> Tensor:
+    """`token_windows`; for windowed layers each is as long as several of the attention's windows."""
+    length = None
+    if windowing is not None:
+        wanted = max(DEFAULT_WINDOW_TOKENS, 4 * windowing.cached_tokens)
+        length = min(wanted, context_length(model), position_limit(model) or wanted)
+    return token_windows(calibration, tokenizer, model, window=length, **options)
 
 
 def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[str]]:

@@ -67,3 +67,9 @@ def config_from_dict(values: Mapping[str, Any]) -> AnyConfig:
     if name not in KINDS:
         raise UsageError(f"attention of kind {name!r} is not known to this version (it knows {', '.join(KINDS)})")
     return KINDS[name].config.from_dict(rest)
+
+
+def config_of(graph: nn.Module) -> AnyConfig:
+    """Configuration of the new attention in a rewritten graph."""
+    found: AnyConfig = next(getattr(graph, name) for name in KINDS if hasattr(graph, name)).config
+    return found
