@@ -243,6 +243,7 @@ def test_the_installed_command_keeps_stderr_clean(saved_llama: Path) -> None:
 
 def test_the_package_runs_as_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setattr(sys, "argv", ["attnedit", "inspect", "./gone"])
+    monkeypatch.delitem(sys.modules, "attnedit.cli.__main__", raising=False)  # where all modules were imported before
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("attnedit.cli", run_name="__main__")
     assert capsys.readouterr().err.startswith("attnedit: ./gone does not exist")
