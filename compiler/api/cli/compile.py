@@ -44,8 +44,8 @@ from attnedit.cli.training import (
     FitStepsOption,
     MemoryLimitOption,
     SelfGeneratedOption,
-    TrainingLengthOption,
     TorchCompileOption,
+    TrainingLengthOption,
     TrainOption,
     open_run,
 )
