@@ -41,6 +41,7 @@ def median_seconds(work: Callable[[], object], device: str, repeats: int) -> flo
             times.append(time.perf_counter() - begin)
         return statistics.median(times[1:])
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()
     torch.cuda.synchronize()

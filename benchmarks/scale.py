@@ -2,9 +2,11 @@
 
     python benchmarks/scale.py qwen3-8b
     python benchmarks/scale.py qwen3-30b-a3b --batch-size 4
-    torchrun --nproc-per-node 2 benchmarks/scale.py qwen3-8b --steps-only
+    torchrun --nproc-per-node 2 benchmarks/scale.py qwen3-8b --quick
+    accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 benchmarks/scale.py qwen3-8b --quick
 
-Quality is not the question here: the weights are random. The last line is a JSON object.
+Quality is not the question here: the weights are random. The last line is a JSON object; tokens and batches are those of
+all processes together.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import attnedit
+from attnedit.compiler.processes import processes
 from attnedit.compiler.report import peak_memory_bytes
 
 COMMON = {"head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False}
@@ -126,9 +129,20 @@ def main() -> None:
     parser.add_argument("--fit-steps", type=int, default=6)
     parser.add_argument("--distill-steps", type=int, default=6)
     parser.add_argument("--memory-limit", type=int, help="bytes, of layer-wise fitting")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep the activations")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in place of keeping them")
+    parser.add_argument("--no-compile", action="store_true", help="layers as they are, not through torch.compile")
+    parser.add_argument("--quick", action="store_true", help="a start that costs little: the steps are the question")
     options = parser.parse_args()
     cuda = options.device.startswith("cuda")
+    if processes().device is not None:
+        options.device = str(processes().device)
+    if options.quick:
+        options.calibration_tokens, options.alternations = 2048, 0
+
+    def show(figures: dict[str, Any]) -> None:
+        if processes().main:
+            print(json.dumps(figures), flush=True)
+
     began = time.perf_counter()
     teacher = random_model(options.shape, options.layers, options.device)
     made = time.perf_counter() - began
@@ -149,6 +163,8 @@ def main() -> None:
     figures: dict[str, Any] = {
         "shape": options.shape,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "processes": processes().count,
+        "in_parts": processes().sharded,
         "source_gib": round(sum(p.numel() * p.element_size() for p in teacher.parameters()) / 2**30, 2),
         "made_s": round(made, 1),
         "compile_s": round(time.perf_counter() - began, 1),
@@ -156,7 +172,7 @@ def main() -> None:
     }
     if cuda:
         figures["compile_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-    print(json.dumps(figures), flush=True)
+    show(figures)
     flops = step_flops(teacher, result.model, options.batch_size, options.seq_len)
     for stage, steps in (("fit", options.fit_steps), ("distill", options.distill_steps)):
         if not steps:
@@ -175,7 +191,8 @@ def main() -> None:
             batch_size=options.batch_size,
             seq_len=options.seq_len,
             evaluate_every=steps,
-            activation_checkpointing=not options.no_checkpointing,
+            activation_checkpointing=options.checkpointing,
+            torch_compile=not options.no_compile,
             memory_limit=options.memory_limit,
             **{f"{stage}_steps": steps},
         )
@@ -184,13 +201,13 @@ def main() -> None:
             figures |= {
                 f"{stage}_step_s": round(seconds, 3),
                 f"{stage}_tokens_per_s": round(tokens / seconds),
-                f"{stage}_mfu": round(flops[stage] / seconds / PEAK_FLOPS, 3),
+                f"{stage}_mfu": round(flops[stage] / seconds / PEAK_FLOPS / processes().count, 3),
             }
         if cuda:
             figures[f"{stage}_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-        print(json.dumps(figures), flush=True)
+        show(figures)
     figures["host_peak_gib"] = round(peak_memory_bytes() / 2**30, 1)
-    print(json.dumps(figures))
+    show(figures)
 
 
 if __name__ == "__main__":

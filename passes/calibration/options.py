@@ -39,6 +39,7 @@ class CalibrationOptions:
         memory_limit: bytes that fitting may take for weights and optimiser; layers are then fitted a few at a time,
             with hidden states on disk. None for no limit.
         activation_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
+        torch_compile: run decoder layers through `torch.compile`; None for GPUs and runs that are long enough.
     """
 
     fit_steps: int = 0
@@ -57,6 +58,7 @@ class CalibrationOptions:
     patience: int = 0
     memory_limit: int | None = None
     activation_checkpointing: bool = False
+    torch_compile: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no model could be trained with."""

@@ -21,6 +21,7 @@ from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import Walk, decoder_layers, replaced_forwards
 from attnedit.passes.calibration.batches import Batches
+from attnedit.passes.calibration.compiled import compiled, worthwhile
 from attnedit.passes.calibration.distillation import Distillation
 from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups
 from attnedit.passes.calibration.journal import Journal
@@ -155,7 +156,11 @@ def _fit(
     sizes = {name: sum(p.numel() for p in parameters.values()) for name, parameters in own.items()}
     parts = groups(sites, sizes, options.memory_limit)
     states: list[StageState] = []
-    with _scratch(journal.directory, len(parts) > 1) as scratch:
+    # In pieces: between them the source's attention shows what goes in and comes out.
+    pieces = [piece for layer in decoder_layers(teacher, list(sites))[0] for piece in layer.children()]
+    pieces += [student.get_submodule(site.name) for site in sites]
+    fast = compiled(pieces, worthwhile(options.torch_compile, device, options.fit_steps))
+    with _scratch(journal.directory, len(parts) > 1) as scratch, fast:
         hidden: HiddenStates | None = None
         for number, group in enumerate(parts, 1):
             if scratch is not None and number > 1:
@@ -205,8 +210,8 @@ def _distill(
     progress: Progress | None,
 ) -> StageState:
     device = _device(teacher)
-    layers = _feature_layers(teacher, sites, options.feature_layers) if options.feature_weight else []
-    step_losses = Distillation(student, teacher, layers)
+    compared = _feature_layers(teacher, sites, options.feature_layers) if options.feature_weight else []
+    step_losses = Distillation(student, teacher, compared)
 
     def learn(step: int) -> Mapping[str, float]:
         rows = batches[options.fit_steps + step]
@@ -217,7 +222,7 @@ def _distill(
             share = len(part) / len(rows)
             with mixed_precision(teacher):
                 divergence, features = step_losses.losses(part.to(device), share, weight)
-            found.append((share, {"loss": divergence, "features": features} if layers else {"loss": divergence}))
+            found.append((share, {"loss": divergence, "features": features} if compared else {"loss": divergence}))
         return weighted_sum(found)
 
     @torch.no_grad()
@@ -238,7 +243,9 @@ def _distill(
         learn=learn,
         evaluate=evaluate,
     )
-    with _activation_checkpointing(student, sites, options.activation_checkpointing):
+    layers = [layer for model in (teacher, student) for layer in decoder_layers(model, list(sites))[0]]
+    fast = compiled(layers, worthwhile(options.torch_compile, device, options.distill_steps))
+    with fast, _activation_checkpointing(student, sites, options.activation_checkpointing):
         return run_stage(stage, options, journal, progress=progress)
 
 

@@ -79,6 +79,7 @@ class MLA(nn.Module):
 
     Attributes:
         path: "auto" leaves the choice to `choose_path`; an exporter whose lengths are symbolic fixes it.
+        columns: `config.rope_columns` as a tensor, for compilers: constants would make every layer's code its own.
     """
 
     q_rope_proj: nn.Parameter | None
@@ -90,6 +91,7 @@ class MLA(nn.Module):
         super().__init__()
         self.config = config
         self.path: Literal["auto", "absorbed", "expanded"] = "auto"
+        self.columns: Tensor | None = None
         heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         up = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_a_proj_with_mqa = nn.Linear(
@@ -145,7 +147,7 @@ class MLA(nn.Module):
         length = query.shape[2]
         config = self.config
         projected = self.kv_a_proj_with_mqa(kv_input)
-        latent, slots = projected.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        latent, slots = projected.tensor_split((config.kv_lora_rank,), dim=-1)
         query_rope: Tensor | None = None
         if self.q_rope_proj is not None:
             if cos is None or sin is None:
@@ -301,6 +303,8 @@ class MLA(nn.Module):
 
     def _table(self, table: Tensor, like: Tensor) -> Tensor:
         """Columns of cos or sin, one per slot, [.., T, s] in the dtype of what they turn."""
+        if self.columns is not None:
+            return table.index_select(-1, self.columns).to(like.dtype)
         columns = self.config.rope_columns
         step = columns[1] - columns[0] if len(columns) > 1 else 1
         stop = columns[0] + step * len(columns)

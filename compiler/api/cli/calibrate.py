@@ -39,6 +39,7 @@ from attnedit.cli.training import (
     MemoryLimitOption,
     SelfGeneratedOption,
     TrainingLengthOption,
+    TorchCompileOption,
     TrainOption,
     open_run,
 )
@@ -67,6 +68,7 @@ def calibrate(
     checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
     memory_limit: MemoryLimitOption = None,
     activation_checkpointing: ActivationCheckpointingOption = False,
+    torch_compile: TorchCompileOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -91,6 +93,7 @@ def calibrate(
         "checkpoint_every": checkpoint_every,
         "memory_limit": memory_limit,
         "activation_checkpointing": activation_checkpointing,
+        "torch_compile": torch_compile,
     }
     if not CalibrationOptions.of(**training).steps:
         raise UsageError("nothing to train: give --fit-steps or --distill-steps")

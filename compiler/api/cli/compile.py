@@ -45,6 +45,7 @@ from attnedit.cli.training import (
     MemoryLimitOption,
     SelfGeneratedOption,
     TrainingLengthOption,
+    TorchCompileOption,
     TrainOption,
     open_run,
 )
@@ -137,6 +138,7 @@ def compile_model(
     checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
     memory_limit: MemoryLimitOption = None,
     activation_checkpointing: ActivationCheckpointingOption = False,
+    torch_compile: TorchCompileOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",

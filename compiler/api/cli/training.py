@@ -45,6 +45,13 @@ MemoryLimitOption = Annotated[
 ActivationCheckpointingOption = Annotated[
     bool, typer.Option("--activation-checkpointing", help="Distillation: keep no activations, compute them again.")
 ]
+TorchCompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--torch-compile/--no-torch-compile",
+        help="Training: layers through torch.compile; unless told, on a GPU and for runs long enough.",
+    ),
+]
 
 DEFAULTS = Defaults()
 

@@ -1,0 +1,72 @@
+"""Decoder layers through `torch.compile` while they train, layers that compute the same through one compilation.
+
+What keeps layers apart for the compiler is not what they compute: each rewritten attention is a graph with a class of
+its own, and each latent attention has its own rotary columns as constants. Both are made equal here for as long as
+training takes (regional compilation, as in PyTorch's recipe of that name).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+
+from attnedit.compiler.processes import processes
+from attnedit.compiler.stream import replaced_forwards
+from attnedit.targets.attention.mla import MLA
+
+COMPILATIONS = 64
+"""Of one function, for layers that differ and for batches of other sizes, before it runs uncompiled."""
+WORTH = 150
+"""Steps from which compiling pays for its half minute or so."""
+
+
+def worthwhile(wanted: bool | None, device: torch.device, steps: int) -> bool:
+    """Whether to compile: as asked, or where nothing is asked, on a GPU for runs long enough.
+
+    Models in parts are never compiled: the hooks that put their weights together would cut every graph in pieces.
+    """
+    if processes().sharded:
+        return False
+    return (device.type == "cuda" and steps >= WORTH) if wanted is None else wanted
+
+
+@contextmanager
+def compiled(modules: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
+    """Let `torch.compile` run the forward passes of modules while inside; nothing else of them changes.
+
+    Args:
+        modules: such as decoder layers, or parts of them where hooks lie between the parts.
+        wanted: do nothing if not.
+    """
+    if not wanted:
+        yield
+        return
+    limits = {"recompile_limit": COMPILATIONS, "accumulated_recompile_limit": 8 * COMPILATIONS}
+    modules = list(dict.fromkeys(modules))
+    with _alike(modules), torch._dynamo.config.patch(limits):
+        forwards = [torch.compile(module.forward, dynamic=False) for module in modules]
+        with replaced_forwards(modules, forwards):
+            yield
+
+
+@contextmanager
+def _alike(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Graphs of equal code share one class, and rotary columns are tensors in place of constants."""
+    inner = [module for outer in modules for module in outer.modules()]
+    graphs = [(module, type(module)) for module in inner if isinstance(module, fx.GraphModule)]
+    latent = [module for module in inner if isinstance(module, MLA)]
+    classes: dict[str, type] = {}
+    for graph, own in graphs:
+        graph.__class__ = classes.setdefault(graph.code, own)
+    for attention in latent:
+        attention.columns = torch.tensor(attention.config.rope_columns, device=attention.kv_b_proj.weight.device)
+    try:
+        yield
+    finally:
+        for attention in latent:
+            attention.columns = None
+        for graph, own in graphs:
+            graph.__class__ = own
