@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 benchmarks/scale.py qwen3-8b --quick
     accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 benchmarks/scale.py qwen3-8b --quick
 
-Quality is not the question here: the weights are random. The last line is a JSON object; tokens and batches are those
-of all processes together.
+Quality is not the question here: the weights are random. The last line is a JSON object; tokens and batches are of all
+processes together.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--fit-steps", type=int, default=6)
     parser.add_argument("--distill-steps", type=int, default=6)
     parser.add_argument("--memory-limit", type=int, help="bytes, of layer-wise fitting")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again, not keep them")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="compute activations again in place of keeping them"
+    )
     parser.add_argument("--no-compile", action="store_true", help="layers as they are, not through torch.compile")
     parser.add_argument("--quick", action="store_true", help="a start that costs little: the steps are the question")
     options = parser.parse_args()

@@ -15,10 +15,11 @@ import pytest
 import torch
 from commands import Captured, answer, refusal
 from commands import save as save_with_tokenizer
-from compiled import compile_tiny, source
+from compiled import compile_tiny, source, tokens
 from conftest import make_llama
+from families import build
 from npu_models import BATCH, exported, model
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 import attnedit
@@ -26,7 +27,10 @@ from attnedit.targets.runtime.check import check_model
 from attnedit.targets.runtime.npu import NpuModel, export
 from attnedit.targets.runtime.npu import export as export_function
 from attnedit.targets.runtime.npu.export_air import example
+from attnedit.targets.runtime.npu.fuse import fuse
+from attnedit.targets.runtime.npu.reference import register
 from attnedit.targets.runtime.npu.run_npu import load_program
+from attnedit.targets.runtime.npu.survey import survey
 
 KERNEL = "npu_fused_infer_attention_score_v2"
 MODULE: Any = sys.modules[export_function.__module__]
@@ -281,10 +285,56 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert max(check["deviation"] for check in manifest.checks) < 2e-5
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.long
-def test_what_computes_something_else_is_not_written(tmp_path: Path) -> None:
-    """A source that is latent already, which lowering does not read right yet: the check keeps it from being used."""
-    given = SimpleNamespace(model=source("deepseek_v3"), tokenizer=None)
-    with pytest.raises(attnedit.VerificationError, match="nothing was written"):
-        export(given, tmp_path / "out", batch_size=2, capacity=128)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "rope_parameters": {**YARN, "mscale_all_dim": 1.0}},
+        {"rope_interleave": False, "first_k_dense_replace": 2},
+    ],
+)
+def test_sources_that_are_latent_already(options: dict[str, Any], tmp_path: Path) -> None:
+    latent = build("deepseek_v3", **options)
+    with torch.no_grad():
+        for name, buffer in latent.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(generator=torch.Generator().manual_seed(0))
+    manifest = export(SimpleNamespace(model=latent, tokenizer=None), tmp_path / "out", batch_size=2, capacity=128)
+    assert max(check["deviation"] for check in manifest.checks) < 2e-5
+    assert manifest.operators["decode"]["npu_rotary_mul"] == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["falcon_alibi", "gpt_neo"])
+@pytest.mark.parametrize("target", ["mla", "gateswa"])
+def test_a_bias_or_window_in_the_mask_is_not_lost(family: str, target: str, tmp_path: Path) -> None:
+    form: dict[str, Any] = {"kv_budget": 0.5} if target == "mla" else {"window": 4, "full_layers": 0, "sinks": "none"}
+    model = attnedit.compile(source(family), target, calibration=tokens(4, 32), **form).model
+    for one in (model, copy.deepcopy(model).to("meta")):
+        with pytest.raises(attnedit.UsageError, match="in its mask, which the NPU export cannot hold"):
+            survey(one)
+    with pytest.raises(attnedit.UsageError, match="in its mask"):
+        export(SimpleNamespace(model=model, tokenizer=None), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+class Neighbours(nn.Module):
+    """A rotation and a gate of neighbouring values; the rotation's result has the halves apart."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1), nn.functional.silu(even) * odd
+
+
+def test_every_second_value_is_no_half() -> None:
+    register()
+    given = (torch.randn(2, 3, 5, 16), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8))
+    module = fuse(torch.export.export(Neighbours(), given, strict=False))
+    targets = {str(node.target) for node in module.graph.nodes}
+    assert {"npu.npu_rotary_mul.default", "npu.npu_swiglu.default"} <= targets
+    for found, want in zip(module(*given), Neighbours()(*given), strict=True):
+        torch.testing.assert_close(found, want)

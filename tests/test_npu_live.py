@@ -72,7 +72,7 @@ def test_stored_schemas_are_the_registered_ones(stub: Path, tmp_path: Path) -> N
     assert found == {"version": "2.13.0", "problems": [], "ours": [], "real": 14}
 
 
-@pytest.mark.parametrize("kind", ["full", "joined", "split", "window", "composition", "experts", "sinks"])
+@pytest.mark.parametrize("kind", ["full", "joined", "split", "window", "composition", "experts", "sinks", "held"])
 def test_shapes_are_those_of_torch_npu(kind: str, stub: Path) -> None:
     folder, _ = exported(kind)
     found = answer(stub, "shapes", folder)

@@ -48,7 +48,7 @@ class CalibrationOptions:
     seq_len: int = 1024
     accumulation: int = 1
     fit_learning_rate: float = 0.01
-    distill_learning_rate: float = 0.002
+    distill_learning_rate: float = 0.001
     train: Train = "attention"
     feature_weight: float = 0.0
     feature_layers: int = 4

@@ -1,17 +1,67 @@
-"""Attention in plain products, for runtimes that have no kernel for it, or none that fits.
+"""Attention in plain products, for runtimes that have no kernel for it, or none that fits; and what exports share.
 
 Shapes: B batch, T new tokens, S keys, H heads, G key/value heads, d query size, dv value size, r latent, s slots.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
 
 # Half of the lowest number: a logit added to it stays finite, and a row that sees nothing stays defined.
 HIDDEN = torch.finfo(torch.float32).min / 2
+
+Virtual = Sequence[tuple[Tensor, Tensor | None]]
+"""Logits [H] of keys that every query sees, with their values [G, dv] if they have any."""
+
+
+class WindowedAttention(nn.Module, ABC):
+    """`GateSWA` as exports have it: sinks and gate are the same everywhere, caches are not.
+
+    Args:
+        module: the trained module.
+    """
+
+    def __init__(self, module: GateSWA) -> None:
+        super().__init__()
+        self.config = module.config
+        self.g_proj, self.sink_logit, self.sink_value = module.g_proj, module.sink_logit, module.sink_value
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden: Tensor | None,
+        mask: Any,
+        cache: Any,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; as `GateSWA.forward`, with a cache of the export. The mask follows from the current step.
+
+        Returns:
+            [B, T, H, dv].
+        """
+        config = self.config
+        virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
+        if self.sink_logit is not None:
+            virtual.append((self.sink_logit, self.sink_value))
+        out = self.attend(cache.layers[config.layer_idx], query, key, value, virtual).transpose(1, 2)
+        if self.g_proj is None or hidden is None:
+            return out
+        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
+        return out * gate
+
+    @abstractmethod
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, virtual: Virtual) -> Tensor:
+        """Attend to the window, and write what is new; returns [B, H, T, dv]."""
 
 
 def attend(
@@ -20,8 +70,8 @@ def attend(
     value: Tensor,
     bias: Tensor,
     softcap: float | None = None,
-    sinks: tuple[Tensor, ...] = (),
-) -> tuple[Tensor, Tensor]:
+    virtual: Virtual = (),
+) -> Tensor:
     """Attend, heads of a group side by side.
 
     Args:
@@ -30,18 +80,24 @@ def attend(
         value: [B, G, S, dv].
         bias: float32 to add to the logits, [B, 1, T, S].
         softcap: logits become ``softcap * tanh(logits / softcap)``.
-        sinks: logits [H] of keys without value.
+        virtual: further keys.
 
     Returns:
-        Outputs [B, H, T, dv], and the probabilities of the sinks [B, H, T, len(sinks)].
+        [B, H, T, dv].
     """
     batch, heads, length, size = query.shape
     groups = key.shape[1]
     rows = heads // groups * length
     logits = torch.matmul(query.reshape(batch, groups, rows, size), key.transpose(-1, -2))
+    sinks = tuple(logit for logit, _ in virtual)
     weights, rest = probabilities(logits.reshape(batch, heads, length, key.shape[2]), bias, softcap, sinks)
     weights = weights.to(value.dtype).reshape(batch, groups, rows, key.shape[2])
-    return torch.matmul(weights, value).reshape(batch, heads, length, value.shape[-1]), rest
+    out = torch.matmul(weights, value).reshape(batch, heads, length, value.shape[-1])
+    for index, (_, own) in enumerate(virtual):
+        if own is not None:
+            shared = own.repeat_interleave(heads // own.shape[0], dim=0)
+            out = out + rest[..., index : index + 1].to(out.dtype) * shared[:, None]
+    return out
 
 
 def probabilities(

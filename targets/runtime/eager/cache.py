@@ -1,14 +1,17 @@
-"""Caches of rewritten models: layers with a window are bounded, whoever makes the cache."""
+"""Generation with rewritten models: layers with a window are bounded, whoever makes the cache, and masks stay small."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.gateswa_layers import bounded_layer
+
+LARGE_MASK = 1 << 26
+"""Places of a prompt's attention mask beyond which the prompt is read in parts: 8,192 x 8,192."""
 
 
 def bounded_cache(model: PreTrainedModel) -> DynamicCache:
@@ -40,15 +43,31 @@ def bind_cache(model: nn.Module, cache: Any) -> Any:
 
 
 class BoundedGeneration:
-    """First base of a model class: `generate` makes caches whose layers with a window are bounded."""
+    """First base of a model class: `generate` bounds what the layers with a window cache, and what a mask takes.
+
+    A batch of prompts of different lengths needs a mask in memory, of T x T for each prompt of T tokens. Long ones are
+    read in parts, unless the caller sets ``prefill_chunk_size``.
+    """
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Bound the layers before the first forward: assisted generation switches their recording on before it."""
         parent: Any = super()
+        if generation_config.prefill_chunk_size is None:
+            generation_config.prefill_chunk_size = _part_of_prompt(model_kwargs.get("attention_mask"))
         result = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = bind_cache(cast(PreTrainedModel, self), model_kwargs.get("past_key_values"))
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
         return result
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Static layers are made at the first forward, which knows what each of them holds."""
+
+
+def _part_of_prompt(mask: Any) -> int | None:
+    """Tokens of a prompt to read at a time, from its padding mask [B, T]; None for all."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] ** 2 <= LARGE_MASK or bool(mask.all()):
+        return None
+    return max(1, LARGE_MASK // mask.shape[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -255,6 +256,10 @@ def _rebuild(model: PreTrainedModel) -> None:
         graphs[name] = kind_of(site_config).graph(model, sites[name], site_config)
     splice(model, graphs)
     use_captured_implementation(model, sites.values())
+    # A checkpoint with code of its own has the tables of the graphs, which are at hand here.
+    tables = (f"{name}.{table}" for name, graph in graphs.items() for table in getattr(graph, "tables", ()))
+    known: Any = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *(f"^{re.escape(name)}$" for name in tables)}
 
 
 def _sites(model_class: ModelClass, config: PreTrainedConfig) -> Mapping[str, AttentionSite]:

@@ -23,7 +23,7 @@ from attnedit.targets.runtime.hf.check import Check, check_same
 from attnedit.targets.runtime.hf.gateswa import laguna_checkpoint, lfm3_checkpoint, native_checkpoint
 from attnedit.targets.runtime.hf.mla import latent_checkpoint
 from attnedit.targets.runtime.hf.native import Native, read_native, write_native
-from attnedit.targets.runtime.hf.remote import load_code, write_code
+from attnedit.targets.runtime.hf.remote import load_code, write_remote
 from attnedit.targets.runtime.staging import check_choice, staged
 
 REMOTE_PROFILE = "remote"
@@ -151,8 +151,7 @@ def native_form(model: PreTrainedModel, profile: str, kernel_dims: bool = False,
 def _write(model: PreTrainedModel, staging: Path, profile: str, kernel_dims: bool, gguf: bool) -> list[str]:
     """Write weights, configuration and code; return notes for the model card."""
     if profile == REMOTE_PROFILE:
-        model.save_pretrained(staging)
-        write_code(model, staging)
+        write_remote(model, staging)
         return ["Needs the version of transformers that it was written with, or a later one; attnedit is not needed."]
     native = native_form(model, profile, kernel_dims, gguf)
     generation: GenerationConfig | None = copy.deepcopy(model.generation_config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,22 +31,35 @@ class GraphAttention(nn.Module):
 
     Attributes:
         parts: what the forward uses of the source: modules and parameters by name.
+        tables: shape and dtype of the other tensors that it reads, by name; their values are in the checkpoint, and
+            loading in another dtype leaves theirs as it is.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
+    tables: ClassVar[Mapping[str, tuple[tuple[int, ...], str]]] = {}
 
     def __init__(self, source: nn.Module, kind: str, new: nn.Module) -> None:
         super().__init__()
         for name in self.parts:
-            *path, last = name.split(".")
-            place: nn.Module = self
+            place, last = self._place(name)
             found: Any = source
-            for step in path:
-                if not hasattr(place, step):
-                    place.add_module(step, nn.Module())
-                place, found = getattr(place, step), getattr(found, step)
-            setattr(place, last, getattr(found, last))
+            for step in name.split("."):
+                found = getattr(found, step)
+            setattr(place, last, found)
+        for name, (shape, dtype) in self.tables.items():
+            place, last = self._place(name)
+            place.register_buffer(last, torch.empty(shape, dtype=getattr(torch, dtype)))
         self.add_module(kind, new)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds what has a name, made where there is none, and the last part of the name."""
+        *path, last = name.split(".")
+        place: nn.Module = self
+        for step in path:
+            if not hasattr(place, step):
+                place.add_module(step, nn.Module())
+            place = getattr(place, step)
+        return place, last
 
 
 def put_attention_in(model: PreTrainedModel, classes: Mapping[str, type[GraphAttention]]) -> None:

@@ -13,12 +13,12 @@ import re
 import sys
 import types
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError, VerificationError
@@ -77,15 +77,18 @@ register_conversions({config}, {model}, Attnedit{model})
 '''
 
 
-def write_code(model: PreTrainedModel, directory: Path) -> None:
-    """Add to a saved result the code that loads it without attnedit, and point its configuration there.
+def write_remote(model: PreTrainedModel, directory: Path) -> None:
+    """Write weights and configuration, and the code that loads them without attnedit.
+
+    Tensors that the graphs read and a saved result does not have (tables of positions, constants) are written among
+    the weights: the classes in the code hold them as buffers.
 
     Args:
         model: the rewritten model.
-        directory: where it was saved.
+        directory: existing.
 
     Raises:
-        UsageError: the source's class is not among transformers' own.
+        UsageError: the source's class is not among transformers' own, or something wraps an attention module.
     """
     kinds = source_classes(model).values()
     source_config, source_model = (kind.__name__ for kind in kinds)
@@ -93,10 +96,13 @@ def write_code(model: PreTrainedModel, directory: Path) -> None:
     for kind in kinds:
         if getattr(transformers, kind.__name__, None) is not kind:
             raise UsageError(f"{kind.__name__} is not one of transformers' own classes, so the code cannot import it")
+    names = {"config": source_config, "model": source_model}
+    graphs = _graphs(model)
+    tables = {f"{site}.{name}": value for site, graph in graphs.items() for name, value in _tables(graph).items()}
+    model.save_pretrained(directory, state_dict={**model.state_dict(), **tables})
+    classes, table = _attention_classes(graphs)
     for name, text in copied_modules().items():
         (directory / f"{name}.py").write_text(text, encoding="utf-8")
-    names = {"config": source_config, "model": source_model}
-    classes, table = _attention_classes(model)
     code = HEAD.format(**names) + "\n\n\n".join([*classes, TAIL.format(table=table, **names)])
     (directory / f"{MODELING}.py").write_text(code, encoding="utf-8")
     file = directory / CONFIG_FILE
@@ -117,9 +123,7 @@ def copied_modules() -> dict[str, str]:
         if spec is None or spec.origin is None:
             raise AssertionError(f"{name} is one of our files")
         text = Path(spec.origin).read_text(encoding="utf-8")
-        found[_file_name(name)] = OUR_IMPORT.sub(
-            lambda match: match[0].replace(match[1], f".{_file_name(match[1])}"), text
-        )
+        found[_file_name(name)] = OUR_IMPORT.sub(_relative, text)
         names += [other for other in OUR_IMPORT.findall(text) if _file_name(other) not in found]
     return found
 
@@ -167,27 +171,40 @@ def _file_name(module: str) -> str:
     return f"attnedit_{module.rpartition('.')[2]}"
 
 
-def _attention_classes(model: PreTrainedModel) -> tuple[list[str], str]:
-    """Print the graphs of the rewritten layers: classes, and the rows of the table from layers to them."""
+def _graphs(model: PreTrainedModel) -> dict[str, fx.GraphModule]:
+    """The rewritten layers by name."""
     config: Any = model.config
-    names: dict[str, str] = {}
-    rows = []
+    graphs = {}
     for site in config.attnedit["sites"]:
         module = model.get_submodule(site)
         if not isinstance(module, fx.GraphModule):
             raise UsageError(f"{site} is wrapped in a {type(module).__name__}; merge or remove what wraps it")
-        body = _class_body(site, module)
-        names.setdefault(body, f"{type(module).__name__}{len(names)}")
+        graphs[site] = module
+    return graphs
+
+
+def _tables(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """What a graph reads that is no parameter, by name; copies, since files hold no shared memory."""
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    return {name: value.detach().clone() for name, value in graph.named_buffers() if name in used}
+
+
+def _attention_classes(graphs: Mapping[str, fx.GraphModule]) -> tuple[list[str], str]:
+    """Print graphs: classes, and the rows of the table from layers to them."""
+    names: dict[str, str] = {}
+    rows = []
+    for site, graph in graphs.items():
+        body = _class_body(graph)
+        names.setdefault(body, f"{type(graph).__name__}{len(names)}")
         rows.append(f"    {site!r}: {names[body]},")
     return [f"class {name}(GraphAttention):\n{body}" for body, name in names.items()], "\n".join(rows)
 
 
-def _class_body(site: str, module: fx.GraphModule) -> str:
-    used = [str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")]
-    parts = tuple(dict.fromkeys(name for name in used if name not in KINDS))
-    known = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_modules()}
-    if constant := next((name for name in parts if name not in known), None):
-        raise UsageError(f"{site}: the graph holds the tensor {constant}, which is no weight and cannot be printed")
-    forward = module.graph.python_code("self").src.strip()
+def _class_body(graph: fx.GraphModule) -> str:
+    tables = {name: (tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in _tables(graph).items()}
+    used = [str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")]
+    parts = tuple(dict.fromkeys(name for name in used if name not in {*KINDS, *tables}))
+    forward = graph.graph.python_code("self").src.strip()
     lines = [f"    {line}".rstrip() for line in forward.splitlines()]
-    return "\n".join(['    """The graph of an attention module."""', "", f"    parts = {parts!r}", "", *lines])
+    facts = [f"    parts = {parts!r}", *([f"    tables = {tables!r}"] if tables else [])]
+    return "\n".join(['    """The graph of an attention module."""', "", *facts, "", *lines])

@@ -15,9 +15,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
-from attnedit.targets.runtime.decomposed import as_bias, attend
+from attnedit.targets.runtime.decomposed import Virtual, WindowedAttention, as_bias, attend
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_cache, current_step
-from attnedit.targets.runtime.npu.extras import Virtual, prompt_extras, virtual_keys
+from attnedit.targets.runtime.npu.extras import prompt_extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
 from attnedit.targets.runtime.npu.latent import LatentAttention
 from attnedit.targets.runtime.npu.legalise import LayerPlan
@@ -29,44 +29,12 @@ NPU = "attnedit_npu"
 ops = torch.ops.npu
 
 
-class WindowAttention(nn.Module):
-    """`GateSWA` with a cache that is a ring: the tokens of the window, and the kept sinks before them.
+class WindowAttention(WindowedAttention):
+    """`GateSWA` with a cache that is a ring: the tokens of the window, and the kept sinks before them."""
 
-    Args:
-        module: the trained module.
-        plan: how it runs.
-    """
-
-    def __init__(self, module: GateSWA, plan: LayerPlan) -> None:
-        super().__init__()
-        self.config, self.plan = module.config, plan
-        self.g_proj, self.sink_logit, self.sink_value = module.g_proj, module.sink_logit, module.sink_value
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden: Tensor | None,
-        mask: Any,
-        cache: Any,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; as `GateSWA.forward`, with an NPU cache. The mask follows from the current step.
-
-        Returns:
-            [B, T, H, dv].
-        """
-        config = self.config
-        virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
-        if self.sink_logit is not None:
-            virtual.append((self.sink_logit, self.sink_value))
-        layer: NpuLayer = cache.layers[config.layer_idx]
-        out = grouped_attention(layer, query, key, value, config.scale, config.softcap, virtual).transpose(1, 2)
-        if self.g_proj is None or hidden is None:
-            return out
-        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
-        return out * gate
+    def attend(self, layer: NpuLayer, query: Tensor, key: Tensor, value: Tensor, virtual: Virtual) -> Tensor:
+        """Attend as the layer's plan says; returns [B, H, T, dv]."""
+        return grouped_attention(layer, query, key, value, self.config.scale, self.config.softcap, virtual)
 
 
 def grouped_attention(
@@ -112,12 +80,7 @@ def grouped_attention(
         if site.form == "full":
             key, value = layer.all_rows(0), layer.all_rows(1)
         bias = rows_bias(plan, key.shape[2])
-    out, rest = attend(query * scale, key, value, bias, softcap, tuple(logit for logit, _ in virtual))
-    for index, (_, own) in enumerate(virtual):
-        if own is not None:
-            shared = own.repeat_interleave(query.shape[1] // own.shape[0], dim=0)
-            out = out + rest[..., index : index + 1].to(out.dtype) * shared[:, None]
-    return out
+    return attend(query * scale, key, value, bias, softcap, virtual)
 
 
 def _token_attention(layer: NpuLayer, query: Tensor, value_size: int, scale: float, virtual: Virtual) -> Tensor:
@@ -153,7 +116,7 @@ def lower(model: nn.Module, plans: list[LayerPlan]) -> None:
         if isinstance(module, MLA):
             model.set_submodule(name, LatentAttention(module, by_layer[module.config.layer_idx]))
         elif isinstance(module, GateSWA):
-            model.set_submodule(name, WindowAttention(module, by_layer[module.config.layer_idx]))
+            model.set_submodule(name, WindowAttention(module))
 
 
 def npu_attention(

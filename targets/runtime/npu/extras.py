@@ -5,16 +5,11 @@ Shapes: B batch, T new tokens, H heads, G key/value heads, d query size, dv valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from attnedit.targets.runtime.decomposed import HIDDEN
+from attnedit.targets.runtime.decomposed import HIDDEN, Virtual
 from attnedit.targets.runtime.npu.legalise import LayerPlan
-
-Virtual = Sequence[tuple[Tensor, Tensor | None]]
-"""Logits [H] of keys that every query sees, with their values [G, dv] if they have any."""
 
 
 class Extras:

@@ -153,31 +153,34 @@ def _rotation(module: fx.GraphModule, node: Any) -> None:
     found = _whole_rotation(node) or _halved_rotation(node)
     if found is None:
         return
-    x, cos, sin, halves = found
-    size, table = value(x), value(cos)
+    parts, cos, sin, halves = found
+    size, table = value(node), value(cos)
     if size is None or table is None or value(sin) is None or size.dim() != 4 or table.dim() != 4:
         return
     width = table.shape[-1] * (2 if halves else 1)
     if width != size.shape[-1] or size.shape[-1] >= 896 or table.shape[1] != 1 or table.dtype != size.dtype:
+        return
+    if any(value(part) is None or value(part).shape[:-1] != size.shape[:-1] for part in parts):
         return
 
     def build(graph: fx.Graph) -> fx.Node:
         tables: tuple[Any, ...] = (cos, sin)
         if halves:
             tables = tuple(graph.call_function(aten.cat.default, ([part, part], -1)) for part in tables)
+        x = parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, -1))
         return graph.call_function(npu.npu_rotary_mul.default, (x, *tables))
 
     _replace(node, build)
 
 
-def _whole_rotation(node: Any) -> tuple[Any, Any, Any, bool] | None:
+def _whole_rotation(node: Any) -> tuple[list[Any], Any, Any, bool] | None:
     if not _is(node, aten.add.Tensor) or not all(_is(arg, aten.mul.Tensor) for arg in node.args[:2]):
         return None
     for straight, turned in (node.args[:2], node.args[1::-1]):
         for cat, sin in (turned.args[:2], turned.args[1::-1]):
             x = _turned_half(cat)
             if x is not None and x in straight.args:
-                return x, _other(straight, x), sin, False
+                return [x], _other(straight, x), sin, False
     return None
 
 
@@ -200,7 +203,9 @@ def _half(node: Any) -> tuple[Any, int] | None:
         whole, half = value(node.args[0]), value(node)
         if whole is None or node.args[1] % whole.dim() != whole.dim() - 1 or 2 * half.shape[-1] != whole.shape[-1]:
             return None
-        return node.args[0], int(node.args[2] != 0)
+        # Every second value is half of them too.
+        start, step = node.args[2] or 0, node.args[4] if len(node.args) > 4 else 1
+        return (node.args[0], int(start != 0)) if step == 1 and start in (0, half.shape[-1]) else None
     if _is(node, operator.getitem) and _is(node.args[0], aten.chunk.default, aten.split.Tensor):
         whole, half = value(node.args[0].args[0]), value(node)
         dim = node.args[0].args[2] if len(node.args[0].args) > 2 else 0
@@ -209,7 +214,8 @@ def _half(node: Any) -> tuple[Any, int] | None:
     return None
 
 
-def _halved_rotation(node: Any) -> tuple[Any, Any, Any, bool] | None:
+def _halved_rotation(node: Any) -> tuple[list[Any], Any, Any, bool] | None:
+    """The halves need not be of one tensor: DeepSeek takes them from neighbouring pairs, and gives them back apart."""
     if not _is(node, aten.cat.default) or len(node.args[0]) != 2:
         return None
     real, imaginary = node.args[0]
@@ -219,12 +225,11 @@ def _halved_rotation(node: Any) -> tuple[Any, Any, Any, bool] | None:
     if not all(_is(product, aten.mul.Tensor) for product in products):
         return None
     (x1, cos), (x2, sin) = real.args[0].args[:2], real.args[1].args[:2]
-    low, high = _half(x1), _half(x2)
-    if low is None or high is None or low[0] is not high[0] or (low[1], high[1]) != (0, 1):
-        return None
     if {frozenset(product.args[:2]) for product in imaginary.args[:2]} != {frozenset((x2, cos)), frozenset((x1, sin))}:
         return None
-    return low[0], cos, sin, True
+    low, high = _half(x1), _half(x2)
+    whole = low is not None and high is not None and low[0] is high[0] and (low[1], high[1]) == (0, 1)
+    return [low[0]] if low is not None and whole else [x1, x2], cos, sin, True
 
 
 def _swiglu(module: fx.GraphModule, node: Any) -> None:

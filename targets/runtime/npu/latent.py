@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnedit.compiler.errors import AttneditError
 from attnedit.targets.attention.mla import MLA
-from attnedit.targets.runtime.decomposed import absorbed, attend, rotate
+from attnedit.targets.runtime.decomposed import Virtual, absorbed, attend, rotate
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_step
 from attnedit.targets.runtime.npu.extras import Extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
@@ -90,8 +90,8 @@ class LatentAttention(nn.Module):
         if self.plan.prefill.fused:
             return prompt_attention(self.plan, query, key, value, config.scale, extras)
         bias = prompt_bias(self.plan, query.shape[2])
-        sinks = () if self.sinks is None else (self.sinks,)
-        return attend(query * config.scale, key, value, bias, config.softcap, sinks)[0]
+        sinks: Virtual = () if self.sinks is None else ((self.sinks, None),)
+        return attend(query * config.scale, key, value, bias, config.softcap, sinks)
 
     def _token(
         self,
@@ -114,9 +114,9 @@ class LatentAttention(nn.Module):
         if not plan.decode.fused:
             keys = layer.all_rows(0)
             queries = torch.cat((onto_latent, onto_slots), dim=-1) * config.scale
-            sinks = () if self.sinks is None else (self.sinks,)
+            sinks: Virtual = () if self.sinks is None else ((self.sinks, None),)
             bias = rows_bias(plan, keys.shape[2])
-            context, _ = attend(queries, keys, keys[..., :rank], bias, config.softcap, sinks)
+            context = attend(queries, keys, keys[..., :rank], bias, config.softcap, sinks)
             return torch.matmul(context, self.value_up)
         parts = self._packed(onto_latent, onto_slots)
         more = plan.heads - query.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -32,16 +33,13 @@ def survey(model: PreTrainedModel) -> list[Site]:
 
     Raises:
         UsageError: a layer's attention cannot be lowered: it keeps something else than keys and values, does not go
-            through transformers' attention interface, or sees a pattern that is neither causal nor a window.
+            through transformers' attention interface, sees a pattern that is neither causal nor a window, or has a bias
+            or a window in a mask of its own.
     """
     if not takes_positions(model):
         raise UsageError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need")
-    found: dict[int, Site] = {}
-    for module in model.modules():
-        if isinstance(module, MLA):
-            found[module.config.layer_idx] = Site.of_mla(module.config)
-        elif isinstance(module, GateSWA):
-            found[module.config.layer_idx] = Site.of_gateswa(module.config)
+    rewritten: list[MLA | GateSWA] = [module for module in model.modules() if isinstance(module, MLA | GateSWA)]
+    found = {module.config.layer_idx: _rewritten(module) for module in rewritten}
     cache = DynamicCache(config=model.config)
     calls: dict[int, tuple[Site, Tensor, Tensor]] = {}
 
@@ -52,7 +50,12 @@ def survey(model: PreTrainedModel) -> list[Site]:
         calls[int(layer)] = (_described(int(layer), call), call.key, call.value)
 
     ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
-    with attention_implementation(model, PROBE), experts_implementation(model, "batched_mm"), listening(listen):
+    with ExitStack() as stack:
+        stack.enter_context(attention_implementation(model, PROBE))
+        stack.enter_context(experts_implementation(model, "batched_mm"))
+        stack.enter_context(listening(listen))
+        for module in rewritten:
+            stack.callback(module.register_forward_pre_hook(_refuse_own_mask).remove)
         call: Any = model
         call(ids, past_key_values=cache, use_cache=True)
     for index, layer in enumerate(cache.layers):
@@ -72,6 +75,20 @@ def survey(model: PreTrainedModel) -> list[Site]:
         site, seen_key, seen_value = calls[index]
         found[index] = site if _same(key, seen_key) and _same(value, seen_value) else _held(site, key, value)
     return [found[index] for index in sorted(found)]
+
+
+def _rewritten(module: MLA | GateSWA) -> Site:
+    return Site.of_mla(module.config) if isinstance(module, MLA) else Site.of_gateswa(module.config)
+
+
+def _refuse_own_mask(module: MLA | GateSWA, given: tuple[Any, ...]) -> None:
+    """Refuse a mask that the layer made or changed, since what it says would be lost."""
+    mask = given[4]
+    if isinstance(mask, Tensor) and mask_window(mask) is None:
+        raise UsageError(
+            f"layer {module.config.layer_idx} has a bias (ALiBi) or a window of its own in its mask, which the NPU "
+            "export cannot hold; export it to hf with --profile remote"
+        )
 
 
 def _described(layer: int, call: InterfaceCall) -> Site:

@@ -19,7 +19,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from attnedit.compiler.errors import AttneditError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
-from attnedit.targets.runtime.decomposed import absorbed, as_bias, attend, probabilities, rotate
+from attnedit.targets.runtime.decomposed import (
+    Virtual,
+    WindowedAttention,
+    absorbed,
+    as_bias,
+    attend,
+    probabilities,
+    rotate,
+)
 from attnedit.targets.runtime.onnx.cache import ExportLayer, Step, current_step
 
 EXPORT = "attnedit_onnx"
@@ -94,37 +102,15 @@ class LatentAttention(nn.Module):
         return table.index_select(-1, self.columns).to(like.dtype).unsqueeze(-3)
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(WindowedAttention):
     """`GateSWA` over a buffer of fixed size: the sink tokens, then the last ``sliding_window - 1`` tokens.
 
     Which of them there are is known from positions and padding alone, so what an unwritten one holds has no effect.
-
-    Args:
-        module: the trained module.
     """
 
-    def __init__(self, module: GateSWA) -> None:
-        super().__init__()
-        self.config = module.config
-        self.g_proj, self.sink_logit, self.sink_value = module.g_proj, module.sink_logit, module.sink_value
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden: Tensor | None,
-        mask: Tensor | None,
-        cache: Any,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; as `GateSWA.forward`, with an export cache. The mask follows from the current step.
-
-        Returns:
-            [B, T, H, dv].
-        """
+    def attend(self, layer: ExportLayer, query: Tensor, key: Tensor, value: Tensor, virtual: Virtual) -> Tensor:
+        """Attend to the buffer and the new tokens, and put these into it; returns [B, H, T, dv]."""
         config, step = self.config, current_step()
-        layer: ExportLayer = cache.layers[config.layer_idx]
         if layer.keys is None or layer.values is None:
             raise AssertionError("an export layer has tensors")
         slots = first_real(step, config.sink_tokens)
@@ -135,17 +121,7 @@ class WindowAttention(nn.Module):
         layer.keys, layer.values = (
             torch.cat((x[:, :, : config.sink_tokens], x[:, :, kept:]), dim=2) for x in (keys, values)
         )
-        virtual = tuple(logit for logit in (sinks, self.sink_logit) if logit is not None)
-        bias = as_bias(self._visible(slots, step))
-        out, rest = attend(query * config.scale, keys, values, bias, config.softcap, virtual)
-        if self.sink_value is not None:
-            shared = self.sink_value.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=0)
-            out = out + rest[..., -1:].to(out.dtype) * shared[:, None]
-        out = out.transpose(1, 2)
-        if self.g_proj is None or hidden is None:
-            return out
-        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
-        return out * gate
+        return attend(query * config.scale, keys, values, as_bias(self._visible(slots, step)), config.softcap, virtual)
 
     def _appended(self, past: Tensor, new: Tensor, slots: Tensor, step: Step) -> Tensor:
         """Sink slots, recent tokens, new tokens [B, G, n + W - 1 + T, .]; sinks that just came in fill their slots."""
@@ -222,9 +198,8 @@ def export_attention(
         [B, T, H, dv], and no probabilities.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = () if s_aux is None else (s_aux,)
-    out, _ = attend(query * scale, key, value, attention_mask, softcap, sinks)
-    return out.transpose(1, 2), None
+    virtual: Virtual = () if s_aux is None else ((s_aux, None),)
+    return attend(query * scale, key, value, attention_mask, softcap, virtual).transpose(1, 2), None
 
 
 def export_mask(*args: Any, mask_function: Any, **kwargs: Any) -> Tensor:

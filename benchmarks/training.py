@@ -1,0 +1,149 @@
+"""Quality after distillation: several targets compiled, trained and evaluated side by side, on one GPU or more.
+
+    python benchmarks/training.py smollm2 --calibration calib.txt --text eval.txt --text other.txt --devices 2 -o runs
+
+The source's own samples are made once. Then every case is compiled without training, trained, and evaluated before and
+after, by the same commands that a user would type. What is finished is not done again: a run that was stopped goes on.
+The last lines are a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+COMMAND = [sys.executable, "-c", "from attnedit.cli import main; main()"]
+SAMPLE = """
+import sys
+from attnedit.compiler.models import load_source
+from attnedit.compiler.sampling import own_windows
+source = load_source(sys.argv[1], device=sys.argv[2])
+own_windows(source.model, source.tokenizer, count=int(sys.argv[3]), length=int(sys.argv[4]))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One result: how it is compiled, and the rate it is trained at."""
+
+    arguments: tuple[str, ...]
+    rate: float
+
+
+CASES = {
+    "MLA 1/2": Case(("--kv-budget", "0.5", "--alternations", "3"), 0.0006),
+    "MLA 1/4": Case(("--kv-budget", "0.25", "--alternations", "3"), 0.001),
+    "MLA 1/8": Case(("--kv-budget", "0.125", "--alternations", "3"), 0.002),
+    "GateSWA": Case(("--target", "gateswa", "--window", "128", "--full-layers", "8", "--sinks", "none"), 0.0008),
+}
+
+
+class Runs:
+    """Commands on the devices of this machine, their output in files."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.directory = options, Path(options.output)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.began = time.monotonic()
+
+    def path(self, case: str, stage: str) -> Path:
+        """Where a result is saved."""
+        return self.directory / f"{case.replace(' ', '-').replace('/', '_')}-{stage}"
+
+    def run(self, name: str, command: list[str], place: int) -> str:
+        """Run one command on one device; returns what it printed on stdout."""
+        environment = dict(os.environ)
+        if self.options.device == "cuda":
+            environment |= {"CUDA_VISIBLE_DEVICES": str(place % self.options.devices), "OMP_NUM_THREADS": "4"}
+        with (self.directory / f"{name}.log").open("w") as log:
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
+        state = "done" if done.returncode == 0 else f"failed, see {name}.log"
+        print(f"{time.monotonic() - self.began:6.0f} s  {name}: {state}", flush=True)
+        return done.stdout
+
+    def sample(self) -> None:
+        """Make the source's own samples, on the last device."""
+        options = self.options
+        windows = round(options.steps * options.batch_size * options.self_generated)
+        arguments = [options.model, options.device, str(windows), str(options.seq_len)]
+        self.run("samples", [sys.executable, "-c", SAMPLE, *arguments], options.devices - 1)
+
+    def compile(self, case: str) -> None:
+        """Compile without training, on the first device."""
+        options, path = self.options, self.path(case, "start")
+        if not path.exists():
+            data = ["--calibration", options.calibration, "--device", options.device, "-o", str(path)]
+            self.run(path.name, [*COMMAND, "compile", options.model, *CASES[case].arguments, *data], 0)
+
+    def train(self, case: str, place: int) -> None:
+        """Distil what was compiled."""
+        options, path = self.options, self.path(case, "trained")
+        if (path / "config.json").exists():
+            return
+        command = [*COMMAND, "calibrate", str(self.path(case, "start")), "--teacher", options.model]
+        command += ["--calibration", options.calibration, "--distill-steps", str(options.steps), "--train", "all"]
+        command += ["--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
+        command += ["--self-generated", str(options.self_generated), "--checkpoint-every", "200"]
+        command += ["--distill-learning-rate", str(CASES[case].rate), "--device", options.device, "-o", str(path)]
+        self.run(path.name, command, place)
+
+    def evaluate(self, model: str, name: str, place: int) -> list[float]:
+        """Perplexity on every text; not a number where there is none."""
+        options, found = self.options, []
+        for text in options.text:
+            arguments = ["--text", text, "--windows", str(options.windows), "--device", options.device, "--json"]
+            printed = self.run(f"{name}-{Path(text).stem}", [*COMMAND, "eval", model, *arguments], place)
+            found.append(float(json.loads(printed)["perplexity"]) if printed.strip() else float("nan"))
+        return found
+
+
+def main() -> None:
+    """Run all stages and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", action="append", required=True, help="to evaluate on; several times")
+    parser.add_argument("--cases", help=f"with commas, of {', '.join(CASES)}", default=",".join(CASES))
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--self-generated", type=float, default=0.5)
+    parser.add_argument("--windows", type=int, default=80)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--devices", type=int, default=1, help="how many GPUs")
+    parser.add_argument("-o", "--output", required=True)
+    options = parser.parse_args()
+    runs, cases = Runs(options), options.cases.split(",")
+    with ThreadPoolExecutor(2 * len(cases) + 2) as pool:
+        started = [pool.submit(runs.sample)] if options.self_generated else []
+        started += [pool.submit(runs.compile, case) for case in cases]
+        for job in started:
+            job.result()
+        training = {case: pool.submit(runs.train, case, place) for place, case in enumerate(cases)}
+        before = {"source": pool.submit(runs.evaluate, options.model, "source", 0)}
+        for place, case in enumerate(cases):
+            path = runs.path(case, "start")
+            before[f"{case} one-shot"] = pool.submit(runs.evaluate, str(path), path.name, place)
+        for job in training.values():
+            job.result()
+        after = {}
+        for place, case in enumerate(cases):
+            path = runs.path(case, "trained")
+            after[f"{case} trained"] = pool.submit(runs.evaluate, str(path), path.name, place)
+        figures = {name: job.result() for name, job in {**before, **after}.items()}
+    print("| |" + "|".join(Path(text).stem for text in options.text) + "|")
+    print("|---" * (len(options.text) + 1) + "|")
+    for name, values in figures.items():
+        shown = (f"{v:.2f} ({v / base:.3f})" for v, base in zip(values, figures["source"], strict=True))
+        print(f"| {name} | {' | '.join(shown)} |")
+
+
+if __name__ == "__main__":
+    main()
