@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,22 +255,28 @@ def test_two_processes_learn_what_one_does(saved_llama: Path, text_file: Path, t
     # accelerate launch --use_fsdp --fsdp_version 2 sets these for the processes that it starts.
     in_parts = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    runs: dict[str, tuple[list[str], dict[str, str]]] = {"one": ([], {}), "two": (two, {}), "parts": (two, in_parts)}
+    runs: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
+        "one": ([], {}, []),
+        "two": (two, {}, []),
+        "parts": (two, in_parts, []),
+    }
+    if shutil.which("g++"):  # which torch.compile needs on a processor
+        runs["compiled"] = (two, in_parts, ["--torch-compile"])
     logs = {}
     weights = {}
-    for name, (launcher, more) in runs.items():
+    for name, (launcher, more, flags) in runs.items():
         directory = tmp_path / name
-        done = subprocess.run(
-            [*launcher, *command, "-o", str(directory)], env={**environment, **more}, capture_output=True, text=True
-        )
+        whole = [*launcher, *command, *flags, "-o", str(directory)]
+        done = subprocess.run(whole, env={**environment, **more}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         logs[name] = [json.loads(line) for line in (directory / LOG_FILE).read_text().splitlines()]
         weights[name] = load_file(directory / "model.safetensors")
-    for name in ("two", "parts"):
+    for name in runs.keys() - {"one"}:
         assert [entry["step"] for entry in logs[name]] == [entry["step"] for entry in logs["one"]]
         for mine, theirs in zip(logs["one"], logs[name], strict=True):
             assert theirs["loss"] == pytest.approx(mine["loss"], rel=0.02)  # products may be in bfloat16
             assert theirs["norm"] == pytest.approx(mine["norm"], rel=0.05)
-    assert weights["parts"].keys() == weights["two"].keys()
-    for name, weight in weights["two"].items():
-        assert deviation(weights["parts"][name], weight) < 0.02, name
+    for run in runs.keys() - {"one", "two"}:
+        assert weights[run].keys() == weights["two"].keys()
+        for name, weight in weights["two"].items():
+            assert deviation(weights[run][name], weight) < 0.02, name

@@ -7,7 +7,7 @@ training takes (regional compilation, as in PyTorch's recipe of that name).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,13 +24,14 @@ WORTH = 150
 
 
 def worthwhile(wanted: bool | None, device: torch.device, steps: int) -> bool:
-    """Whether to compile: as asked, or where nothing is asked, on a GPU for runs long enough.
+    """Whether to compile: as asked; where nothing is asked, whole models on a GPU for runs long enough."""
+    useful = device.type == "cuda" and steps >= WORTH and not processes().sharded
+    return useful if wanted is None else wanted
 
-    Models in parts are never compiled: the hooks that put their weights together would cut every graph in pieces.
-    """
-    if processes().sharded:
-        return False
-    return (device.type == "cuda" and steps >= WORTH) if wanted is None else wanted
+
+def pieces(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """What decoder layers consist of, for when something happens between the parts: hooks cut a graph in two."""
+    return [piece for layer in layers for piece in layer.children()]
 
 
 @contextmanager

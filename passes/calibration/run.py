@@ -21,7 +21,7 @@ from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import Walk, decoder_layers, replaced_forwards
 from attnedit.passes.calibration.batches import Batches
-from attnedit.passes.calibration.compiled import compiled, worthwhile
+from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
 from attnedit.passes.calibration.distillation import Distillation
 from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups
 from attnedit.passes.calibration.journal import Journal
@@ -156,10 +156,9 @@ def _fit(
     sizes = {name: sum(p.numel() for p in parameters.values()) for name, parameters in own.items()}
     parts = groups(sites, sizes, options.memory_limit)
     states: list[StageState] = []
-    # In pieces: between them the source's attention shows what goes in and comes out.
-    pieces = [piece for layer in decoder_layers(teacher, list(sites))[0] for piece in layer.children()]
-    pieces += [student.get_submodule(site.name) for site in sites]
-    fast = compiled(pieces, worthwhile(options.torch_compile, device, options.fit_steps))
+    # Between the pieces the source's attention shows what goes in and comes out.
+    parts_of = pieces(decoder_layers(teacher, list(sites))[0]) + [student.get_submodule(site.name) for site in sites]
+    fast = compiled(parts_of, worthwhile(options.torch_compile, device, options.fit_steps))
     with _scratch(journal.directory, len(parts) > 1) as scratch, fast:
         hidden: HiddenStates | None = None
         for number, group in enumerate(parts, 1):
@@ -244,7 +243,9 @@ def _distill(
         evaluate=evaluate,
     )
     layers = [layer for model in (teacher, student) for layer in decoder_layers(model, list(sites))[0]]
-    fast = compiled(layers, worthwhile(options.torch_compile, device, options.distill_steps))
+    # Weights in parts are put together by hooks around the pieces.
+    whole = pieces(layers) if processes().sharded else layers
+    fast = compiled(whole, worthwhile(options.torch_compile, device, options.distill_steps))
     with fast, _activation_checkpointing(student, sites, options.activation_checkpointing):
         return run_stage(stage, options, journal, progress=progress)
 
