@@ -98,9 +98,10 @@ class Runs:
         """Perplexity on every text; not a number where there is none."""
         options, found = self.options, []
         for text in options.text:
-            arguments = ["--text", text, "--windows", str(options.windows), "--device", options.device, "--json"]
+            arguments = ["--text", text, "--windows", str(options.windows), "--seq-len", str(options.seq_len)]
+            arguments += ["--device", options.device, "--json"]
             printed = self.run(f"{name}-{Path(text).stem}", [*COMMAND, "eval", model, *arguments], place)
-            found.append(float(json.loads(printed)["perplexity"]) if printed.strip() else float("nan"))
+            found.append(float(json.loads(printed or "{}").get("perplexity", "nan")))
         return found
 
 
