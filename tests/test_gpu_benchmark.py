@@ -1,4 +1,4 @@
-"""The benchmark of decoding on a GPU runs through, on tiny shapes."""
+"""The benchmarks of decoding on a GPU run through, on tiny shapes."""
 
 import json
 import os
@@ -8,16 +8,29 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parents[1] / "benchmarks" / "gpu_decode.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(program: str, *arguments: str | Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, BENCHMARKS / program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.long
+def test_tiny_generation() -> None:
+    lines = run("gpu_generate.py", "--tiny", "--tokens", "6").splitlines()
+    assert sum("'same': True" in line for line in lines) == 4
+    assert sum("tokens/s plain" in line for line in lines) == 4
 
 
 @pytest.mark.long
 def test_tiny_run_and_plot(tmp_path: Path) -> None:
     results, image = tmp_path / "tiny.json", tmp_path / "plot.svg"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    for arguments in (["--tiny", "--out", results], ["--plot", results, image]):
-        done = subprocess.run([sys.executable, PROGRAM, *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    run("gpu_decode.py", "--tiny", "--out", results)
+    run("gpu_decode.py", "--plot", results, image)
     values = json.loads(results.read_text())
     assert {case["name"] for case in values["model"]} == {"source", "MLA", "GateSWA", "GateSWA + MLA"}
     names = {case["name"] for case in values["layer"]}
