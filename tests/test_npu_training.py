@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import attnedit
 from attnedit.compiler.anchor import attention_implementation
-from attnedit.compiler.models import resolve_device
+from attnedit.compiler.devices import resolve_device
 from attnedit.targets.attention import MLA
 from attnedit.targets.attention.kernels import kernel_for
 from attnedit.targets.runtime.npu import training

@@ -13,7 +13,8 @@ from attnedit.cli.evaluate import measure
 from attnedit.cli.generate import complete
 from attnedit.cli.terminal import JsonOption, ProgressBars, check_tokenizer_there, print_json, show
 from attnedit.compiler.data import demo_text, token_windows
-from attnedit.compiler.models import SMOLLM2, Source, load_source
+from attnedit.compiler.locations import SMOLLM2
+from attnedit.compiler.models import Source, load_source
 from attnedit.compiler.progress import stage
 
 KV_BUDGET = 0.5
