@@ -1,6 +1,7 @@
 """`generate` over static caches on a GPU: the step compiled by transformers (``mode="reduce-overhead"``) against plain.
 
     python benchmarks/gpu_generate.py          # the same tokens, graphs compiled, tokens per second of both
+    python benchmarks/gpu_generate.py --only times
     python benchmarks/gpu_generate.py --tiny   # a trial of the program, on a processor, without compiling
 
 Weights are random. Tokens are compared in float32 on a small model, as bfloat16 rounds differently in fused kernels;
@@ -81,16 +82,20 @@ def main() -> None:
     """Check tokens, then measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a processor")
+    parser.add_argument("--only", choices=("tokens", "times"))
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
     # What transformers compiles for a GPU of its own accord, it leaves alone elsewhere.
-    for shape, measured in ((TINY, False), (TINY, True)) if options.tiny else ((SMALL, False), (Shape(), True)):
+    shapes = {"tokens": TINY, "times": TINY} if options.tiny else {"tokens": SMALL, "times": Shape()}
+    for what, shape in shapes.items():
+        if options.only not in (None, what):
+            continue
         models = Models(shape)
         for target in TARGETS:
             model = models.make(target)
             model.set_attn_implementation("sdpa")
-            if not measured:
+            if what == "tokens":
                 print(target, same_tokens(model, shape, options.tokens), flush=True)
                 continue
             plain = tokens_per_second(model, shape, options.batch, options.tokens)

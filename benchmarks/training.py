@@ -10,7 +10,7 @@ The last lines are a table in Markdown.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +29,20 @@ own_windows(source.model, source.tokenizer, count=int(sys.argv[3]), length=int(s
 """
 
 
+EVALUATE = """
+import json, sys
+from attnedit.compiler.data import text_tokens
+from attnedit.compiler.evaluate import perplexity
+from attnedit.compiler.models import load_source
+model, device, windows, length, *texts = sys.argv[1:]
+source, windows, length = load_source(model, device=device), int(windows), int(length)
+for text in texts:
+    tokens = text_tokens(text, source.tokenizer)
+    most = min(windows, tokens.numel() // length)
+    print(perplexity(source.model, tokens, seq_len=length, windows=most, batch=4).perplexity, flush=True)
+"""
+
+
 @dataclass(frozen=True)
 class Case:
     """One result: how it is compiled, and the rate it is trained at."""
@@ -38,10 +52,10 @@ class Case:
 
 
 CASES = {
-    "MLA 1/2": Case(("--kv-budget", "0.5", "--alternations", "3"), 0.0006),
-    "MLA 1/4": Case(("--kv-budget", "0.25", "--alternations", "3"), 0.001),
-    "MLA 1/8": Case(("--kv-budget", "0.125", "--alternations", "3"), 0.002),
-    "GateSWA": Case(("--target", "gateswa", "--window", "128", "--full-layers", "8", "--sinks", "none"), 0.0008),
+    "MLA 1/2": Case(("--kv-budget", "0.5", "--alternations", "3"), 0.001),
+    "MLA 1/4": Case(("--kv-budget", "0.25", "--alternations", "3"), 0.002),
+    "MLA 1/8": Case(("--kv-budget", "0.125", "--alternations", "3"), 0.004),
+    "GateSWA": Case(("--target", "gateswa", "--window", "128", "--full-layers", "8", "--sinks", "none"), 0.001),
 }
 
 
@@ -91,18 +105,16 @@ class Runs:
         command += ["--calibration", options.calibration, "--distill-steps", str(options.steps), "--train", "all"]
         command += ["--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
         command += ["--self-generated", str(options.self_generated), "--checkpoint-every", "200"]
-        command += ["--distill-learning-rate", str(CASES[case].rate), "--device", options.device, "-o", str(path)]
+        command += ["--distill-learning-rate", str(CASES[case].rate), "--distill-optimizer", options.optimizer]
+        command += ["--feature-weight", str(options.feature_weight), "--device", options.device, "-o", str(path)]
         self.run(path.name, command, place)
 
     def evaluate(self, model: str, name: str, place: int) -> list[float]:
-        """Perplexity on every text; not a number where there is none."""
-        options, found = self.options, []
-        for text in options.text:
-            arguments = ["--text", text, "--windows", str(options.windows), "--seq-len", str(options.seq_len)]
-            arguments += ["--device", options.device, "--json"]
-            printed = self.run(f"{name}-{Path(text).stem}", [*COMMAND, "eval", model, *arguments], place)
-            found.append(float(json.loads(printed or "{}").get("perplexity", "nan")))
-        return found
+        """Perplexity on every text, as far as it goes; not a number where there is none."""
+        options = self.options
+        arguments = [model, options.device, str(options.windows), str(options.seq_len), *options.text]
+        printed = self.run(f"{name}-evaluated", [sys.executable, "-c", EVALUATE, *arguments], place).split()
+        return [*map(float, printed), *[math.nan] * (len(options.text) - len(printed))]
 
 
 def main() -> None:
@@ -116,6 +128,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--self-generated", type=float, default=0.5)
+    parser.add_argument("--optimizer", default="muon")
+    parser.add_argument("--feature-weight", type=float, default=1.0)
     parser.add_argument("--windows", type=int, default=80)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--devices", type=int, default=1, help="how many GPUs")

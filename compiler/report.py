@@ -105,6 +105,7 @@ class StageReport(BaseModel):
         steps: done, those skipped too.
         tokens: seen.
         seconds: spent.
+        learning_rate: the highest, relative to the size of each weight; None in reports that did not say.
         before, best, best_step: held-out loss before the first step, the lowest, and after which step that was.
         skipped: steps whose loss or gradient was broken.
     """
@@ -115,6 +116,7 @@ class StageReport(BaseModel):
     steps: int
     tokens: int
     seconds: float
+    learning_rate: float | None = None
     before: float
     best: float
     best_step: int
@@ -280,9 +282,10 @@ class Report(BaseModel):
             lines.append(f"calibrated {self.calibration_tokens:,} tokens of {self.calibration}")
         for done in self.stages:
             speed = done.tokens / max(done.seconds, 1e-9)
+            rate = f" at rate {done.learning_rate:.2g}" if done.learning_rate else ""
             lines.append(
                 f"trained    {done.name}: held-out loss {done.before:.4g} -> {done.best:.4g} (step {done.best_step} of "
-                f"{done.steps}, {done.skipped} skipped), {done.tokens:,} tokens, {speed:,.0f} per second"
+                f"{done.steps}, {done.skipped} skipped){rate}, {done.tokens:,} tokens, {speed:,.0f} per second"
             )
         if self.perplexity:
             found = ", ".join(f"{when} {value:.2f}" for when, value in self.perplexity.items())

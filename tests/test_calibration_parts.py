@@ -25,6 +25,7 @@ from attnedit.passes.calibration.batches import mix
 from attnedit.passes.calibration.distillation import Distillation
 from attnedit.passes.calibration.fitting import BYTES_PER_PARAMETER, LayerFit, groups
 from attnedit.passes.calibration.journal import Journal
+from attnedit.passes.calibration.optimiser import FRESH_SIZE
 from attnedit.passes.calibration.options import CalibrationOptions, parse_bytes
 from attnedit.passes.calibration.parameters import own_memory, share, trainable
 from attnedit.passes.calibration.run import calibrate
@@ -231,7 +232,14 @@ class Quadratic:
         self.broken, self.always_from = broken or {}, always_from
         self.seen: list[int] = []
         self.stage = Stage(
-            "toy", {"x": self.parameter}, [["x"]], steps, 0.3, 10, self.learn, lambda: float(self.loss().detach())
+            "toy",
+            {"x": self.parameter},
+            [["x"]],
+            steps,
+            lambda _: 0.3,
+            10,
+            self.learn,
+            lambda: float(self.loss().detach()),
         )
 
     def loss(self) -> Tensor:
@@ -279,10 +287,10 @@ def test_steps_are_relative_to_the_size_of_a_weight() -> None:
         return {"loss": 1.0}
 
     looks = iter([1.0, 0.5])
-    stage = Stage("toy", parameters, [[name] for name in parameters], 1, 0.01, 10, learn, lambda: next(looks))
+    stage = Stage("toy", parameters, [[name] for name in parameters], 1, lambda _: 0.01, 10, learn, lambda: next(looks))
     run_stage(stage, CalibrationOptions(), Journal(None))
     moved = {name: float((weights[name] - p.detach()).mean()) for name, p in parameters.items()}
-    assert moved == pytest.approx({"large": 0.08, "small": 0.005, "zero": 0.01 * training.FRESH_SIZE}, rel=1e-3)
+    assert moved == pytest.approx({"large": 0.08, "small": 0.005, "zero": 0.01 * FRESH_SIZE}, rel=1e-3)
 
 
 def test_the_best_state_stays_and_ends_a_run_early() -> None:

@@ -189,6 +189,7 @@ def _stage_report(state: StageState) -> StageReport:
         steps=state.step,
         tokens=state.tokens,
         seconds=state.seconds,
+        learning_rate=state.rate,
         before=state.first,
         best=state.best,
         best_step=state.best_step,

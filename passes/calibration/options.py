@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from attnedit.compiler.errors import UsageError
 
 Train = Literal["attention", "norms", "all"]
+Rule = Literal["adamw", "muon"]
 
 _EXPONENTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -27,7 +28,9 @@ class CalibrationOptions:
         accumulation: parts that a batch is computed in, one after the other; less memory, same result.
         fit_learning_rate: highest rate of fitting, as a fraction of each weight's root mean square; linear warm-up,
             then half a cosine to nothing.
-        distill_learning_rate: the same of distillation.
+        distill_learning_rate: the same of distillation; None for `suggested_rate`, by how far the start is off.
+        distill_optimizer: "adamw", or "muon" for matrices and AdamW for the rest: better at equal tokens, and each step
+            costs more, 4 times hidden size over tokens per step as much again for each trained matrix.
         train: what distillation changes: "attention", "norms" (attention and norms), or "all".
         feature_weight: of one minus the cosine between hidden states of the two models, beside the divergence.
         feature_layers: how many decoder layers that is taken at, evenly spread.
@@ -48,7 +51,8 @@ class CalibrationOptions:
     seq_len: int = 1024
     accumulation: int = 1
     fit_learning_rate: float = 0.01
-    distill_learning_rate: float = 0.001
+    distill_learning_rate: float | None = None
+    distill_optimizer: Rule = "adamw"
     train: Train = "attention"
     feature_weight: float = 0.0
     feature_layers: int = 4
@@ -69,9 +73,12 @@ class CalibrationOptions:
         self._demand("seq_len", self.seq_len >= 2, "at least 2")
         self._demand("accumulation", self.accumulation <= self.batch_size, f"at most batch_size ({self.batch_size})")
         for name in ("fit_learning_rate", "distill_learning_rate"):
-            self._demand(name, 0 < getattr(self, name) < 1, "above 0 and below 1")
+            rate = getattr(self, name)
+            self._demand(name, rate is None or 0 < rate < 1, "above 0 and below 1")
         self._demand("feature_weight", self.feature_weight >= 0, "at least 0")
         self._demand("self_generated", 0 <= self.self_generated <= 1, "from 0 to 1")
+        rules = get_args(Rule)
+        self._demand("distill_optimizer", self.distill_optimizer in rules, f"one of {', '.join(rules)}")
         self._demand("train", self.train in get_args(Train), f"one of {', '.join(get_args(Train))}")
 
     @classmethod

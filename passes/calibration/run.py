@@ -22,9 +22,10 @@ from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import Walk, decoder_layers, replaced_forwards
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
-from attnedit.passes.calibration.distillation import Distillation
+from attnedit.passes.calibration.distillation import Distillation, suggested_rate, summed_divergence
 from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups
 from attnedit.passes.calibration.journal import Journal
+from attnedit.passes.calibration.optimiser import matrices
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import as_before, own_memory, trainable
 from attnedit.passes.calibration.sharding import Models, spread
@@ -115,6 +116,8 @@ def calibrate(
 def _check_shares(options: CalibrationOptions) -> None:
     """Models in parts are put together by all processes at once, so all have to do the same."""
     count = processes().count * options.accumulation
+    if processes().sharded and options.distill_steps and options.distill_optimizer == "muon":
+        raise UsageError("Muon needs whole matrices, and weights are in parts; ask for distill_optimizer adamw")
     if processes().sharded and options.batch_size % count:
         raise UsageError(
             f"batch_size {options.batch_size} must be a multiple of processes times accumulation, {count}, where "
@@ -189,7 +192,7 @@ def _fit(
                 parameters={name: p for site in group for name, p in own[site.name].items()},
                 clips=[list(own[site.name]) for site in group],
                 steps=options.fit_steps,
-                rate=options.fit_learning_rate,
+                rate=lambda _: options.fit_learning_rate,
                 tokens=batches.order.shape[1] * batches.windows.shape[1],
                 learn=learn,
                 evaluate=evaluate,
@@ -210,7 +213,9 @@ def _distill(
 ) -> StageState:
     device = _device(teacher)
     compared = _feature_layers(teacher, sites, options.feature_layers) if options.feature_weight else []
-    step_losses = Distillation(student, teacher, compared)
+    compiling = worthwhile(options.torch_compile, device, options.distill_steps)
+    divergence = torch.compile(summed_divergence, dynamic=False) if compiling else summed_divergence
+    step_losses = Distillation(student, teacher, compared, divergence)
 
     def learn(step: int) -> Mapping[str, float]:
         rows = batches[options.fit_steps + step]
@@ -232,21 +237,22 @@ def _distill(
                 found.append((len(part) / len(batches.held_out), {"loss": step_losses.losses(part.to(device))[0]}))
         return weighted_sum(found).get("loss", 0.0)
 
+    given = options.distill_learning_rate
     stage = Stage(
         name=DISTILL,
         parameters=learned,
         clips=[list(learned)],
         steps=options.distill_steps,
-        rate=options.distill_learning_rate,
+        rate=suggested_rate if given is None else lambda _: given,
         tokens=batches.order.shape[1] * batches.windows.shape[1],
         learn=learn,
         evaluate=evaluate,
+        orthogonal=matrices(student, learned) if options.distill_optimizer == "muon" else (),
     )
     layers = [layer for model in (teacher, student) for layer in decoder_layers(model, list(sites))[0]]
     # Weights in parts are put together by hooks around the pieces.
     whole = pieces(layers) if processes().sharded else layers
-    fast = compiled(whole, worthwhile(options.torch_compile, device, options.distill_steps))
-    with fast, _activation_checkpointing(student, sites, options.activation_checkpointing):
+    with compiled(whole, compiling), _activation_checkpointing(student, sites, options.activation_checkpointing):
         return run_stage(stage, options, journal, progress=progress)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -13,18 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.stream import fast_bfloat16
 from attnedit.passes.calibration.journal import Journal
+from attnedit.passes.calibration.optimiser import Optimiser, size_of
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import local, local_gradient, restore, snapshot
 
-FRESH_SIZE = 2**-5.5
-"""Root mean square that a weight of zeros is taken to have."""
 WARM_UP = 8
 """Steps at least, or half of a run that has fewer than twice as many."""
 CLIP = 1.0
@@ -51,6 +48,7 @@ class StageState:
         name: of the stage.
         step: steps done, skipped ones too.
         best, best_step: lowest held-out loss, and when.
+        rate: highest learning rate, relative to the root mean square of each weight.
         first, last: held-out loss before training, and at the last look.
         since: looks since the best.
         skipped: steps without an update.
@@ -66,6 +64,7 @@ class StageState:
     step: int = 0
     best: float = math.inf
     best_step: int = 0
+    rate: float = math.nan
     first: float = math.nan
     last: float = math.nan
     since: int = 0
@@ -93,21 +92,23 @@ class Stage:
         parameters: by name.
         clips: names of parameters whose gradients are clipped together; those of independent losses are apart.
         steps: how many.
-        rate: highest learning rate, relative to the root mean square of each weight.
+        rate: `StageState.rate` for a held-out loss before training.
         tokens: per step.
         learn: accumulates this process's part of a step's gradients and returns its part of the losses by name;
             "loss" is the one watched.
         evaluate: this process's part of the loss on held-out windows.
+        orthogonal: names of matrices that Muon changes, see `Optimiser`.
     """
 
     name: str
     parameters: Mapping[str, nn.Parameter]
     clips: Sequence[Sequence[str]]
     steps: int
-    rate: float
+    rate: Callable[[float], float]
     tokens: int
     learn: Callable[[int], Mapping[str, float]]
     evaluate: Callable[[], float]
+    orthogonal: Collection[str] = ()
 
 
 def run_stage(
@@ -152,7 +153,7 @@ class _Run:
     def __init__(self, stage: Stage, options: CalibrationOptions, journal: Journal) -> None:
         self._stage, self._journal = stage, journal
         self._every = options.evaluate_every or max(1, stage.steps // LOOKS)
-        self._sizes = {name: _size(parameter) for name, parameter in stage.parameters.items()}
+        self._sizes = {name: size_of(parameter) for name, parameter in stage.parameters.items()}
         self._local = {name: local(parameter) for name, parameter in stage.parameters.items()}
         self._best: dict[str, Tensor] = {}
         self.state = StageState(stage.name)
@@ -160,29 +161,19 @@ class _Run:
         if saved:
             self.state, self._best, self._sizes = StageState(**saved["state"]), saved["best"], saved["sizes"]
             restore(self._local, saved["parameters"])
-        groups: dict[float, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in self._local.items():
-            groups[self._sizes[name]].append(parameter)
-        self._optimiser = torch.optim.AdamW(
-            [{"params": parameters, "size": size} for size, parameters in groups.items()],
-            lr=stage.rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            fused=next(iter(self._local.values())).device.type == "cuda",
-        )
+        self._optimiser = Optimiser(self._local, self._sizes, stage.orthogonal)
         if saved and saved["optimiser"] is not None:
             self._optimiser.load_state_dict(saved["optimiser"])
         elif not saved:
             self.state.first = self.state.last = self.state.best = _evaluate(stage)
+            self.state.rate = stage.rate(self.state.first)
             self._best = snapshot(self._local)
         self._start = perf_counter() - self.state.seconds
 
     def step(self) -> dict[str, Any]:
         """Learn from one batch, unless it is broken; returns what is logged."""
         stage, state = self._stage, self.state
-        rate = stage.rate * _schedule(state.step, stage.steps) / 2**state.recoveries
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate * group["size"]
+        rate = state.rate * _schedule(state.step, stage.steps) / 2**state.recoveries
         self._forget_gradients()
         losses = processes().add(stage.learn(state.step))
         processes().add_gradients(stage.parameters.values())
@@ -196,7 +187,7 @@ class _Run:
             state.skipped += 1
             state.row += 1
         else:
-            self._optimiser.step()
+            self._optimiser.step(rate)
             state.row = 0
             state.losses = [*state.losses, losses["loss"]][-HISTORY:]
         entry = {"stage": stage.name, "step": state.step, **losses, "norm": max(norms), "rate": rate, "skipped": broken}
@@ -250,7 +241,7 @@ class _Run:
                 f"{state.name}: the loss broke down {RECOVERIES + 1} times, last at step {state.step}; "
                 "lower the learning rate"
             )
-        self._optimiser.state.clear()
+        self._optimiser.forget()
         state.recoveries, state.row, state.losses = state.recoveries + 1, 0, []
 
     def _look(self) -> float:
@@ -295,18 +286,6 @@ def _schedule(step: int, steps: int) -> float:
 
 def _evaluate(stage: Stage) -> float:
     return processes().add({"loss": stage.evaluate()})["loss"]
-
-
-@torch.no_grad()
-def _size(parameter: nn.Parameter) -> float:
-    """Root mean square of a weight, which its steps are measured by; of one that is zero, what it is made with.
-
-    Sizes differ a hundredfold between the factors of a latent attention, and so would relative steps under one rate
-    (Adafactor, arXiv 1804.04235, section 8). Rounded to half powers of two: weights of one size are updated together.
-    """
-    mean = parameter.float().square().mean()
-    size = math.sqrt(float(mean.full_tensor() if isinstance(mean, DTensor) else mean)) or FRESH_SIZE
-    return float(2 ** (round(2 * math.log2(size)) / 2))
 
 
 def _square(gradients: Sequence[Tensor]) -> float:

@@ -29,7 +29,13 @@ FitRateOption = Annotated[
     float,
     typer.Option("--fit-learning-rate", help="Highest rate of fitting, relative to the size of each weight."),
 ]
-DistillRateOption = Annotated[float, typer.Option("--distill-learning-rate", help="The same of distillation.")]
+DistillRateOption = Annotated[
+    float | None,
+    typer.Option("--distill-learning-rate", help="The same of distillation; unless told, by how far the start is off."),
+]
+DistillOptimizerOption = Annotated[
+    str, typer.Option(help="Distillation: adamw, or muon, which learns more of each token and takes more time.")
+]
 TrainOption = Annotated[str, typer.Option(help="What distillation changes: attention, norms (and attention) or all.")]
 FeatureWeightOption = Annotated[
     float, typer.Option(help="Distillation: weight of matching hidden states, beside the distributions.")
