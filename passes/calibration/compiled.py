@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
-from attnedit.compiler.processes import processes
 from attnedit.compiler.stream import replaced_forwards
 from attnedit.targets.attention.mla import MLA
 
@@ -24,8 +23,8 @@ WORTH = 150
 
 
 def worthwhile(wanted: bool | None, device: torch.device, steps: int) -> bool:
-    """Whether to compile: as asked; where nothing is asked, whole models on a GPU for runs long enough."""
-    useful = device.type == "cuda" and steps >= WORTH and not processes().sharded
+    """Whether to compile: as asked; where nothing is asked, on a GPU for runs long enough."""
+    useful = device.type == "cuda" and steps >= WORTH
     return useful if wanted is None else wanted
 
 
