@@ -22,13 +22,15 @@ from pathlib import Path
 COMMAND = [sys.executable, "-c", "from attnedit.cli import main; main()"]
 SAMPLE = """
 import sys
+from attnedit.calibrate import training_batches
 from attnedit.compiler.models import load_source
-from attnedit.compiler.sampling import own_windows
-source = load_source(sys.argv[1], device=sys.argv[2])
-own_windows(source.model, source.tokenizer, count=int(sys.argv[3]), length=int(sys.argv[4]))
+from attnedit.passes.calibration.options import CalibrationOptions
+model, device, text, steps, batch_size, seq_len, share = sys.argv[1:]
+source = load_source(model, device=device)
+numbers = {"distill_steps": int(steps), "batch_size": int(batch_size), "seq_len": int(seq_len)}
+options = CalibrationOptions(**numbers, self_generated=float(share))
+training_batches(text, source.tokenizer, source.model, options, 0, None, None)
 """
-
-
 EVALUATE = """
 import json, sys
 from attnedit.compiler.data import text_tokens
@@ -85,8 +87,8 @@ class Runs:
     def sample(self) -> None:
         """Make the source's own samples, on the last device."""
         options = self.options
-        windows = round(options.steps * options.batch_size * options.self_generated)
-        arguments = [options.model, options.device, str(windows), str(options.seq_len)]
+        numbers = (options.steps, options.batch_size, options.seq_len, options.self_generated)
+        arguments = [options.model, options.device, options.calibration, *map(str, numbers)]
         self.run("samples", [sys.executable, "-c", SAMPLE, *arguments], options.devices - 1)
 
     def compile(self, case: str) -> None:

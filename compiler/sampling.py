@@ -27,6 +27,8 @@ SAMPLE_LENGTH = 512
 side."""
 MOST_TOKENS = 1 << 21
 """Of own samples for training; later epochs see them again."""
+PROMPT = 32
+"""Tokens of the text that a sample goes on from."""
 CHUNK = 512
 """Windows that are sampled and kept together: who was stopped, or asks for more, samples only what is missing."""
 
@@ -39,7 +41,7 @@ def sample_windows(
     count: int,
     length: int,
     seed: int = 0,
-    varied: bool = False,
+    starts: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """Sample windows at temperature 1 from the beginning-of-sequence token, going on after an end of sequence.
@@ -53,8 +55,7 @@ def sample_windows(
         count: N windows.
         length: L tokens each, the first token counted.
         seed: same seed, same model, same device: same samples.
-        varied: every other window has a random token after its first: what follows is more varied (LLM-QAT, arXiv
-            2305.17888).
+        starts: what the windows begin with in place of that token, int64 [N, K], K at most L; below 0 where sampled.
         progress: told after every token.
 
     Returns:
@@ -64,16 +65,19 @@ def sample_windows(
         UsageError: the model's logits are not finite.
     """
     report = progress or silent
-    while not varied and count * 2 <= _BATCH and length >= 512:
+    while starts is None and count * 2 <= _BATCH and length >= 512:
         count, length = count * 2, length // 2
     device = embedding_weight(model).device
     generator = torch.Generator(device).manual_seed(seed)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    if starts is None:
+        starts = torch.full((count, 1), _first_token(model, tokenizer))
     size = _batch_size(model, length)
     sampled = _half(model) if device.type in ("cuda", "npu") else model
     total, done, rows = length * -(-count // size), 0, []
     for start in range(0, count, size):
-        tokens = torch.full((min(size, count - start), 1), _first_token(model, tokenizer), device=device)
+        given = starts[start : start + size].to(device)
+        tokens = given[:, :1]
         cache = DynamicCache(config=model.config)
         row = [tokens]
         for position in range(length - 1):
@@ -83,9 +87,9 @@ def sample_windows(
             if not bool(torch.isfinite(logits.sum())):
                 raise UsageError("the model's logits are not finite, so it cannot be sampled; give calibration text")
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            if varied and position == 0:
-                vocabulary = embedding_weight(model).shape[0]
-                tokens[1::2] = torch.randint(vocabulary, tokens[1::2].shape, generator=generator, device=device)
+            if position + 1 < given.shape[1]:
+                wanted = given[:, position + 1 : position + 2]
+                tokens = torch.where(wanted < 0, tokens, wanted)
             row.append(tokens)
             done += 1
         done += 1
@@ -101,17 +105,28 @@ def own_windows(
     count: int,
     length: int,
     seed: int = 0,
+    text: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """`sample_windows` for training: at most `MOST_TOKENS`, kept on disk, by model and seed, for the next time.
+    """`sample_windows` for training: at most `MOST_TOKENS`, kept on disk by model, seed and text for the next time.
 
-    Samples of `SAMPLE_LENGTH` or less are packed into longer windows.
+    Samples of `SAMPLE_LENGTH` or less are packed into longer windows. They are varied by what they begin with: in turn
+    the first token alone, that and a random token (LLM-QAT, arXiv 2305.17888), and twice `PROMPT` tokens of the text.
+
+    Args:
+        model: see `sample_windows`.
+        tokenizer: the same.
+        count: windows asked for.
+        length: L tokens each.
+        seed: same seed, same samples.
+        text: token ids [N, L] that samples go on from; None for none.
+        progress: told after every token.
 
     Returns:
         int64 [N, L] on the CPU, N at most `count`.
     """
     count = max(1, min(count, MOST_TOKENS // length))
-    whose = _fingerprint(model)
+    whose = _fingerprint(model) + ("" if text is None else hashlib.sha256(text.numpy().tobytes()).hexdigest())
     starts = range(0, count, CHUNK)
     parts = []
     for index, first in enumerate(starts):
@@ -122,7 +137,9 @@ def own_windows(
             windows = load_file(file)["windows"]
         else:
             # Far from the seeds of other runs, so that no two of them sample the same text.
-            windows = _packed(model, tokenizer, size, length, (seed << 20) + index, _part(progress, index, len(starts)))
+            windows = _packed(
+                model, tokenizer, size, length, (seed << 20) + index, text, _part(progress, index, len(starts))
+            )
             _keep(windows, file)
         parts.append(windows.to(torch.int64))
     return torch.cat(parts)
@@ -149,15 +166,33 @@ def _packed(
     count: int,
     length: int,
     seed: int,
+    text: torch.Tensor | None,
     progress: Progress | None,
 ) -> torch.Tensor:
     """Windows [N, L] of samples one after the other."""
     pieces = -(-length // SAMPLE_LENGTH)
     size = -(-length // pieces)
-    samples = sample_windows(
-        model, tokenizer, count=count * pieces, length=size, seed=seed, varied=True, progress=progress
-    )
-    return samples.view(count, pieces * size)[:, :length].contiguous()
+    count *= pieces
+    starts = _starts(_first_token(model, tokenizer), embedding_weight(model).shape[0], count, size, seed, text)
+    samples = sample_windows(model, tokenizer, count=count, length=size, seed=seed, starts=starts, progress=progress)
+    return samples.view(-1, pieces * size)[:, :length].contiguous()
+
+
+def _starts(first: int, vocabulary: int, count: int, size: int, seed: int, text: torch.Tensor | None) -> torch.Tensor:
+    """What each of `count` samples of `size` tokens begins with, for `sample_windows`."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.full((count, min(PROMPT, size)), -1)
+    starts[:, 0] = first
+    starts[1::2, 1:2] = torch.randint(vocabulary, starts[1::2, 1:2].shape, generator=generator)
+    if text is not None:
+        prompted = torch.arange(count) % 4 >= 2
+        length = min(starts.shape[1], text.shape[1])
+        rows = torch.randint(len(text), (int(prompted.sum()), 1), generator=generator)
+        places = torch.randint(text.shape[1] - length + 1, rows.shape, generator=generator) + torch.arange(length)
+        starts[prompted, :length] = text[rows, places]
+        if bool((text[:, 0] == first).all()):  # as the tokenizer begins every text
+            starts[prompted, 0] = first
+    return starts
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

@@ -100,6 +100,30 @@ def test_more_samples_begin_with_those_there_are(monkeypatch: pytest.MonkeyPatch
     assert steps[-1][0] == steps[-1][1]
 
 
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_samples_go_on_from_the_text(prefixed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Half of them; where every window of the text begins with the first token, these do too."""
+    monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("attnedit.compiler.sampling.PROMPT", 5)
+    first = int(own_windows(source("llama"), None, count=1, length=2)[0, 0])
+    text = torch.arange(3, 51).view(3, 16)  # ascending, which samples of random weights are not
+    if prefixed:
+        text[:, 0] = first
+    windows = own_windows(source("llama"), None, count=64, length=12, text=text)
+    alone, prompted = windows[torch.arange(64) % 4 < 2], windows[torch.arange(64) % 4 >= 2]
+    assert (alone[:, 0] == first).all()
+    assert len(set(alone[1::2, 1].tolist())) > 8  # random tokens
+    skipped = int(prefixed)
+    assert (prompted[:, 0] == first).all() == prefixed
+    assert (prompted[:, 1 + skipped : 5].diff() == 1).all()
+    inside = prompted[:, skipped:5].flatten()
+    assert all(int(token) in text for token in inside)
+    assert len(set(prompted[:, 4].tolist())) > 8  # from many places
+    assert not (prompted[:, 4:].diff() == 1).all(1).any()
+    other = own_windows(source("llama"), None, count=64, length=12, text=text + 1)
+    assert not torch.equal(other, windows)
+
+
 def test_long_windows_are_packed_from_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
     monkeypatch.setattr("attnedit.compiler.sampling.SAMPLE_LENGTH", 8)

@@ -159,8 +159,9 @@ def training_batches(
             wanted = {"tokens": max(2, round(count * weights[-1])) * length, "window": length, "seed": seed}
             sources.append(token_windows(part, tokenizer, teacher, **wanted, progress=progress))
     if fraction > 0:
+        text = torch.cat(sources) if sources else None
         wanted = {"count": max(2, round(count * fraction)), "length": length, "seed": seed}
-        sources.append(own_windows(teacher, tokenizer, **wanted, progress=progress))
+        sources.append(own_windows(teacher, tokenizer, **wanted, text=text, progress=progress))
         weights.append(fraction)
     return mix(sources, weights, steps=options.steps, batch_size=options.batch_size, seed=seed)
 
