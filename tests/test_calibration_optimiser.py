@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import attnedit
+from attnedit.passes.calibration import run
 from attnedit.passes.calibration.distillation import RATES, suggested_rate
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.optimiser import Optimiser, matrices
@@ -103,6 +105,14 @@ def test_a_stopped_run_goes_on_with_the_moments_of_both_rules(stop: int, tmp_pat
     second, found = stage()
     run_stage(second, options, Journal(tmp_path / "stopped"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_muon_is_refused_where_no_process_has_a_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "processes", lambda: mock.Mock(sharded=True, count=2))
+    for options in (CalibrationOptions(distill_steps=4), CalibrationOptions(fit_steps=4, distill_optimizer="muon")):
+        run._check_shares(options)
+    with pytest.raises(attnedit.UsageError, match="ask for distill_optimizer adamw"):
+        run._check_shares(CalibrationOptions(distill_steps=4, distill_optimizer="muon"))
 
 
 @given(st.floats(0, 20), st.floats(0, 20))

@@ -393,6 +393,7 @@ def test_half_precision_models_learn_in_float32_and_stay_half(dtype: torch.dtype
         ({"seq_len": 1}, "seq_len"),
         ({"distill_learning_rate": 0.0}, "above 0"),
         ({"self_generated": 1.5}, "from 0 to 1"),
+        ({"distill_optimizer": "sgd"}, "adamw, muon"),
         ({"train": "heads"}, "attention, norms, all"),
         ({"memory_limit": "much"}, "20GiB"),
         ({"fit_step": 3}, "no calibration option 'fit_step'"),

@@ -1,0 +1,66 @@
+"""Benchmarks run through, on tiny shapes."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(program: str, *arguments: str | Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, BENCHMARKS / program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.long
+def test_tiny_generation() -> None:
+    lines = run("gpu_generate.py", "--tiny", "--tokens", "6").splitlines()
+    assert sum("'same': True" in line for line in lines) == 4
+    assert sum("tokens/s plain" in line for line in lines) == 4
+
+
+@pytest.mark.long
+def test_tiny_run_and_plot(tmp_path: Path) -> None:
+    results, image = tmp_path / "tiny.json", tmp_path / "plot.svg"
+    run("gpu_decode.py", "--tiny", "--out", results)
+    run("gpu_decode.py", "--plot", results, image)
+    values = json.loads(results.read_text())
+    assert {case["name"] for case in values["model"]} == {"source", "MLA", "GateSWA", "GateSWA + MLA"}
+    names = {case["name"] for case in values["layer"]}
+    assert names >= {"source default", "MLA 512+64", "MLA 1/4", "GateSWA 8", "GateSWA 8, compiled"}
+    assert all(case["us"] > 0 and case["bytes"] > 0 for case in values["layer"])
+    assert image.stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_tiny_training(saved_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples, closed form, training and the table; what is there is not made again."""
+    monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path / "samples"))
+    arguments = [saved_llama, "--calibration", text_file, "--text", text_file, "--cases", "MLA 1/2", "--device", "cpu"]
+    arguments += ["--steps", "2", "--batch-size", "2", "--seq-len", "32", "--windows", "3", "-o", tmp_path / "runs"]
+    table = run("training.py", *arguments)
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["", "source", "MLA 1/2 one-shot", "MLA 1/2 trained"]
+    assert all(float(row[1].split()[0]) > 1 for row in rows[1:])
+    assert len(list((tmp_path / "samples").rglob("*.safetensors"))) == 1
+    again = run("training.py", *arguments)
+    assert "trained: done" not in again
+    assert "start: done" not in again
+    assert again[again.index("| |") :] == table[table.index("| |") :]
+
+
+def test_paragraphs_of_documents(tmp_path: Path) -> None:
+    long = "Words that are many, and on\n  several lines. " * 4
+    (tmp_path / "one.txt").write_text(f"Heading\n\n{long}\n \nshort\n\n{long}", encoding="utf-8")
+    (tmp_path / "two.txt.gz").write_bytes(gzip.compress(f"{long}\n\n{long.upper()}".encode()))
+    run("paragraphs.py", tmp_path / "one.txt", tmp_path / "two.txt.gz", "-o", tmp_path / "out.txt")
+    joined = " ".join(long.split())
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == f"{joined}\n\n{joined.upper()}\n"
