@@ -9,6 +9,7 @@ Letters in shapes: B windows, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import Walk, decoder_layers
+from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.calibration.training import mixed_precision
 
 BYTES_PER_PARAMETER = 16
 """Float32 weight, gradient and two moments."""
@@ -127,6 +130,50 @@ def groups(sites: Sequence[AttentionSite], sizes: Mapping[str, int], limit: int 
         result[-1].append(site)
         room -= need
     return result
+
+
+@torch.no_grad()
+def hidden_before(
+    teacher: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    site: AttentionSite,
+    windows: Tensor,
+    scratch: Path,
+    options: CalibrationOptions,
+) -> HiddenStates:
+    """Hidden states of all windows before a site's layer, from those before an earlier one if they are there."""
+    layers, by_layer = decoder_layers(teacher, list(sites))
+    target = next(index for index, found in by_layer.items() if found.name == site.name)
+    earlier = sorted(int(file.stem) for file in scratch.glob("*.hidden"))
+    start = max((index for index in earlier if index < target), default=0)
+    size = max(1, options.batch_size // options.accumulation)
+    old: HiddenStates | None = None
+    new: HiddenStates | None = None
+    for rows in torch.arange(len(windows)).split(size):
+        with mixed_precision(teacher):
+            walk = Walk(teacher, layers, windows[rows])
+            shape = (len(windows), *walk.hidden.shape[1:])
+            if start:
+                old = old or HiddenStates(scratch / f"{start}.hidden", shape, walk.hidden)
+                walk.skip_to(start, old.read(rows))
+            for _ in range(start, target):
+                walk.advance()
+            new = new or HiddenStates(scratch / f"{target}.hidden", shape, walk.hidden)
+            new.write(rows, walk.hidden)
+    assert new is not None
+    for index in earlier:
+        (scratch / f"{index}.hidden").unlink()
+    return new
+
+
+@contextmanager
+def scratch_directory(directory: Path | None, needed: bool) -> Iterator[Path | None]:
+    """A directory for hidden states that is gone afterwards."""
+    if not needed:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="hidden-", dir=directory) as path:
+        yield Path(path)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,11 +18,11 @@ from attnedit.compiler.evaluate import perplexity
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import Walk, decoder_layers, replaced_forwards
+from attnedit.compiler.stream import decoder_layers, replaced_forwards
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
 from attnedit.passes.calibration.distillation import Distillation, suggested_rate, summed_divergence
-from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups
+from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups, hidden_before, scratch_directory
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.optimiser import matrices
 from attnedit.passes.calibration.options import CalibrationOptions
@@ -162,11 +161,11 @@ def _fit(
     # Between the pieces the source's attention shows what goes in and comes out.
     parts_of = pieces(decoder_layers(teacher, list(sites))[0]) + [student.get_submodule(site.name) for site in sites]
     fast = compiled(parts_of, worthwhile(options.torch_compile, device, options.fit_steps))
-    with _scratch(journal.directory, len(parts) > 1) as scratch, fast:
+    with scratch_directory(journal.directory, len(parts) > 1) as scratch, fast:
         hidden: HiddenStates | None = None
         for number, group in enumerate(parts, 1):
             if scratch is not None and number > 1:
-                hidden = _hidden_before(teacher, sites, group[0], batches.windows, scratch, options)
+                hidden = hidden_before(teacher, sites, group[0], batches.windows, scratch, options)
             students = {site.name: student.get_submodule(site.name) for site in group}
             layer_fit = LayerFit(teacher, students, group, hidden)
             held = LayerFit(teacher, students, group)
@@ -266,56 +265,12 @@ def _mean(losses: Mapping[str, float]) -> dict[str, float]:
     return {"loss": sum(losses.values()) / max(1, len(losses))}
 
 
-@torch.no_grad()
-def _hidden_before(
-    teacher: PreTrainedModel,
-    sites: Sequence[AttentionSite],
-    site: AttentionSite,
-    windows: Tensor,
-    scratch: Path,
-    options: CalibrationOptions,
-) -> HiddenStates:
-    """Hidden states of all windows before a site's layer, from those before an earlier one if they are there."""
-    layers, by_layer = decoder_layers(teacher, list(sites))
-    target = next(index for index, found in by_layer.items() if found.name == site.name)
-    earlier = sorted(int(file.stem) for file in scratch.glob("*.hidden"))
-    start = max((index for index in earlier if index < target), default=0)
-    size = max(1, options.batch_size // options.accumulation)
-    old: HiddenStates | None = None
-    new: HiddenStates | None = None
-    for rows in torch.arange(len(windows)).split(size):
-        with mixed_precision(teacher):
-            walk = Walk(teacher, layers, windows[rows])
-            shape = (len(windows), *walk.hidden.shape[1:])
-            if start:
-                old = old or HiddenStates(scratch / f"{start}.hidden", shape, walk.hidden)
-                walk.skip_to(start, old.read(rows))
-            for _ in range(start, target):
-                walk.advance()
-            new = new or HiddenStates(scratch / f"{target}.hidden", shape, walk.hidden)
-            new.write(rows, walk.hidden)
-    assert new is not None
-    for index in earlier:
-        (scratch / f"{index}.hidden").unlink()
-    return new
-
-
 def _feature_layers(teacher: PreTrainedModel, sites: Sequence[AttentionSite], count: int) -> list[str]:
     """Names of decoder layers evenly spread, the last among them."""
     layers, _ = decoder_layers(teacher, list(sites))
     names = {id(module): name for name, module in teacher.named_modules()}
     count = min(count, len(layers))
     return [names[id(layers[len(layers) * (index + 1) // count - 1])] for index in range(count)]
-
-
-@contextmanager
-def _scratch(directory: Path | None, needed: bool) -> Iterator[Path | None]:
-    """A directory for hidden states that is gone afterwards."""
-    if not needed:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="hidden-", dir=directory) as path:
-        yield Path(path)
 
 
 @contextmanager
