@@ -29,8 +29,8 @@ class CalibrationOptions:
         fit_learning_rate: highest rate of fitting, as a fraction of each weight's root mean square; linear warm-up,
             then half a cosine to nothing.
         distill_learning_rate: the same of distillation; None for `suggested_rate`, by how far the start is off.
-        distill_optimizer: "adamw", or "muon" for matrices and AdamW for the rest: better at equal tokens, and each step
-            costs more, 4 times hidden size over tokens per step as much again for each trained matrix.
+        distill_optimizer: "adamw", or "muon" for matrices and AdamW for the rest: better at equal tokens, with more
+            arithmetic per step, the more the wider the matrices and the fewer the tokens of a step.
         train: what distillation changes: "attention", "norms" (attention and norms), or "all".
         feature_weight: of one minus the cosine between hidden states of the two models, beside the divergence.
         feature_layers: how many decoder layers that is taken at, evenly spread.
