@@ -32,7 +32,7 @@ options = CalibrationOptions(**numbers, self_generated=float(share))
 training_batches(text, source.tokenizer, source.model, options, 0, None, None)
 """
 EVALUATE = """
-import json, sys
+import sys
 from attnedit.compiler.data import text_tokens
 from attnedit.compiler.evaluate import perplexity
 from attnedit.compiler.models import load_source

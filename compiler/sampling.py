@@ -127,9 +127,9 @@ def own_windows(
     """
     count = max(1, min(count, MOST_TOKENS // length))
     whose = _fingerprint(model) + ("" if text is None else hashlib.sha256(text.numpy().tobytes()).hexdigest())
-    starts = range(0, count, CHUNK)
+    chunks = range(0, count, CHUNK)
     parts = []
-    for index, first in enumerate(starts):
+    for index, first in enumerate(chunks):
         size = min(CHUNK, count - first)
         key = hashlib.sha256(f"{whose} {size} {length} {seed} {index}".encode()).hexdigest()[:32]
         file = _cache_directory() / f"{key}.safetensors"
@@ -137,9 +137,8 @@ def own_windows(
             windows = load_file(file)["windows"]
         else:
             # Far from the seeds of other runs, so that no two of them sample the same text.
-            windows = _packed(
-                model, tokenizer, size, length, (seed << 20) + index, text, _part(progress, index, len(starts))
-            )
+            told = _part(progress, index, len(chunks))
+            windows = _packed(model, tokenizer, size, length, (seed << 20) + index, text, told)
             _keep(windows, file)
         parts.append(windows.to(torch.int64))
     return torch.cat(parts)

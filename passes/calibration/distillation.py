@@ -96,7 +96,7 @@ def summed_divergence(logits: Tensor, expected: Tensor) -> Tensor:
 def suggested_rate(divergence: float) -> float:
     """Highest learning rate for a start with this mean divergence in nats: the better it is, the less may be moved.
 
-    Found on SmolLM2, all weights trained, with starts of 0.1, 0.5 and 1.1 nats and steps of 8,192 tokens
+    Found on SmolLM2, all weights trained, with starts of about 0.1, 0.5 and 1.1 nats and steps of 8,192 tokens
     (docs/benchmarks.md, Training).
     """
     low, high = RATES

@@ -1,0 +1,132 @@
+"""The loop that trains: what it skips, when it stops, and how it goes on after being stopped."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnedit.passes.calibration import training
+from attnedit.passes.calibration.journal import Journal
+from attnedit.passes.calibration.optimiser import FRESH_SIZE
+from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.calibration.training import DivergedError, Stage, run_stage
+
+
+class Quadratic:
+    """A stage whose loss is the squared distance of one parameter from 3, spoilt where asked."""
+
+    def __init__(self, broken: Mapping[int, float] | None = None, always_from: int = 10**9, steps: int = 60) -> None:
+        self.parameter = nn.Parameter(torch.full((2,), -1.0))
+        self.broken, self.always_from = broken or {}, always_from
+        self.seen: list[int] = []
+        self.stage = Stage(
+            "toy",
+            {"x": self.parameter},
+            [["x"]],
+            steps,
+            lambda _: 0.3,
+            10,
+            self.learn,
+            lambda: float(self.loss().detach()),
+        )
+
+    def loss(self) -> Tensor:
+        return (self.parameter - 3).square().sum()
+
+    def learn(self, step: int) -> dict[str, float]:
+        self.seen.append(step)
+        factor = self.broken.get(step, math.nan if step >= self.always_from else 1.0)
+        loss = self.loss() * factor
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+
+def run(toy: Quadratic, directory: Path | None = None, **options: Any) -> Any:
+    settings: dict[str, Any] = {"patience": 100, "checkpoint_every": 7, **options}
+    return run_stage(toy.stage, CalibrationOptions(**settings), Journal(directory))
+
+
+def test_broken_steps_are_skipped_and_counted() -> None:
+    clean, spoilt = Quadratic(), Quadratic({20: math.nan, 21: math.inf, 30: 1e6})
+    run(clean)
+    state = run(spoilt)
+    assert state.skipped == 3
+    assert state.recoveries == 0
+    assert state.best < 1e-2 * state.first
+    assert torch.isfinite(spoilt.parameter).all()
+    assert float(clean.loss().detach()) < 1e-2
+
+
+def test_a_run_that_cannot_recover_ends_with_its_best_state() -> None:
+    toy = Quadratic(always_from=30, steps=200)
+    with pytest.raises(DivergedError, match="lower the learning rate"):
+        run(toy, evaluate_every=1)
+    assert float(toy.loss().detach()) < 1.0
+    assert len(toy.seen) == 30 + training.SKIPS * (training.RECOVERIES + 1)
+
+
+def test_steps_are_relative_to_the_size_of_a_weight() -> None:
+    """Adam's first step is the rate, whatever the gradient; a weight of zeros moves too."""
+    weights = {"large": torch.full((3,), 8.0), "small": torch.full((3,), -0.5), "zero": torch.zeros(3)}
+    parameters = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
+
+    def learn(_: int) -> dict[str, float]:
+        sum((parameter.sum() for parameter in parameters.values()), torch.zeros(())).backward()
+        return {"loss": 1.0}
+
+    looks = iter([1.0, 0.5])
+    stage = Stage("toy", parameters, [[name] for name in parameters], 1, lambda _: 0.01, 10, learn, lambda: next(looks))
+    run_stage(stage, CalibrationOptions(), Journal(None))
+    moved = {name: float((weights[name] - p.detach()).mean()) for name, p in parameters.items()}
+    assert moved == pytest.approx({"large": 0.08, "small": 0.005, "zero": 0.01 * FRESH_SIZE}, rel=1e-3)
+
+
+def test_the_best_state_stays_and_ends_a_run_early() -> None:
+    toy = Quadratic(steps=100)
+    values = iter([5.0, 4.0, 1.0, *[2.0] * 50])
+    at: list[Tensor] = []
+
+    def evaluate() -> float:
+        at.append(toy.parameter.detach().clone())
+        return next(values)
+
+    toy.stage.evaluate = evaluate
+    state = run(toy, evaluate_every=5, patience=4)
+    assert (state.best, state.best_step, state.step) == (1.0, 10, 30)
+    assert torch.equal(toy.parameter, at[2])
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8, 20, 59])
+def test_a_run_stopped_anywhere_ends_as_if_it_had_not(stop: int, tmp_path: Path) -> None:
+    whole = Quadratic({9: math.nan})
+    expected = run(whole, tmp_path / "whole")
+    first = Quadratic({9: math.nan})
+
+    def interrupt(step: int) -> dict[str, float]:
+        if step == stop:
+            raise KeyboardInterrupt
+        return first.learn(step)
+
+    first.stage.learn = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(first, tmp_path / "stopped")
+    second = Quadratic({9: math.nan})
+    state = run(second, tmp_path / "stopped")
+    assert second.seen[:1] == [stop // 7 * 7]
+    assert torch.equal(second.parameter, whole.parameter)
+    assert (state.best, state.step, state.skipped) == (expected.best, expected.step, expected.skipped)
+    entries = [Journal(tmp_path / name).entries() for name in ("whole", "stopped")]
+    for entry in itertools.chain(*entries):
+        entry.pop("tokens_per_second")
+    assert str(entries[0]) == str(entries[1])  # as text: NaN is equal to itself there
+    third = Quadratic({9: math.nan})
+    run(third, tmp_path / "stopped")
+    assert third.seen == []
+    assert torch.equal(third.parameter, whole.parameter)
