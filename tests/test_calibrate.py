@@ -21,8 +21,10 @@ from conftest import make_llama
 from safetensors.torch import load_file
 
 import attnedit
+from attnedit.calibrate import training_batches
 from attnedit.compiler.sampling import own_windows
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE, STATE_FILE
+from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -122,6 +124,20 @@ def test_samples_go_on_from_the_text(prefixed: bool, monkeypatch: pytest.MonkeyP
     assert not (prompted[:, 4:].diff() == 1).all(1).any()
     other = own_windows(source("llama"), None, count=64, length=12, text=text + 1)
     assert not torch.equal(other, windows)
+
+
+def test_samples_do_not_go_on_from_what_is_held_out() -> None:
+    """Else training would see pieces of the windows that its best state is chosen by."""
+    options = CalibrationOptions(distill_steps=20, batch_size=8, seq_len=16, self_generated=0.5)
+    data = torch.stack([torch.full((16,), row) for row in range(60)])
+    with mock.patch.object(
+        sys.modules["attnedit.calibrate"], "own_windows", return_value=torch.full((4, 16), 63)
+    ) as sampled:
+        batches = training_batches(data, None, source("llama"), options, 0, None, None)
+    held = set(batches.held_out[:, 0].tolist()) - {63}
+    text = set(sampled.call_args.kwargs["text"][:, 0].tolist())
+    assert held
+    assert text == set(range(60)) - held
 
 
 def test_long_windows_are_packed_from_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

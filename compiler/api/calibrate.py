@@ -20,7 +20,7 @@ from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
 from attnedit.compiler.sampling import own_windows
 from attnedit.compiler.verify import check_tokens, decode_error, same_decode
-from attnedit.passes.calibration.batches import Batches, mix
+from attnedit.passes.calibration.batches import Batches, hold_out, mix
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import share
@@ -159,7 +159,7 @@ def training_batches(
             wanted = {"tokens": max(2, round(count * weights[-1])) * length, "window": length, "seed": seed}
             sources.append(token_windows(part, tokenizer, teacher, **wanted, progress=progress))
     if fraction > 0:
-        text = torch.cat(sources) if sources else None
+        text = torch.cat([hold_out(source)[1] for source in sources]) if sources else None
         wanted = {"count": max(2, round(count * fraction)), "length": length, "seed": seed}
         sources.append(own_windows(teacher, tokenizer, **wanted, text=text, progress=progress))
         weights.append(fraction)

@@ -46,7 +46,7 @@ def mix(sources: Sequence[Tensor], weights: Sequence[float], *, steps: int, batc
         seed: same seed, same batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    held, kept = zip(*(_split(source) for source in sources), strict=True)
+    held, kept = zip(*(hold_out(source) for source in sources), strict=True)
     shares = torch.tensor(weights, dtype=torch.float64)
     places = torch.multinomial(shares, steps * batch_size, replacement=True, generator=generator) if steps else None
     order = torch.zeros(steps * batch_size, dtype=torch.int64)
@@ -62,8 +62,8 @@ def mix(sources: Sequence[Tensor], weights: Sequence[float], *, steps: int, batc
     return Batches(torch.cat(kept), order.view(steps, batch_size), torch.cat(held))
 
 
-def _split(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows held out, and the others."""
+def hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows [N, L] that training never sees, evenly spread, and the others; a single one is both."""
     count = min(HELD_OUT_MOST, max(1, len(windows) // HELD_OUT_SHARE))
     if len(windows) <= 1:
         return windows, windows
