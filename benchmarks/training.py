@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-COMMAND = [sys.executable, "-c", "from attnedit.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from attnedit.cli import main; raise SystemExit(main())"]
 SAMPLE = """
 import sys
 from attnedit.calibrate import training_batches
@@ -56,7 +56,7 @@ class Case:
 CASES = {
     "MLA 1/2": Case(("--kv-budget", "0.5", "--alternations", "3"), 0.001),
     "MLA 1/4": Case(("--kv-budget", "0.25", "--alternations", "3"), 0.002),
-    "MLA 1/8": Case(("--kv-budget", "0.125", "--alternations", "3"), 0.004),
+    "MLA 1/8": Case(("--kv-budget", "0.125", "--alternations", "3"), 0.003),
     "GateSWA": Case(("--target", "gateswa", "--window", "128", "--full-layers", "8", "--sinks", "none"), 0.001),
 }
 
@@ -87,7 +87,12 @@ class Runs:
     def sample(self) -> None:
         """Make the source's own samples, on the last device."""
         options = self.options
-        numbers = (options.steps, options.batch_size, options.seq_len, options.self_generated)
+        numbers = (
+            options.fit_steps + options.distill_steps,
+            options.batch_size,
+            options.seq_len,
+            options.self_generated,
+        )
         arguments = [options.model, options.device, options.calibration, *map(str, numbers)]
         self.run("samples", [sys.executable, "-c", SAMPLE, *arguments], options.devices - 1)
 
@@ -99,14 +104,15 @@ class Runs:
             self.run(path.name, [*COMMAND, "compile", options.model, *CASES[case].arguments, *data], 0)
 
     def train(self, case: str, place: int) -> None:
-        """Distil what was compiled."""
+        """Fit and distil what was compiled."""
         options, path = self.options, self.path(case, "trained")
         if (path / "config.json").exists():
             return
         command = [*COMMAND, "calibrate", str(self.path(case, "start")), "--teacher", options.model]
-        command += ["--calibration", options.calibration, "--distill-steps", str(options.steps), "--train", "all"]
+        command += ["--calibration", options.calibration, "--train", "all"]
+        command += ["--fit-steps", str(options.fit_steps), "--distill-steps", str(options.distill_steps)]
         command += ["--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
-        command += ["--self-generated", str(options.self_generated), "--checkpoint-every", "200"]
+        command += ["--self-generated", str(options.self_generated), "--checkpoint-every", "100"]
         command += ["--distill-learning-rate", str(CASES[case].rate), "--distill-optimizer", options.optimizer]
         command += ["--feature-weight", str(options.feature_weight), "--device", options.device, "-o", str(path)]
         self.run(path.name, command, place)
@@ -126,7 +132,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", required=True, help="to evaluate on; several times")
     parser.add_argument("--cases", help=f"with commas, of {', '.join(CASES)}", default=",".join(CASES))
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--fit-steps", type=int, default=300)
+    parser.add_argument("--distill-steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--self-generated", type=float, default=0.5)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import attnedit
-from attnedit.passes.calibration import run
+from attnedit.passes.calibration import optimiser, run
 from attnedit.passes.calibration.distillation import RATES, suggested_rate
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.optimiser import Optimiser, matrices
@@ -42,18 +42,42 @@ def test_muon_moves_a_matrix_alike_in_all_directions_of_its_gradient(shape: tupl
     assert torch.allclose(steps, 0.02 * parameters["vector"].grad.sign(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("together", [1, 100, 1 << 26])
+def test_muon_of_several_matrices_is_torchs(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and sizes mixed, one at a time, a few and all together; a matrix without a gradient stays."""
+    monkeypatch.setattr(optimiser, "TOGETHER", together)
+    torch.manual_seed(2)
+    start = [torch.randn(shape) for shape in [(6, 9), (9, 6), (6, 9), (1, 7), (6, 9), (9, 6), (5, 5), (6, 9)]]
+    sizes = [2.0 ** (index % 3) for index in range(len(start))]
+    ours, theirs = ([nn.Parameter(weight.clone()) for weight in start] for _ in range(2))
+    named = {str(index): weight for index, weight in enumerate(ours)}
+    rule = Optimiser(named, {name: sizes[int(name)] for name in named}, set(named))
+    groups = [{"params": [weight], "lr": 0.1 * size} for weight, size in zip(theirs, sizes, strict=True)]
+    reference = torch.optim.Muon(groups, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        rule.step(0.1)
+        reference.step()
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        # Products in bfloat16 may be added up in another order.
+        assert (mine - other).norm() <= 0.02 * (other - before).norm()
+    assert torch.equal(ours[-1], start[-1])
+
+
 def test_both_rules_make_updates_of_one_size() -> None:
     """Over steps of noise, Muon's are a fifth of the rate, as AdamW's are there (arXiv 2502.16982, section 2.2)."""
     torch.manual_seed(0)
     moved = {}
     for muon in (False, True):
         weight = nn.Parameter(torch.zeros(32, 64))
-        optimiser = Optimiser({"w": weight}, {"w": 1.0}, {"w"} if muon else ())
+        rule = Optimiser({"w": weight}, {"w": 1.0}, {"w"} if muon else ())
         sizes = []
         for _ in range(40):
             before = weight.detach().clone()
             weight.grad = torch.randn(32, 64)
-            optimiser.step(1.0)
+            rule.step(1.0)
             sizes.append(float((weight.detach() - before).square().mean().sqrt()))
         moved[muon] = sum(sizes[20:]) / 20
     assert moved[True] == pytest.approx(0.2, rel=0.3)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 FRESH_SIZE = 2**-5.5
 """Root mean square that a weight of zeros is taken to have."""
+MOMENTUM = 0.95
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+"""Of the odd polynomial of degree 5 that moves all singular values towards 1 the fastest near 0."""
+ITERATIONS = 5
+TOGETHER = 1 << 26
+"""Numbers in the matrices that are multiplied together, at most."""
 
 
 class Optimiser:
     """AdamW and Muon under one learning rate, which is relative to the size of each weight.
-
-    Muon makes the momentum of a matrix orthogonal, so that no direction is starved by those of large gradients. Its
-    updates are made as large as AdamW's (arXiv 2502.16982, equation 4), so that one rate serves both.
 
     Args:
         parameters: by name, all on one device.
@@ -37,7 +40,7 @@ class Optimiser:
         for muon, by_size in groups.items():
             listed: list[dict[str, Any]] = [{"params": chosen, "size": size} for size, chosen in by_size.items()]
             if muon:
-                self._rules["muon"] = torch.optim.Muon(listed, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+                self._rules["muon"] = Muon(listed)
             else:
                 fused = listed[0]["params"][0].device.type == "cuda"
                 self._rules["adamw"] = torch.optim.AdamW(listed, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
@@ -62,6 +65,64 @@ class Optimiser:
         """Go on from a `state_dict`."""
         for name, rule in self._rules.items():
             rule.load_state_dict(states[name])
+
+
+class Muon(torch.optim.Optimizer):
+    """Makes the momentum of a matrix orthogonal, so that no direction is starved by those of large gradients.
+
+    Muon (https://kellerjordan.github.io/posts/muon) with Nesterov momentum, its updates made as large as AdamW's
+    (arXiv 2502.16982, equation 4), so that one rate serves both. The numbers are those of `torch.optim.Muon`, which
+    takes one matrix after the other: thousands of launches for a step of a small model, and launch failures where
+    several processes share a GPU (docs/benchmarks.md, Training). Here matrices of one shape are multiplied together.
+
+    Args:
+        groups: of matrices, with their learning rate "lr".
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
+        """Change every matrix that has a gradient."""
+        shapes: dict[torch.Size, list[tuple[nn.Parameter, float]]] = defaultdict(list)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes[parameter.shape].append((parameter, group["lr"]))
+        for shape, chosen in shapes.items():
+            size = max(1, TOGETHER // shape.numel())
+            for first in range(0, len(chosen), size):
+                self._update(*zip(*chosen[first : first + size], strict=True))
+
+    def _update(self, parameters: Sequence[nn.Parameter], rates: Sequence[float]) -> None:
+        """Change matrices of one shape."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates = orthogonalised(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))
+        size = 0.2 * math.sqrt(max(updates.shape[1:]))
+        for parameter, update, rate in zip(parameters, updates, rates, strict=True):
+            parameter.sub_(update, alpha=rate * size)
+
+
+def orthogonalised(stacked: Tensor) -> Tensor:
+    """U V^T of matrices U S V^T [N, A, B], about: singular values from 0.5 to 1.5; in bfloat16.
+
+    By Muon's iteration of X = p(X X^T) X with a polynomial p, which starts from a norm of 1.
+    """
+    x = stacked.bfloat16()
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    first, second, third = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)
+    return x if wide else x.mT
 
 
 @torch.no_grad()
