@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from attnedit.compiler.errors import UsageError
+from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.processes import accelerator, processes
 
 
@@ -46,3 +49,31 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {str(device)!r} is not usable here; give cpu, cuda, npu, or leave it auto") from error
     return resolved
+
+
+@contextmanager
+def device_failures(work: str, out_of_memory: str, broken: str = "try again") -> Iterator[None]:
+    """Say in one line what a device that is out of memory, or broke down, means for this work.
+
+    >>> with device_failures("training", "use smaller batches"):
+    ...     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    Traceback (most recent call last):
+    attnedit.compiler.errors.AttneditError: training: out of memory; use smaller batches
+
+    Args:
+        work: what was being done.
+        out_of_memory: what to do where there was not enough.
+        broken: what to do where a kernel failed.
+
+    Raises:
+        AttneditError: in place of errors of these two kinds; others pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            raise AttneditError(f"{work}: out of memory; {out_of_memory}") from error
+        if "CUDA error" in text or "NPU error" in text:
+            raise AttneditError(f"{work}: the device failed ({text.splitlines()[0]}); {broken}") from error
+        raise

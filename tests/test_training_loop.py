@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import source, tokens
 from torch import Tensor, nn
 
+import attnedit
 from attnedit.passes.calibration import training
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.optimiser import FRESH_SIZE
@@ -130,3 +132,47 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not(stop: int, tmp_path: Path)
     run(third, tmp_path / "stopped")
     assert third.seen == []
     assert torch.equal(third.parameter, whole.parameter)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            "training: out of memory; raise accum",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+            "out of memory",
+        ),
+        (
+            RuntimeError("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure'"),
+            r"the device failed \(CUDA error: unspecified launch failure\); the same command goes on from its last",
+        ),
+        (RuntimeError("size mismatch"), "^size mismatch$"),
+    ],
+    ids=["gpu", "cpu", "launch", "other"],
+)
+def test_a_device_that_fails_is_told_in_one_line(
+    error: RuntimeError, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the run can be gone on with: the same call ends as if nothing had happened."""
+    result = attnedit.compile(source("llama"), kv_budget=0.5, calibration=tokens(8, 32), alternations=0)
+    step = training.Optimiser.step
+    calls: list[float] = []
+
+    def failing(self: Any, rate: float) -> None:
+        calls.append(rate)
+        if len(calls) == 4:
+            raise error
+        step(self, rate)
+
+    settings: dict[str, Any] = {"fit_steps": 6, "batch_size": 2, "seq_len": 16, "checkpoint_every": 2}
+    settings |= {"calibration": tokens(24, 16), "run_directory": tmp_path, "verify": False}
+    monkeypatch.setattr(training.Optimiser, "step", failing)
+    kind = attnedit.AttneditError if "mismatch" not in message else RuntimeError
+    with pytest.raises(kind, match=message):
+        attnedit.calibrate(result, source("llama"), **settings)
+    again = attnedit.calibrate(result, source("llama"), **settings)
+    assert len(calls) == 4 + 6 - 2
+    assert again.report.stages[0].steps == 6

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.data import context_length, position_limit, shares_of, token_windows
+from attnedit.compiler.devices import device_failures
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
@@ -33,6 +34,10 @@ START_DIRECTORY = "start"
 BEST_DIRECTORY = "best"
 """In a run directory whose training broke down: the best state."""
 
+LESS_MEMORY = (
+    "raise accumulation, keep no activations (activation_checkpointing), train less of the model, or fit few layers "
+    "at a time (memory_limit)"
+)
 ASCEND = "npu"
 """Type of Ascend's devices, to torch."""
 
@@ -95,7 +100,8 @@ def calibrate(
         # Own samples are made once, by the main process, and read from the disk by the others.
         with timed(seconds, "training data"), processes().main_first():
             batches = training_batches(calibration, tokenizer, teacher, options, seed, directory, progress)
-        with timed(seconds, "training"), _kernels(teacher, model):
+        again = "try again" if directory is None else "the same command goes on from its last checkpoint"
+        with timed(seconds, "training"), _kernels(teacher, model), device_failures("training", LESS_MEMORY, again):
             try:
                 done = train(model, teacher, sites, batches, options, directory=directory, progress=progress)
             except DivergedError as error:

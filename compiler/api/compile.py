@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import START_DIRECTORY, calibrate
 from attnedit.compiler.capture import as_captured, capture, graph_module
+from attnedit.compiler.devices import device_failures
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
@@ -179,6 +180,7 @@ def _with_recipe(result: CompileResult, arguments: Mapping[str, Any], training: 
     return dataclasses.replace(result, report=report)
 
 
+@device_failures("compile", "load it in bfloat16, give fewer calibration_tokens, or go layer by layer (low_memory)")
 def _one_shot(
     model: PreTrainedModel,
     target: str,
