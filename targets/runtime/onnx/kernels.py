@@ -53,6 +53,35 @@ def choose_dtype(dtype: str | torch.dtype | None, own: torch.dtype) -> torch.dty
     return DTYPES[chosen]
 
 
+def widen_bfloat16(model: ir.Model) -> None:
+    """Compute in float32 what a model computes in bfloat16, and round: ONNX Runtime has no such kernels on the CPU.
+
+    The numbers stay torch's, which rounds the result of every operator. Some models have such a part whatever their
+    dtype, such as Falcon's biases of positions.
+    """
+    wide, narrow = ir.DataType.FLOAT, ir.DataType.BFLOAT16
+
+    def cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+        node = ir.node("Cast", [value], {"to": int(dtype)})
+        node.outputs[0].dtype, node.outputs[0].shape = dtype, value.shape
+        return node
+
+    for node in [node for node in model.graph.all_nodes() if node.op_type != "Cast" and node.inputs]:
+        assert node.graph is not None
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == narrow:
+                widened = cast(value, wide)
+                node.graph.insert_before(node, widened)
+                node.replace_input_with(index, widened.outputs[0])
+        for value in node.outputs:
+            if value.dtype == narrow:
+                users, value.dtype = list(value.uses()), wide
+                rounded = cast(value, narrow)
+                node.graph.insert_after(node, rounded)
+                for user, index in users:
+                    user.replace_input_with(index, rounded.outputs[0])
+
+
 def check_kernels(model: ir.Model, opset: int) -> None:
     """Refuse a model with an operator that the installed ONNX Runtime has no CPU kernel for.
 

@@ -19,6 +19,7 @@ from attnedit.compiler.errors import AttneditError
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.onnx.attention import EXPORT, lower
 from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache, Step, export_cache, stepping
+from attnedit.targets.runtime.onnx.kernels import widen_bfloat16
 from attnedit.targets.runtime.tracing import traceable
 
 # Sizes for tracing: all different, and none that a real dimension of a model is likely to have.
@@ -153,6 +154,7 @@ def export_program(model: PreTrainedModel, signature: Signature, opset: int) -> 
         )
     if program is None:
         raise AttneditError(f"{type(model).__name__}: torch.onnx.export returned nothing")
+    widen_bfloat16(program.model)
     _name_axes(program.model, signature)
     return program.model
 
