@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import attnedit
-from attnedit.passes.calibration import optimiser, run
-from attnedit.passes.calibration.distillation import RATES, suggested_rate
+from attnedit.passes.calibration import distillation, fitting, optimiser, run
 from attnedit.passes.calibration.journal import Journal
-from attnedit.passes.calibration.optimiser import Optimiser, matrices
+from attnedit.passes.calibration.optimiser import LOWEST_RATE, Optimiser, matrices, suggested_rate
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.training import Stage, run_stage
 from attnedit.targets.runtime.eager import share_copy
@@ -116,7 +115,7 @@ def test_a_stopped_run_goes_on_with_the_moments_of_both_rules(stop: int, tmp_pat
             return {"loss": float(loss.detach())}
 
         made = Stage(
-            "toy", parameters, [list(parameters)], 12, lambda _: 0.1, 1, learn, lambda: -float(seen[-1]), {"matrix"}
+            "toy", parameters, [list(parameters)], 12, lambda _: 0.1, 1, learn, lambda: [-float(seen[-1])], {"matrix"}
         )
         return made, parameters
 
@@ -139,17 +138,48 @@ def test_muon_is_refused_where_no_process_has_a_whole_matrix(monkeypatch: pytest
         run._check_shares(CalibrationOptions(distill_steps=4, distill_optimizer="muon"))
 
 
+def for_distilling(loss: float) -> float:
+    return suggested_rate(loss, distillation.RATE_FACTOR, distillation.HIGHEST_RATE)
+
+
+def for_fitting(loss: float) -> float:
+    return suggested_rate(loss, fitting.RATE_FACTOR, fitting.HIGHEST_RATE)
+
+
 @given(st.floats(0, 20), st.floats(0, 20))
 def test_a_better_start_is_moved_less(one: float, other: float) -> None:
     low, high = sorted((one, other))
-    assert RATES[0] <= suggested_rate(low) <= suggested_rate(high) <= RATES[1]
+    assert LOWEST_RATE <= for_distilling(low) <= for_distilling(high) <= distillation.HIGHEST_RATE
+    assert LOWEST_RATE <= for_fitting(low) <= for_fitting(high) <= fitting.HIGHEST_RATE
 
 
 def test_rates_that_were_measured() -> None:
     """Starts at a half, a quarter and an eighth of SmolLM2's cache, and what was best there."""
-    assert suggested_rate(0.1) == pytest.approx(0.0009, rel=0.2)
-    assert suggested_rate(0.5) == pytest.approx(0.002, rel=0.2)
-    assert suggested_rate(1.1) == pytest.approx(0.004, rel=0.2)
+    assert for_distilling(0.1) == pytest.approx(0.0009, rel=0.2)
+    assert for_distilling(0.5) == pytest.approx(0.002, rel=0.2)
+    assert for_distilling(1.1) == pytest.approx(0.004, rel=0.2)
+    assert for_fitting(0.035) == pytest.approx(0.003, rel=0.2)
+    assert for_fitting(0.065) == pytest.approx(0.005, rel=0.2)
+
+
+def test_each_layer_is_fitted_at_the_rate_of_its_own_start() -> None:
+    """AdamW's first step is the rate times the weight's size, to half a power of two."""
+    torch.manual_seed(0)
+    parameters = {name: nn.Parameter(torch.randn(16, 16)) for name in ("good", "bad", "worse")}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def learn(step: int) -> dict[str, float]:
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        return {"loss": 1.0}
+
+    looks = iter([[0.001, 0.004, 0.016], [0.0, 0.0, 0.0]])
+    parts = [[name] for name in parameters]
+    stage = Stage("toy", parameters, parts, 1, lambda loss: loss, 1, learn, lambda: next(looks))
+    state = run_stage(stage, CalibrationOptions(), Journal(None))
+    assert (state.rate, state.first) == (0.016, pytest.approx(0.007))
+    moved = {name: float((before[name] - parameters[name].detach()).mean()) for name in parameters}
+    assert moved == pytest.approx({"good": 0.001, "bad": 0.004, "worse": 0.016}, rel=1e-3)
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
@@ -165,7 +195,7 @@ def test_distillation_takes_its_rate_from_the_start(rule: str) -> None:
         distill_optimizer=rule,
     )
     (stage,) = result.report.stages
-    assert stage.learning_rate == pytest.approx(suggested_rate(stage.before))
+    assert stage.learning_rate == pytest.approx(for_distilling(stage.before))
     assert f"at rate {stage.learning_rate:.2g}" in str(result.report)
     assert math.isfinite(stage.best)
     assert result.report.recipe["training"].get("distill_optimizer", "adamw") == rule

@@ -36,7 +36,7 @@ class Quadratic:
             lambda _: 0.3,
             10,
             self.learn,
-            lambda: float(self.loss().detach()),
+            lambda: [float(self.loss().detach())],
         )
 
     def loss(self) -> Tensor:
@@ -83,7 +83,7 @@ def test_steps_are_relative_to_the_size_of_a_weight() -> None:
         sum((parameter.sum() for parameter in parameters.values()), torch.zeros(())).backward()
         return {"loss": 1.0}
 
-    looks = iter([1.0, 0.5])
+    looks = iter([[1.0] * len(parameters), [0.5] * len(parameters)])
     stage = Stage("toy", parameters, [[name] for name in parameters], 1, lambda _: 0.01, 10, learn, lambda: next(looks))
     run_stage(stage, CalibrationOptions(), Journal(None))
     moved = {name: float((weights[name] - p.detach()).mean()) for name, p in parameters.items()}
@@ -95,9 +95,9 @@ def test_the_best_state_stays_and_ends_a_run_early() -> None:
     values = iter([5.0, 4.0, 1.0, *[2.0] * 50])
     at: list[Tensor] = []
 
-    def evaluate() -> float:
+    def evaluate() -> list[float]:
         at.append(toy.parameter.detach().clone())
-        return next(values)
+        return [next(values)]
 
     toy.stage.evaluate = evaluate
     state = run(toy, evaluate_every=5, patience=4)

@@ -22,8 +22,9 @@ from attnedit.compiler.stream import replaced_forward
 
 POSITIONS = 2048
 """Positions whose logits are held at once."""
-RATES = 0.0001, 0.005
-"""The lowest and the highest that are suggested."""
+RATE_FACTOR, HIGHEST_RATE = 0.0035, 0.005
+"""For `suggested_rate`. Found on SmolLM2, all weights trained, with starts of about 0.1, 0.5 and 1.1 nats and steps of
+8,192 tokens (docs/benchmarks.md, Training)."""
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -91,16 +92,6 @@ def summed_divergence(logits: Tensor, expected: Tensor) -> Tensor:
     """Sum over positions of KL(expected || logits) in nats, in float32, of logits [P, V]."""
     wanted = expected.float().log_softmax(-1)
     return functional.kl_div(logits.float().log_softmax(-1), wanted, reduction="sum", log_target=True)
-
-
-def suggested_rate(divergence: float) -> float:
-    """Highest learning rate for a start with this mean divergence in nats: the better it is, the less may be moved.
-
-    Found on SmolLM2, all weights trained, with starts of about 0.1, 0.5 and 1.1 nats and steps of 8,192 tokens
-    (docs/benchmarks.md, Training).
-    """
-    low, high = RATES
-    return min(high, max(low, 0.0035 * float(max(0.0, divergence) ** 0.6)))
 
 
 def _run(model: PreTrainedModel, ids: Tensor, layers: Sequence[str]) -> tuple[Any, list[Tensor]]:

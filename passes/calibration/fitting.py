@@ -24,6 +24,8 @@ from attnedit.compiler.stream import Walk, decoder_layers
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.training import mixed_precision
 
+RATE_FACTOR, HIGHEST_RATE = 0.022, 0.02
+"""For `suggested_rate`. Found on SmolLM2, starts of 0.035 to 0.2 of the output's power (docs/benchmarks.md, Cost)."""
 BYTES_PER_PARAMETER = 16
 """Float32 weight, gradient and two moments."""
 

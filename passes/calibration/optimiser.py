@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 FRESH_SIZE = 2**-5.5
 """Root mean square that a weight of zeros is taken to have."""
+LOWEST_RATE = 0.0001
 MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of the odd polynomial of degree 5 that moves all singular values towards 1 the fastest near 0."""
@@ -133,8 +134,30 @@ def size_of(parameter: nn.Parameter) -> float:
     (Adafactor, arXiv 1804.04235, section 8). Rounded to half powers of two: weights of one size are updated together.
     """
     mean = parameter.float().square().mean()
-    size = math.sqrt(float(mean.full_tensor() if isinstance(mean, DTensor) else mean)) or FRESH_SIZE
-    return float(2 ** (round(2 * math.log2(size)) / 2))
+    return half_power(math.sqrt(float(mean.full_tensor() if isinstance(mean, DTensor) else mean)) or FRESH_SIZE)
+
+
+def half_power(number: float) -> float:
+    """The power of the square root of two that is nearest to a positive number.
+
+    >>> half_power(0.7), half_power(3.0)
+    (0.7071067811865476, 2.8284271247461903)
+    """
+    return float(2 ** (round(2 * math.log2(number)) / 2))
+
+
+def suggested_rate(loss: float, factor: float, highest: float) -> float:
+    """Highest learning rate for a start with this loss: the better it is, the less may be moved.
+
+    Moving weights by a fraction r of their size in every step costs about r^1.6 (docs/benchmarks.md, Cost), which is to
+    stay in proportion to the start's loss.
+
+    Args:
+        loss: of the start, before training.
+        factor: the rate for a loss of 1.
+        highest: not exceeded.
+    """
+    return min(highest, max(LOWEST_RATE, factor * float(max(0.0, loss) ** 0.6)))
 
 
 def matrices(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:

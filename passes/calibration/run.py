@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,12 +19,13 @@ from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import decoder_layers, replaced_forwards
+from attnedit.passes.calibration import distillation, fitting
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
-from attnedit.passes.calibration.distillation import Distillation, suggested_rate, summed_divergence
+from attnedit.passes.calibration.distillation import Distillation, summed_divergence
 from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups, hidden_before, scratch_directory
 from attnedit.passes.calibration.journal import Journal
-from attnedit.passes.calibration.optimiser import matrices
+from attnedit.passes.calibration.optimiser import matrices, suggested_rate
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import as_before, own_memory, trainable
 from attnedit.passes.calibration.sharding import Models, spread
@@ -179,19 +180,20 @@ def _fit(
                         found.append((share, layer_fit.losses(batches.windows[part].to(device), part, share)))
                 return _mean(weighted_sum(found))
 
-            def evaluate(held: LayerFit = held) -> float:
+            def evaluate(held: LayerFit = held, group: list[AttentionSite] = group) -> list[float]:
                 found = []
                 for part in _held_out(batches, options):
                     with mixed_precision(teacher):
                         found.append((len(part) / len(batches.held_out), held.losses(part.to(device))))
-                return _mean(weighted_sum(found))["loss"]
+                losses = weighted_sum(found)
+                return [losses.get(site.name, 0.0) for site in group]
 
             stage = Stage(
                 name=FIT if len(parts) == 1 else f"{FIT} {number}/{len(parts)}",
                 parameters={name: p for site in group for name, p in own[site.name].items()},
-                clips=[list(own[site.name]) for site in group],
+                parts=[list(own[site.name]) for site in group],
                 steps=options.fit_steps,
-                rate=lambda _: options.fit_learning_rate,
+                rate=_rate(options.fit_learning_rate, fitting.RATE_FACTOR, fitting.HIGHEST_RATE),
                 tokens=batches.order.shape[1] * batches.windows.shape[1],
                 learn=learn,
                 evaluate=evaluate,
@@ -229,20 +231,19 @@ def _distill(
         return weighted_sum(found)
 
     @torch.no_grad()
-    def evaluate() -> float:
+    def evaluate() -> list[float]:
         found = []
         for part in _held_out(batches, options):
             with mixed_precision(teacher):
                 found.append((len(part) / len(batches.held_out), {"loss": step_losses.losses(part.to(device))[0]}))
-        return weighted_sum(found).get("loss", 0.0)
+        return [weighted_sum(found).get("loss", 0.0)]
 
-    given = options.distill_learning_rate
     stage = Stage(
         name=DISTILL,
         parameters=learned,
-        clips=[list(learned)],
+        parts=[list(learned)],
         steps=options.distill_steps,
-        rate=suggested_rate if given is None else lambda _: given,
+        rate=_rate(options.distill_learning_rate, distillation.RATE_FACTOR, distillation.HIGHEST_RATE),
         tokens=batches.order.shape[1] * batches.windows.shape[1],
         learn=learn,
         evaluate=evaluate,
@@ -259,6 +260,13 @@ def _held_out(batches: Batches, options: CalibrationOptions) -> Sequence[Tensor]
     """This process's held-out windows, in parts; none where there are fewer windows than processes."""
     rows = processes().share(batches.held_out)
     return rows.split(max(1, options.batch_size // options.accumulation)) if len(rows) else ()
+
+
+def _rate(given: float | None, factor: float, highest: float) -> Callable[[float], float]:
+    """What is given, or by how good the start is."""
+    if given is not None:
+        return lambda _: given
+    return partial(suggested_rate, factor=factor, highest=highest)
 
 
 def _mean(losses: Mapping[str, float]) -> dict[str, float]:

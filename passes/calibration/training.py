@@ -18,7 +18,7 @@ from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.stream import fast_bfloat16
 from attnedit.passes.calibration.journal import Journal
-from attnedit.passes.calibration.optimiser import Optimiser, size_of
+from attnedit.passes.calibration.optimiser import Optimiser, half_power, size_of
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import local, local_gradient, restore, snapshot
 
@@ -48,7 +48,7 @@ class StageState:
         name: of the stage.
         step: steps done, skipped ones too.
         best, best_step: lowest held-out loss, and when.
-        rate: highest learning rate, relative to the root mean square of each weight.
+        rate: highest learning rate, relative to the root mean square of each weight; of the part with the worst start.
         first, last: held-out loss before training, and at the last look.
         since: looks since the best.
         skipped: steps without an update.
@@ -90,24 +90,24 @@ class Stage:
     Attributes:
         name: shown and logged.
         parameters: by name.
-        clips: names of parameters whose gradients are clipped together; those of independent losses are apart.
+        parts: names of parameters by the loss that they have a part in; losses of different parts are independent.
         steps: how many.
-        rate: `StageState.rate` for a held-out loss before training.
+        rate: highest learning rate of a part, for its held-out loss before training.
         tokens: per step.
         learn: accumulates this process's part of a step's gradients and returns its part of the losses by name;
             "loss" is the one watched.
-        evaluate: this process's part of the loss on held-out windows.
+        evaluate: this process's share of each part's loss on held-out windows.
         orthogonal: names of matrices that Muon changes, see `Optimiser`.
     """
 
     name: str
     parameters: Mapping[str, nn.Parameter]
-    clips: Sequence[Sequence[str]]
+    parts: Sequence[Sequence[str]]
     steps: int
     rate: Callable[[float], float]
     tokens: int
     learn: Callable[[int], Mapping[str, float]]
-    evaluate: Callable[[], float]
+    evaluate: Callable[[], Sequence[float]]
     orthogonal: Collection[str] = ()
 
 
@@ -161,14 +161,22 @@ class _Run:
         if saved:
             self.state, self._best, self._sizes = StageState(**saved["state"]), saved["best"], saved["sizes"]
             restore(self._local, saved["parameters"])
+        else:
+            losses = _evaluate(stage)
+            self.state.first = self.state.last = self.state.best = statistics.fmean(losses)
+            self._set_rates([stage.rate(loss) for loss in losses])
+            self._best = snapshot(self._local)
         self._optimiser = Optimiser(self._local, self._sizes, stage.orthogonal)
         if saved and saved["optimiser"] is not None:
             self._optimiser.load_state_dict(saved["optimiser"])
-        elif not saved:
-            self.state.first = self.state.last = self.state.best = _evaluate(stage)
-            self.state.rate = stage.rate(self.state.first)
-            self._best = snapshot(self._local)
         self._start = perf_counter() - self.state.seconds
+
+    def _set_rates(self, rates: Sequence[float]) -> None:
+        """The highest is the stage's; of other parts' parameters, sizes say how much lower theirs are."""
+        self.state.rate = max(rates)
+        for names, rate in zip(self._stage.parts, rates, strict=True):
+            for name in names:
+                self._sizes[name] *= half_power(rate / self.state.rate)
 
     def step(self) -> dict[str, Any]:
         """Learn from one batch, unless it is broken; returns what is logged."""
@@ -214,9 +222,9 @@ class _Run:
             parameter.grad = None
 
     def _clip(self) -> list[float]:
-        """Bring the gradients of each of `Stage.clips` to a norm of at most `CLIP`; returns what the norms were."""
+        """Bring the gradients of each of `Stage.parts` to a norm of at most `CLIP`; returns what the norms were."""
         norms = []
-        for names in self._stage.clips:
+        for names in self._stage.parts:
             whole: list[Tensor] = []
             parts: list[Tensor] = []
             for name in names:
@@ -247,7 +255,7 @@ class _Run:
     def _look(self) -> float:
         """Held-out loss now; remember parameters that are the best so far."""
         state = self.state
-        state.last = _evaluate(self._stage)
+        state.last = statistics.fmean(_evaluate(self._stage))
         if state.last < state.best:
             state.best, state.best_step, state.since = state.last, state.step, 0
             self._best = snapshot(self._local)
@@ -284,8 +292,11 @@ def _schedule(step: int, steps: int) -> float:
     return (1 + math.cos(angle)) / 2
 
 
-def _evaluate(stage: Stage) -> float:
-    return processes().add({"loss": stage.evaluate()})["loss"]
+def _evaluate(stage: Stage) -> list[float]:
+    """Held-out loss of each part."""
+    losses = {str(index): loss for index, loss in enumerate(stage.evaluate())}
+    total = processes().add(losses)
+    return [total[index] for index in losses]
 
 
 def _square(gradients: Sequence[Tensor]) -> float:

@@ -26,12 +26,14 @@ AccumulationOption = Annotated[
     int, typer.Option(min=1, help="Training: parts that a batch is computed in, to save memory.")
 ]
 FitRateOption = Annotated[
-    float,
-    typer.Option("--fit-learning-rate", help="Highest rate of fitting, relative to the size of each weight."),
+    float | None,
+    typer.Option(
+        "--fit-learning-rate",
+        help="Highest rate of fitting, relative to the size of each weight; unless told, by how far each layer is off.",
+    ),
 ]
 DistillRateOption = Annotated[
-    float | None,
-    typer.Option("--distill-learning-rate", help="The same of distillation; unless told, by how far the start is off."),
+    float | None, typer.Option("--distill-learning-rate", help="The same of distillation, by how far the model is off.")
 ]
 DistillOptimizerOption = Annotated[
     str, typer.Option(help="Distillation: adamw, or muon, which learns more of each token and takes more time.")
