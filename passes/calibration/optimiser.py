@@ -149,7 +149,7 @@ def half_power(number: float) -> float:
 def suggested_rate(loss: float, factor: float, highest: float) -> float:
     """Highest learning rate for a start with this loss: the better it is, the less may be moved.
 
-    Moving weights by a fraction r of their size in every step costs about r^1.6 (docs/benchmarks.md, Cost), which is to
+    Moving weights by a fraction r of their size in every step costs about r^1.4 (docs/benchmarks.md, Cost), which is to
     stay in proportion to the start's loss.
 
     Args:
