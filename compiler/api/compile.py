@@ -180,7 +180,10 @@ def _with_recipe(result: CompileResult, arguments: Mapping[str, Any], training: 
     return dataclasses.replace(result, report=report)
 
 
-@device_failures("compile", "load it in bfloat16, give fewer calibration_tokens, or go layer by layer (low_memory)")
+@device_failures(
+    "compile",
+    "load it in bfloat16, give fewer calibration_tokens, or go layer by layer (--low-memory, compile_checkpoint)",
+)
 def _one_shot(
     model: PreTrainedModel,
     target: str,

@@ -19,12 +19,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from attnedit.compiler.stream import replaced_forward
+from attnedit.passes.calibration.optimiser import suggested_rate
 
 POSITIONS = 2048
 """Positions whose logits are held at once."""
-RATE_FACTOR, HIGHEST_RATE = 0.0035, 0.005
-"""For `suggested_rate`. Found on SmolLM2, all weights trained, with starts of about 0.1, 0.5 and 1.1 nats and steps of
-8,192 tokens (docs/benchmarks.md, Training)."""
+HIGHEST_RATE = 0.005
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -92,6 +91,15 @@ def summed_divergence(logits: Tensor, expected: Tensor) -> Tensor:
     """Sum over positions of KL(expected || logits) in nats, in float32, of logits [P, V]."""
     wanted = expected.float().log_softmax(-1)
     return functional.kl_div(logits.float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+
+
+def distillation_rate(divergence: float) -> float:
+    """Highest learning rate for a start with this mean divergence in nats.
+
+    Found on SmolLM2, all weights trained, with starts of about 0.1, 0.5 and 1.1 and steps of 8,192 tokens
+    (docs/benchmarks.md, Training).
+    """
+    return suggested_rate(divergence, 0.0035, HIGHEST_RATE)
 
 
 def _run(model: PreTrainedModel, ids: Tensor, layers: Sequence[str]) -> tuple[Any, list[Tensor]]:

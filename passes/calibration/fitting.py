@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import Walk, decoder_layers
+from attnedit.passes.calibration.optimiser import half_power, suggested_rate
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.training import mixed_precision
 
-RATE_FACTOR, HIGHEST_RATE = 0.022, 0.02
-"""For `suggested_rate`. Found on SmolLM2, starts of 0.035 to 0.2 of the output's power (docs/benchmarks.md, Cost)."""
+HIGHEST_RATE = 0.02
 BYTES_PER_PARAMETER = 16
 """Float32 weight, gradient and two moments."""
 
@@ -110,6 +110,15 @@ class HiddenStates:
     def write(self, rows: Tensor, hidden: Tensor) -> None:
         """Put [B, T, D] in place."""
         self._states[rows.cpu()] = hidden.detach().cpu()
+
+
+def fitting_rate(error: float) -> float:
+    """Highest learning rate for a layer whose start has this error, as a fraction of the output's power.
+
+    Found on SmolLM2 with starts of 0.035 to 0.2 (docs/benchmarks.md, Cost). To half a power of two, so that weights of
+    layers with like starts are updated together, and alike however layers are grouped.
+    """
+    return half_power(suggested_rate(error, 0.022, HIGHEST_RATE))
 
 
 def groups(sites: Sequence[AttentionSite], sizes: Mapping[str, int], limit: int | None) -> list[list[AttentionSite]]:

@@ -27,8 +27,8 @@ class CalibrationOptions:
         seq_len: tokens per window; the model's positions if those are fewer.
         accumulation: parts that a batch is computed in, one after the other; less memory, same result.
         fit_learning_rate: highest rate of fitting, as a fraction of each weight's root mean square; linear warm-up,
-            then half a cosine to nothing. None for `suggested_rate`, by how far each layer's start is off.
-        distill_learning_rate: the same of distillation, by how far the whole model's start is off.
+            then half a cosine to nothing. None for `fitting_rate`, by how far each layer's start is off.
+        distill_learning_rate: the same of distillation; None for `distillation_rate`, by how far the model's is.
         distill_optimizer: "adamw", or "muon" for matrices and AdamW for the rest: better at equal tokens, with more
             arithmetic per step, the more the wider the matrices and the fewer the tokens of a step.
         train: what distillation changes: "attention", "norms" (attention and norms), or "all".

@@ -19,13 +19,19 @@ from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import decoder_layers, replaced_forwards
-from attnedit.passes.calibration import distillation, fitting
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
-from attnedit.passes.calibration.distillation import Distillation, summed_divergence
-from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, groups, hidden_before, scratch_directory
+from attnedit.passes.calibration.distillation import Distillation, distillation_rate, summed_divergence
+from attnedit.passes.calibration.fitting import (
+    HiddenStates,
+    LayerFit,
+    fitting_rate,
+    groups,
+    hidden_before,
+    scratch_directory,
+)
 from attnedit.passes.calibration.journal import Journal
-from attnedit.passes.calibration.optimiser import matrices, suggested_rate
+from attnedit.passes.calibration.optimiser import matrices
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import as_before, own_memory, trainable
 from attnedit.passes.calibration.sharding import Models, spread
@@ -193,7 +199,7 @@ def _fit(
                 parameters={name: p for site in group for name, p in own[site.name].items()},
                 parts=[list(own[site.name]) for site in group],
                 steps=options.fit_steps,
-                rate=_rate(options.fit_learning_rate, fitting.RATE_FACTOR, fitting.HIGHEST_RATE),
+                rate=_rate(options.fit_learning_rate, fitting_rate),
                 tokens=batches.order.shape[1] * batches.windows.shape[1],
                 learn=learn,
                 evaluate=evaluate,
@@ -243,7 +249,7 @@ def _distill(
         parameters=learned,
         parts=[list(learned)],
         steps=options.distill_steps,
-        rate=_rate(options.distill_learning_rate, distillation.RATE_FACTOR, distillation.HIGHEST_RATE),
+        rate=_rate(options.distill_learning_rate, distillation_rate),
         tokens=batches.order.shape[1] * batches.windows.shape[1],
         learn=learn,
         evaluate=evaluate,
@@ -262,11 +268,8 @@ def _held_out(batches: Batches, options: CalibrationOptions) -> Sequence[Tensor]
     return rows.split(max(1, options.batch_size // options.accumulation)) if len(rows) else ()
 
 
-def _rate(given: float | None, factor: float, highest: float) -> Callable[[float], float]:
-    """What is given, or by how good the start is."""
-    if given is not None:
-        return lambda _: given
-    return partial(suggested_rate, factor=factor, highest=highest)
+def _rate(given: float | None, suggested: Callable[[float], float]) -> Callable[[float], float]:
+    return suggested if given is None else lambda _: given
 
 
 def _mean(losses: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.stream import fast_bfloat16
 from attnedit.passes.calibration.journal import Journal
-from attnedit.passes.calibration.optimiser import Optimiser, half_power, size_of
+from attnedit.passes.calibration.optimiser import Optimiser, size_of
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import local, local_gradient, restore, snapshot
 
@@ -176,7 +176,7 @@ class _Run:
         self.state.rate = max(rates)
         for names, rate in zip(self._stage.parts, rates, strict=True):
             for name in names:
-                self._sizes[name] *= half_power(rate / self.state.rate)
+                self._sizes[name] *= rate / self.state.rate
 
     def step(self) -> dict[str, Any]:
         """Learn from one batch, unless it is broken; returns what is logged."""
