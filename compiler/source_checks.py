@@ -17,6 +17,18 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.remote_code import AUTO_CLASSES, auto_map_of, needs_own_code
 
 
+def model_name(model: PreTrainedModel) -> str:
+    """What messages call a model: where it was loaded from, or its class.
+
+    Raises:
+        UsageError: it is not a model of transformers, but the name of one, say.
+    """
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        got = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise UsageError(f"expected a model of transformers, got {got}; load it with AutoModelForCausalLM first")
+    return model.config.name_or_path or type(model).__name__
+
+
 def check_config(
     config: PreTrainedConfig, name: str, *, dequantize: bool = False, trust_remote_code: bool = False
 ) -> None:

@@ -272,3 +272,20 @@ def test_a_hybrid_whose_layers_return_tuples_and_positions_start_at_zero_unless_
 def test_a_cache_of_its_own_is_refused() -> None:
     config = MiniMaxConfig(**SIZES, head_dim=8, layer_types=["linear_attention", "full_attention"], num_local_experts=2)
     assert "MiniMaxForCausalLM does not work with a transformers DynamicCache" in refusal(random_model(config))
+
+
+@pytest.mark.parametrize(
+    ("model", "called"), [("Qwen/Qwen3-8B", "'Qwen/Qwen3-8B'"), (nn.Linear(2, 2), "a Linear")], ids=["name", "module"]
+)
+def test_what_is_no_model_is_refused(model: Any, called: str) -> None:
+    said = f"expected a model of transformers, got {called}; load it with AutoModelForCausalLM first"
+    with pytest.raises(attnedit.UsageError, match=said):
+        attnedit.compile(model)
+    with pytest.raises(attnedit.UsageError, match=said):
+        attnedit.calibrate(half("llama"), model, distill_steps=1)
+
+
+def test_calibrate_wants_a_result() -> None:
+    model: Any = source("llama")
+    with pytest.raises(attnedit.UsageError, match=r"attnedit\.compile or attnedit\.load returns, got LlamaForCausalLM"):
+        attnedit.calibrate(model, model, distill_steps=1)

@@ -215,6 +215,12 @@ def test_it_rejects_when_it_should() -> None:
         attnedit.compile(rewritten("llama", "HeadGate").model)
 
 
+def test_what_is_no_model_is_refused() -> None:
+    name: Any = "Qwen/Qwen3-8B"
+    with pytest.raises(attnedit.UsageError, match="expected a model of transformers, got 'Qwen/Qwen3-8B'"):
+        attnedit.rewrite(name, EXAMPLES["HeadGate"]()())
+
+
 def test_the_source_is_left_as_it_was() -> None:
     model = build("llama").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

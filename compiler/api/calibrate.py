@@ -20,6 +20,7 @@ from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
 from attnedit.compiler.sampling import own_windows
+from attnedit.compiler.source_checks import model_name
 from attnedit.compiler.verify import check_tokens, decode_error, same_decode
 from attnedit.passes.calibration.batches import Batches, hold_out, mix
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
@@ -82,6 +83,8 @@ def calibrate(
         raise UsageError(
             f"batch_size {options.batch_size} leaves some of {processes().count} processes without windows"
         )
+    if not isinstance(result, CompileResult):
+        raise UsageError(f"result must be what attnedit.compile or attnedit.load returns, got {type(result).__name__}")
     model, tokenizer = result.model, tokenizer or result.tokenizer
     names = list(model.config.attnedit["sites"])
     _check_teacher(model, teacher, names)
@@ -173,6 +176,7 @@ def training_batches(
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, names: list[str]) -> None:
+    model_name(teacher)
     if getattr(teacher.config, "attnedit", None):
         raise UsageError("the teacher is a rewritten model itself; give the model that the result came from")
     inside = tuple(f"{name}." for name in names)

@@ -25,7 +25,7 @@ from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.registry import names_of
 from attnedit.compiler.remote_code import is_own_class
 from attnedit.compiler.report import Verification, timed
-from attnedit.compiler.source_checks import check_config, check_weights
+from attnedit.compiler.source_checks import check_config, check_weights, model_name
 from attnedit.compiler.verify import check_tokens, decode_error, decode_note, logits_of, same_decode, same_logits
 from attnedit.figures import linear_notes, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
@@ -216,7 +216,7 @@ def _one_shot(
     limit, dump = Fuel(fuel), Dump(dump_graphs)
     windowing, form = check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     options = FitOptions.of(alternations)
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    name = model_name(model)
     check_fresh(model, name)
     check_config(model.config, name, trust_remote_code=True)  # what is live has run already
     check_weights(model, name)

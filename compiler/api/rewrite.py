@@ -25,7 +25,7 @@ from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.registry import PASSES, TARGETS, load, registered
 from attnedit.compiler.report import LayerReport, Report, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.rewrite import Rewrite, check_rewrite
-from attnedit.compiler.source_checks import check_config, check_weights
+from attnedit.compiler.source_checks import check_config, check_weights, model_name
 from attnedit.compiler.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
 from attnedit.planning import TARGETS as OWN_TARGETS
 from attnedit.planning import first_of
@@ -78,7 +78,7 @@ def rewrite(
     """
     chosen = resolve(rewrites)
     limit, dump = Fuel(fuel), Dump(dump_graphs)
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    name = model_name(model)
     _check_source(model, name)
     if device is not None:
         model = share_copy(model).to(device)  # type: ignore[arg-type]  # transformers wraps it

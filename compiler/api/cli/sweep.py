@@ -44,6 +44,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
+from attnedit.compiler.source_checks import model_name
 from attnedit.passes.mla.budget import plan
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments, check_fresh, choose_sites
@@ -150,7 +151,7 @@ def check_smallest(model: PreTrainedModel, kv_budget: float) -> None:
     Raises:
         UsageError: no attention that can be rewritten, or a budget that cannot be met.
     """
-    check_fresh(model, getattr(model.config, "name_or_path", "") or type(model).__name__)
+    check_fresh(model, model_name(model))
     sites = capture(model)
     plan(sites, dict(enumerate(kv_usage(model).per_layer)), choose_sites(sites)[0], kv_budget)
 
