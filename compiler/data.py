@@ -91,6 +91,8 @@ def token_windows(
     budget = tokens if tokens is not None else DEFAULT_SAMPLED_TOKENS if source is None else DEFAULT_TOKENS
     if budget < 2:
         raise UsageError(f"{budget} calibration tokens are too few; ask for at least 2")
+    if isinstance(tokenizer, str):
+        raise UsageError(f"tokenizer is only a name, {tokenizer!r}; load it with AutoTokenizer first")
     if isinstance(source, Mapping):
         parts = []
         for part, share in shares_of(source).items():

@@ -269,6 +269,10 @@ def test_half_precision_models_learn_in_float32_and_stay_half(dtype: torch.dtype
     ("options", "words"),
     [
         ({"fit_steps": -1}, "fit_steps must be at least 0"),
+        ({"fit_steps": 1.5}, "fit_steps must be a whole number, got 1.5"),
+        ({"batch_size": "4"}, "batch_size must be a whole number, got '4'"),
+        ({"fit_learning_rate": "high"}, "fit_learning_rate must be a number, got 'high'"),
+        ({"self_generated": "half"}, "self_generated must be a number, got 'half'"),
         ({"batch_size": 0}, "batch_size"),
         ({"accumulation": 17}, "at most batch_size"),
         ({"seq_len": 1}, "seq_len"),

@@ -289,3 +289,15 @@ def test_calibrate_wants_a_result() -> None:
     model: Any = source("llama")
     with pytest.raises(attnedit.UsageError, match=r"attnedit\.compile or attnedit\.load returns, got LlamaForCausalLM"):
         attnedit.calibrate(model, model, distill_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "gpu"}, "device 'gpu' is not usable here; give cpu"),
+        ({"calibration": "notes.txt", "tokenizer": "gpt2"}, "tokenizer is only a name, 'gpt2'; load it with"),
+    ],
+    ids=["device", "tokenizer"],
+)
+def test_names_that_stand_for_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+    assert said in refusal(source("llama"), **options)

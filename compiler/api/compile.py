@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.calibrate import START_DIRECTORY, calibrate
 from attnedit.compiler.capture import as_captured, capture, graph_module
-from attnedit.compiler.devices import device_failures
+from attnedit.compiler.devices import device_failures, resolve_device
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
@@ -147,7 +147,7 @@ def compile(
     if in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
     if device is not None:
-        model = share_copy(model).to(device)  # type: ignore[arg-type]  # transformers wraps it
+        model = share_copy(model).to(resolve_device(device))  # type: ignore[arg-type]  # transformers wraps it
     if run_directory is None:
         if processes().count > 1:
             raise UsageError("several processes meet in a directory; give run_directory")
@@ -221,7 +221,8 @@ def _one_shot(
     check_config(model.config, name, trust_remote_code=True)  # what is live has run already
     check_weights(model, name)
     if device is not None:
-        model = (model if in_place else share_copy(model)).to(device)  # type: ignore[arg-type]  # transformers wraps it
+        moved = model if in_place else share_copy(model)
+        model = moved.to(resolve_device(device))  # type: ignore[arg-type]  # transformers wraps it
     seconds: dict[str, float] = {}
     modes = {part: module.training for part, module in model.named_modules()}
     model.eval()

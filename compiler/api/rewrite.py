@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.calibrate import calibration_name
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import token_windows
+from attnedit.compiler.devices import resolve_device
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
@@ -81,7 +82,7 @@ def rewrite(
     name = model_name(model)
     _check_source(model, name)
     if device is not None:
-        model = share_copy(model).to(device)  # type: ignore[arg-type]  # transformers wraps it
+        model = share_copy(model).to(resolve_device(device))  # type: ignore[arg-type]  # transformers wraps it
     seconds: dict[str, float] = {}
     modes = {part: module.training for part, module in model.named_modules()}
     model.eval()

@@ -13,6 +13,17 @@ Train = Literal["attention", "norms", "all"]
 Rule = Literal["adamw", "muon"]
 
 _EXPONENTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_LEAST = {
+    "fit_steps": 0,
+    "distill_steps": 0,
+    "batch_size": 1,
+    "seq_len": 2,
+    "accumulation": 1,
+    "feature_layers": 0,
+    "checkpoint_every": 1,
+    "evaluate_every": 0,
+    "patience": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -66,15 +77,16 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         """Refuse what no model could be trained with."""
-        for name in ("fit_steps", "distill_steps", "feature_layers", "evaluate_every", "patience"):
-            self._demand(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("batch_size", "accumulation", "checkpoint_every"):
-            self._demand(name, getattr(self, name) >= 1, "at least 1")
-        self._demand("seq_len", self.seq_len >= 2, "at least 2")
+        for name, least in _LEAST.items():
+            self._demand(name, isinstance(getattr(self, name), int), "a whole number")
+            self._demand(name, getattr(self, name) >= least, f"at least {least}")
         self._demand("accumulation", self.accumulation <= self.batch_size, f"at most batch_size ({self.batch_size})")
         for name in ("fit_learning_rate", "distill_learning_rate"):
             rate = getattr(self, name)
+            self._demand(name, rate is None or isinstance(rate, int | float), "a number")
             self._demand(name, rate is None or 0 < rate < 1, "above 0 and below 1")
+        for name in ("feature_weight", "self_generated"):
+            self._demand(name, isinstance(getattr(self, name), int | float), "a number")
         self._demand("feature_weight", self.feature_weight >= 0, "at least 0")
         self._demand("self_generated", 0 <= self.self_generated <= 1, "from 0 to 1")
         rules = get_args(Rule)
