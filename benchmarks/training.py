@@ -54,10 +54,10 @@ class Case:
 
 
 CASES = {
-    "MLA 1/2": Case(("--kv-budget", "0.5", "--alternations", "3"), 0.001),
-    "MLA 1/4": Case(("--kv-budget", "0.25", "--alternations", "3"), 0.002),
-    "MLA 1/8": Case(("--kv-budget", "0.125", "--alternations", "3"), 0.003),
-    "GateSWA": Case(("--target", "gateswa", "--window", "128", "--full-layers", "8", "--sinks", "none"), 0.001),
+    "MLA 1/2": Case(("--kv-budget", "0.5", "--alternations", "3"), 0.0007),
+    "MLA 1/4": Case(("--kv-budget", "0.25", "--alternations", "3"), 0.0015),
+    "MLA 1/8": Case(("--kv-budget", "0.125", "--alternations", "3"), 0.002),
+    "GateSWA": Case(("--target", "gateswa", "--window", "128", "--full-layers", "8", "--sinks", "none"), 0.0007),
 }
 
 
@@ -112,7 +112,7 @@ class Runs:
         command += ["--calibration", options.calibration, "--train", "all"]
         command += ["--fit-steps", str(options.fit_steps), "--distill-steps", str(options.distill_steps)]
         command += ["--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
-        command += ["--self-generated", str(options.self_generated), "--checkpoint-every", "100"]
+        command += ["--self-generated", str(options.self_generated), "--checkpoint-every", "200"]
         command += ["--distill-learning-rate", str(CASES[case].rate), "--distill-optimizer", options.optimizer]
         command += ["--feature-weight", str(options.feature_weight), "--device", options.device, "-o", str(path)]
         self.run(path.name, command, place)
@@ -132,9 +132,9 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", required=True, help="to evaluate on; several times")
     parser.add_argument("--cases", help=f"with commas, of {', '.join(CASES)}", default=",".join(CASES))
-    parser.add_argument("--fit-steps", type=int, default=300)
-    parser.add_argument("--distill-steps", type=int, default=900)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--fit-steps", type=int, default=600)
+    parser.add_argument("--distill-steps", type=int, default=1800)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--self-generated", type=float, default=0.5)
     parser.add_argument("--optimizer", default="muon")

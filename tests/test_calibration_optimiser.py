@@ -152,8 +152,8 @@ def test_rates_that_were_measured() -> None:
     assert distillation_rate(0.1) == pytest.approx(0.0009, rel=0.2)
     assert distillation_rate(0.5) == pytest.approx(0.002, rel=0.2)
     assert distillation_rate(1.1) == pytest.approx(0.004, rel=0.2)
-    assert fitting_rate(0.035) == pytest.approx(0.003, rel=0.2)
-    assert fitting_rate(0.065) == pytest.approx(0.005, rel=0.25)
+    assert fitting_rate(0.035) == pytest.approx(0.005, rel=0.2)
+    assert fitting_rate(0.2) == pytest.approx(0.014, rel=0.2)
 
 
 def test_each_layer_is_fitted_at_the_rate_of_its_own_start() -> None:

@@ -118,7 +118,7 @@ def fitting_rate(error: float) -> float:
     Found on SmolLM2 with starts of 0.035 to 0.2 (docs/benchmarks.md, Cost). To half a power of two, so that weights of
     layers with like starts are updated together, and alike however layers are grouped.
     """
-    return half_power(suggested_rate(error, 0.022, HIGHEST_RATE))
+    return half_power(suggested_rate(error, 0.035, HIGHEST_RATE))
 
 
 def groups(sites: Sequence[AttentionSite], sizes: Mapping[str, int], limit: int | None) -> list[list[AttentionSite]]:
