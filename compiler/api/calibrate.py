@@ -176,7 +176,7 @@ def training_batches(
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, names: list[str]) -> None:
-    model_name(teacher)
+    model_name(teacher)  # refuses what is no model
     if getattr(teacher.config, "attnedit", None):
         raise UsageError("the teacher is a rewritten model itself; give the model that the result came from")
     inside = tuple(f"{name}." for name in names)
