@@ -148,7 +148,7 @@ def test_a_better_start_is_moved_less(one: float, other: float) -> None:
 
 
 def test_rates_that_were_measured() -> None:
-    """Starts at a half, a quarter and an eighth of SmolLM2's cache, and what was best there."""
+    """Starts of SmolLM2 at several budgets, and rates that were best there or ended as well as the best tried."""
     assert distillation_rate(0.1) == pytest.approx(0.0009, rel=0.2)
     assert distillation_rate(0.5) == pytest.approx(0.002, rel=0.2)
     assert distillation_rate(1.1) == pytest.approx(0.004, rel=0.2)
