@@ -114,7 +114,8 @@ class Runs:
         command += ["--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
         command += ["--self-generated", str(options.self_generated), "--checkpoint-every", "200"]
         command += ["--distill-learning-rate", str(CASES[case].rate), "--distill-optimizer", options.optimizer]
-        command += ["--feature-weight", str(options.feature_weight), "--device", options.device, "-o", str(path)]
+        command += ["--feature-weight", str(options.feature_weight), "--feature-layers", str(options.feature_layers)]
+        command += ["--repeats", str(options.repeats), "--device", options.device, "-o", str(path)]
         self.run(path.name, command, place)
 
     def evaluate(self, model: str, name: str, place: int) -> list[float]:
@@ -139,6 +140,8 @@ def main() -> None:
     parser.add_argument("--self-generated", type=float, default=0.5)
     parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--feature-weight", type=float, default=1.0)
+    parser.add_argument("--feature-layers", type=int, default=4)
+    parser.add_argument("--repeats", type=float, default=0.0)
     parser.add_argument("--windows", type=int, default=80)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--devices", type=int, default=1, help="how many GPUs")

@@ -30,7 +30,7 @@ class LayerReport(BaseModel):
         kv_lora_rank: latent size; None where there is none.
         qk_rope_head_dim: rotary values in the cache; None where there is no latent.
         sliding_window: tokens a query sees, of a layer that got a window.
-        loss_increase: KL divergence in nats per token from the source of the model with a window in this layer alone;
+        loss_increase: KL divergence in nats per token from the source of the model with this layer alone rewritten;
             None if not measured.
         values_before: cached values per token of the source.
         values_after: the same of the result.

@@ -170,7 +170,7 @@ def _layers(report: Report) -> Markup:
     panels: list[tuple[str, Sequence[float | None]]] = [
         ("energy lost", [None if row.energy_kept is None else max(1 - row.energy_kept, 1e-12) for row in rows]),
         ("output error", [row.output_error for row in rows]),
-        ("window's loss", [row.loss_increase for row in rows]),
+        ("loss of this layer alone", [row.loss_increase for row in rows]),
     ]
     panels = [(name, values) for name, values in panels if any(value is not None for value in values)]
     figure, first = _figure(9.0, 2.4 + 1.5 * len(panels), 1 + len(panels))

@@ -79,3 +79,11 @@ def test_paragraphs_of_documents(tmp_path: Path) -> None:
     run("paragraphs.py", tmp_path / "one.txt", tmp_path / "two.txt.gz", "-o", tmp_path / "out.txt")
     joined = " ".join(long.split())
     assert (tmp_path / "out.txt").read_text(encoding="utf-8") == f"{joined}\n\n{joined.upper()}\n"
+
+
+@pytest.mark.long
+def test_a_source_beside_itself_loses_nothing(saved_llama: Path, text_file: Path) -> None:
+    table = run("copying.py", saved_llama, saved_llama, "--text", text_file, "--windows", "2", "--seq-len", "64")
+    (row,) = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith(f"| {text_file}")]
+    assert 0 < float(row[1].strip(" %")) < 100
+    assert [float(value) for value in row[2:]] == [0, 0]

@@ -261,7 +261,9 @@ def test_killed_and_started_again(moment: str, saved_llama: Path, text_file: Pat
     command = [sys.executable, "-c", "import sys; from attnedit.cli import main; sys.exit(main(sys.argv[1:]))"]
     command += ["compile", str(saved_llama), "--calibration", str(text_file), "--calibration-tokens", "4096", "--json"]
     command += ["--alternations", "0", "--fit-steps", "60", "--distill-steps", "60", "--batch-size", "8"]
-    command += ["--seq-len", "64", "--checkpoint-every", "7"]
+    command += ["--seq-len", "64", "--checkpoint-every", "7", "--allocation", "loss"]
+    more = {"feature_layers": 1, "feature_weight": 0.1, "repeats": 0.5}
+    command += [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.run([*command, "-o", str(tmp_path / "whole")], env=environment, capture_output=True, check=True)
     target = tmp_path / "killed"
@@ -281,7 +283,11 @@ def test_killed_and_started_again(moment: str, saved_llama: Path, text_file: Pat
         entries = [json.loads(line) for line in (tmp_path / name / LOG_FILE).read_text().splitlines()]
         logs.append([{**entry, "tokens_per_second": 0} for entry in entries])
     assert logs[0] == logs[1]
-    assert json.loads(again.stdout)["perplexity"] == json.loads(whole.stdout)["perplexity"]
+    reports = [json.loads(run.stdout) for run in (again, whole)]
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
+    for report in reports:
+        assert report["recipe"]["allocation"] == "loss"
+        assert report["recipe"]["training"].items() >= more.items()
 
 
 @pytest.mark.long

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import attnedit
 from attnedit.compiler.capture import capture
 from attnedit.compiler.sites import AttentionSite
-from attnedit.passes.calibration.batches import mix
+from attnedit.passes.calibration.batches import MOST_REPEATS, mix, with_repeats
 from attnedit.passes.calibration.distillation import Distillation
 from attnedit.passes.calibration.fitting import BYTES_PER_PARAMETER, LayerFit, groups
 from attnedit.passes.calibration.options import CalibrationOptions, parse_bytes
@@ -80,6 +80,37 @@ def test_weights_say_how_often_a_source_is_seen() -> None:
     made = mix(sources, [0.7, 0.3], steps=300, batch_size=10, seed=0)
     share = made.windows[made.order.flatten(), 0].float().mean()
     assert float(share) == pytest.approx(0.3, abs=0.03)
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 200), rows=st.integers(1, 4), seed=st.integers(0, 5))
+def test_repeats_are_passages_from_further_up(length: int, rows: int, seed: int) -> None:
+    windows = torch.arange(length).repeat(rows, 1)
+    found = with_repeats(windows, torch.Generator().manual_seed(seed))
+    assert torch.equal(windows, torch.arange(length).repeat(rows, 1))
+    assert found.shape == windows.shape
+    assert bool((found <= windows).all())
+    changed = (found < windows).sum(-1)
+    assert int(changed.max()) <= MOST_REPEATS * max(1, length // 6)
+    if length > 1:
+        assert int(changed.min()) > 0
+    seams = (found.diff(dim=-1) != 1).sum(-1)  # where a passage begins or ends, one of them perhaps within another
+    assert int(seams.max()) <= 4 * MOST_REPEATS if length > 1 else True
+
+
+def test_some_places_have_windows_with_repeats() -> None:
+    sources = [torch.arange(64).repeat(50, 1)]
+    plain, made = (mix(sources, [1.0], steps=100, batch_size=8, repeats=r, seed=1) for r in (0.0, 0.3))
+    again = mix(sources, [1.0], steps=100, batch_size=8, repeats=0.3, seed=1)
+    assert torch.equal(made.windows, again.windows)
+    assert torch.equal(made.order, again.order)
+    count = len(plain.windows)
+    assert len(made.windows) == 2 * count
+    assert torch.equal(made.order % count, plain.order)
+    assert torch.equal(made.held_out, plain.held_out)
+    assert torch.equal(made.windows[:count], plain.windows)
+    rows = made.windows[made.order.flatten()]
+    assert float((rows != torch.arange(64)).any(-1).float().mean()) == pytest.approx(0.3, abs=0.05)
 
 
 @pytest.mark.parametrize("target", ["gateswa", "mla"])

@@ -180,6 +180,8 @@ def test_the_demo_in_small() -> None:
         (["compile", "x"], "Missing option '--output'"),
         (["compile", "x", "-o", "y", "--kv-budget", "2"], "kv budget 2"),
         (["compile", "x", "-o", "y", "--kv-budget", "half"], "--kv-budget"),
+        (["compile", "x", "-o", "y", "--allocation", "best"], "no allocation 'best'"),
+        (["compile", "x", "-o", "y", "--repeats", "2"], "repeats must be from 0 to 1"),
         (["compile", "./x", "-o", "y", "--calibration", "gone.txt"], "calibration text gone.txt does not exist"),
         (["compile", "./x", "-o", "y"], "./x does not exist"),
         (["eval", "./x", "--text", "gone.txt"], "evaluation text gone.txt does not exist"),

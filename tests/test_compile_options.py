@@ -11,10 +11,23 @@ import torch
 from compiled import compile_tiny, deviation, exact, half, in_pieces, logits, source, tokens
 from families import UNSUPPORTED, build
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BambaConfig, MiniMaxConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MiniMaxConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
 import attnedit
+from attnedit.compiler.capture import capture
 from attnedit.compiler.verify import TOLERANCE
+from attnedit.passes.mla.budget import plan, source_values
+from attnedit.passes.mla.fit import FitOptions
+from attnedit.passes.mla.rewrite import latent_layers, single_losses
+from attnedit.targets.runtime.eager import share_copy, splice
 
 SIZES = {
     "vocab_size": 64,
@@ -77,6 +90,9 @@ def test_unsupported_families_are_refused_by_site(family: str) -> None:
         ({"kv_budget": float("nan")}, "kv budget"),
         ({"target": "mlx"}, "no target 'mlx'; there is mla, gateswa"),
         ({"alternations": -1}, "alternations"),
+        ({"allocation": "best"}, "no allocation 'best'; there is even, loss"),
+        ({"allocation": "loss", "target": "gateswa"}, "not for gateswa"),
+        ({"allocation": "loss", "profile": "deepseek_v3"}, "one size for all layers"),
         ({"calibration": torch.tensor([[5, 64]])}, "64"),
         ({"calibration": []}, "calibration"),
     ],
@@ -125,6 +141,46 @@ def test_layers_that_slide_among_others_stay(family: str) -> None:
     kept = result.model.get_submodule(slides.name)
     assert type(kept) is type(source(family).get_submodule(slides.name))
     assert result.model.config.sliding_window == window
+
+
+@pytest.mark.parametrize("target", ["mla", "gateswa+mla"])
+def test_a_layer_that_costs_more_gets_more(target: str) -> None:
+    windowed = target != "mla"
+    set_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 2 + windowed})).eval()
+    with torch.no_grad():  # what the first layer's attention computes counts for little
+        model.model.layers[0].self_attn.o_proj.weight.mul_(0.01)
+    options: dict[str, Any] = {"calibration": tokens(4, 32)}
+    options |= {"full_layers": [0, 1], "window": 4} if windowed else {"kv_budget": 0.5}
+    even = attnedit.compile(model, target, **options)
+    loss = attnedit.compile(model, target, allocation="loss", **options)
+    first, second = loss.report.layers[:2]
+    assert first.loss_increase is not None
+    assert second.loss_increase is not None
+    assert abs(first.loss_increase) < 0.1 * second.loss_increase
+    assert [row.values_after for row in even.report.layers[:2]] == [16, 16]
+    assert (first.values_after, second.values_after) == (10, 22)
+    assert loss.report.kv_budget_achieved == even.report.kv_budget_achieved
+    assert loss.report.recipe["allocation"] == "loss"
+    ids = tokens(2, 20, seed=5)
+    assert deviation(in_pieces(loss.model, ids, torch.ones_like(ids), [9, 1, 10])[0], logits(loss.model, ids)) < 1e-4
+
+
+def test_the_measured_loss_is_that_of_the_layer_alone() -> None:
+    model, data = build("qwen3"), tokens(12, 24, seed=3)
+    sites = capture(model)
+    before = {site.layer_idx: float(source_values(site)) for site in sites}
+    shapes = plan(sites, before, sites, 0.25)
+    result = share_copy(model)
+    found = single_losses(model, result, sites, shapes, data)
+    graphs = latent_layers(model, result, sites, shapes, FitOptions.of(1), data[:8]).graphs
+    expected = logits(model, data[8:]).log_softmax(-1)
+    for site in sites:
+        alone = share_copy(model)
+        splice(alone, {site.name: graphs[site.name]})
+        mine = logits(alone, data[8:]).log_softmax(-1)
+        divergence = (expected.exp() * (expected - mine)).sum(-1).mean()
+        assert found[site.name] == pytest.approx(float(divergence), rel=1e-3)
 
 
 def test_the_seed_decides_everything() -> None:

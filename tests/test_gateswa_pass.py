@@ -22,7 +22,7 @@ from attnedit.compiler.stream import Walk, decoder_layers
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions, Sinks, full_count, full_layers_of
-from attnedit.passes.gateswa.select import SEQUENCES, loss_increases
+from attnedit.passes.layer_loss import SEQUENCES, loss_increases
 from attnedit.passes.sample import LayerSample
 from attnedit.targets.attention import GateSWAConfig
 from attnedit.targets.runtime.eager import share_copy, splice

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.mla.assemble import exact_factors, kv_as_affine
-from attnedit.passes.mla.budget import exact_shape, least_values, plan, shape_for, source_values
+from attnedit.passes.mla.budget import EXPONENT, allocate, exact_shape, least_values, plan, shape_for, source_values
 from attnedit.passes.mla.weights import output_error
 from attnedit.passes.site_sample import output_weight, part_of, take_sample
 
@@ -32,26 +33,60 @@ def sites() -> list[AttentionSite]:
 
 
 @settings(deadline=None)
-@given(budget=st.floats(0.02, 1.0), layers=st.integers(1, 40), kept=st.integers(0, 3))
-def test_the_budget_is_met_to_one_value(sites: list[AttentionSite], budget: float, layers: int, kept: int) -> None:
+@given(
+    budget=st.floats(0.02, 1.0),
+    layers=st.integers(1, 40),
+    kept=st.integers(0, 3),
+    losses=st.none() | st.lists(st.floats(-1e-3, 2.0), min_size=43, max_size=43),
+)
+def test_the_budget_is_met_to_one_value(
+    sites: list[AttentionSite], budget: float, layers: int, kept: int, losses: list[float] | None
+) -> None:
     every = [dataclasses.replace(sites[0], name=f"layers.{i}", layer_idx=i) for i in range(layers + kept)]
     width = source_values(sites[0])
     before = {i: float(width) for i in range(layers + kept)}
     total = budget * width * len(every)
+    costs = losses and {site.name: losses[site.layer_idx] for site in every[kept:]}
     try:
-        shapes = plan(every, before, every[kept:], budget)
+        shapes = plan(every, before, every[kept:], budget, losses=costs)
     except UsageError as error:
         assert total < kept * width + layers * least_values(sites[0])
         found = re.search(r"need ([0-9.]+)", str(error))
         assert found
         smallest = float(found[1])
         assert smallest > budget
-        shapes = plan(every, before, every[kept:], smallest)
+        shapes = plan(every, before, every[kept:], smallest, losses=costs)
         total = smallest * width * len(every)
     used = kept * width + sum(shape.values for shape in shapes.values())
     assert used <= total + 1e-6
     # rounding is carried on, but a layer holds no more than the source's
     assert total - used < 1 + 1e-6 or all(shape.exact for shape in shapes.values())
+
+
+def objective(losses: list[float], values: Iterable[float], even: float) -> float:
+    return sum(loss * (value / even) ** -EXPONENT for loss, value in zip(losses, values, strict=True))
+
+
+@settings(deadline=None)
+@given(losses=st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=4))
+def test_no_shares_of_whole_steps_cost_less(sites: list[AttentionSite], losses: list[float]) -> None:
+    every = [dataclasses.replace(sites[0], name=str(i), layer_idx=i) for i in range(len(losses))]
+    even = 12.0  # a step is 2 values; a layer gets 8 to 24
+    names = [site.name for site in every]
+    found = allocate(every, dict(zip(names, losses, strict=True)), dict.fromkeys(names, even), dict.fromkeys(names, 1))
+    values = [found[name] for name in names]
+    assert sum(values) == pytest.approx(even * len(losses))
+    assert min(values) >= 8
+    assert max(values) <= 24
+    others = (v for v in itertools.product(range(8, 25, 2), repeat=len(losses)) if sum(v) == even * len(losses))
+    assert objective(losses, values, even) <= min(objective(losses, v, even) for v in others) * (1 + 1e-9)
+
+
+def test_equal_losses_are_even_shares(sites: list[AttentionSite]) -> None:
+    every = [dataclasses.replace(sites[0], name=str(i), layer_idx=i) for i in range(5)]
+    before = {i: float(source_values(sites[0])) for i in range(5)}
+    shares = plan(every, before, every, 0.5, losses={site.name: 0.3 for site in every})
+    assert shares == plan(every, before, every, 0.5)
 
 
 @given(values=st.integers(3, 40))

@@ -172,7 +172,8 @@ def training_batches(
         wanted = {"count": max(2, round(count * fraction)), "length": length, "seed": seed}
         sources.append(own_windows(teacher, tokenizer, **wanted, text=text, progress=progress))
         weights.append(fraction)
-    return mix(sources, weights, steps=options.steps, batch_size=options.batch_size, seed=seed)
+    size = options.batch_size
+    return mix(sources, weights, steps=options.steps, batch_size=size, repeats=options.repeats, seed=seed)
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, names: list[str]) -> None:

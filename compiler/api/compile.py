@@ -31,8 +31,9 @@ from attnedit.figures import linear_notes, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
+from attnedit.passes.mla.budget import Allocation
 from attnedit.passes.mla.fit import FitOptions
-from attnedit.passes.mla.rewrite import Latent, latent_layers
+from attnedit.passes.mla.rewrite import Latent, latent_layers, single_losses
 from attnedit.planning import DEFAULT_BUDGET, TARGETS, calibration_windows, check_arguments, check_fresh, plan_sites
 from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
@@ -54,6 +55,7 @@ def compile(
     sinks: str | None = None,
     profile: str | None = None,
     kernel_dims: bool = False,
+    allocation: Allocation = "even",
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
@@ -88,6 +90,9 @@ def compile(
         profile: of a checkpoint that the result is to become (docs/export-hf.md): what its class lacks is left out
             from the start, so that export changes nothing. For "mla" norms and biases become linear maps.
         kernel_dims: with profile "deepseek_v3" or "youtu": the sizes of engines' kernels, in place of `kv_budget`.
+        allocation: of the latent layers' cache: "even", or "loss": more for the layers that cost more when they alone
+            are latent, which is measured first. Better at a quarter and below; a native checkpoint, whose layers are
+            all of one size, is then as large as the largest.
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
@@ -118,7 +123,7 @@ def compile(
     custom = target if isinstance(target, Target) else None
     target = target.name if isinstance(target, Target) else target
     if custom is None:
-        check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
+        check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims, allocation)
     steps = CalibrationOptions.of(**training)
     arguments: dict[str, Any] = {
         "target": target,
@@ -129,6 +134,7 @@ def compile(
         "sinks": sinks,
         "profile": profile,
         "kernel_dims": kernel_dims,
+        "allocation": allocation,
         "calibration": calibration,
         "tokenizer": tokenizer,
         "calibration_tokens": calibration_tokens,
@@ -195,6 +201,7 @@ def _one_shot(
     sinks: str | None,
     profile: str | None,
     kernel_dims: bool,
+    allocation: Allocation,
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration_tokens: int | None,
@@ -249,14 +256,17 @@ def _one_shot(
                 windowed = window_layers(model, result, plan.chosen, windowing, plan.full, windows, **work)
             if windowed.loss_increases:
                 plan.notes.append(_choice_note(windowed.full))
-        latent = Latent({}, {})
+        latent, losses = Latent({}, {}), dict(windowed.loss_increases)
         if plan.latent:
             kept = plan.latent_sites(list(windowed.graphs))
             if kept:
+                shapes = plan.shapes(kept)
+                if allocation == "loss" and windows is not None:
+                    with timed(seconds, "allocation"):
+                        alone = single_losses(model, result, kept, shapes, windows, **work)
+                    shapes, losses = plan.shapes(kept, alone), {**losses, **alone}
                 with timed(seconds, "fit"):
-                    latent = latent_layers(
-                        model, result, kept, plan.shapes(kept), options, windows, linear=plan.linear, **work
-                    )
+                    latent = latent_layers(model, result, kept, shapes, options, windows, linear=plan.linear, **work)
         made = {**windowed.graphs, **latent.graphs}
         graphs = limit.limit(made, [site.name for site in plan.chosen])
         for site in (site for site in plan.chosen if site.name in graphs):
@@ -290,7 +300,7 @@ def _one_shot(
         exact=exact,
         energy_kept={name: fit.energy_kept for name, fit in latent.fits.items()},
         output_error={name: fit.output_error for fits in (windowed.fits, latent.fits) for name, fit in fits.items()},
-        loss_increase=windowed.loss_increases,
+        loss_increase=losses,
         calibration=calibration,
         windows=windows,
         source=name,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ from attnedit.passes.gateswa.options import (
     full_count,
     full_layers_of,
 )
-from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values, plan
+from attnedit.passes.mla.budget import Allocation, Shape, common_shapes, fixed_shapes, least_values, plan
 from attnedit.targets.attention.cost import gateswa_values
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
 from attnedit.targets.runtime.hf.towards import (
@@ -95,8 +96,12 @@ class Plan:
             return self.chosen[: self.full]
         return [site for site in self.chosen if site.layer_idx in self.full]
 
-    def shapes(self, latent: list[AttentionSite]) -> dict[str, Shape]:
+    def shapes(self, latent: list[AttentionSite], losses: Mapping[str, float] | None = None) -> dict[str, Shape]:
         """Shapes of the latent sites, by name; every other chosen site has its window.
+
+        Args:
+            latent: which these are.
+            losses: what each costs alone at an even share, by name: shares follow them. None for even shares.
 
         Raises:
             UsageError: the budget cannot be met.
@@ -112,7 +117,7 @@ class Plan:
         if budget is None:
             after = {**before, **changed, **{layer: DEFAULT_BUDGET * before[layer] for layer in own}}
             budget = sum(after.values()) / sum(before.values()) if changed else DEFAULT_BUDGET
-        return plan(self.sites, before, latent, budget, changed)
+        return plan(self.sites, before, latent, budget, changed, losses)
 
     def _common_shapes(self, latent: list[AttentionSite], form: Form) -> dict[str, Shape]:
         """A class has one size for all layers."""
@@ -179,6 +184,7 @@ def check_arguments(
     sinks: str | None = None,
     profile: str | None = None,
     kernel_dims: bool = False,
+    allocation: str = "even",
 ) -> tuple[GateSWAOptions | None, Form | None]:
     """Refuse arguments that contradict each other, whatever the model; see `attnedit.compile`.
 
@@ -197,6 +203,7 @@ def check_arguments(
         raise UsageError(
             f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"
         )
+    _check_allocation(allocation, target, profile, kernel_dims)
     form = form_for(profile, kernel_dims, target, kv_budget, gate, sinks)
     if not target.startswith("gateswa"):
         given = {"window": window, "full_layers": full_layers, "gate": gate, "sinks": sinks}
@@ -212,6 +219,17 @@ def check_arguments(
         sinks=Sinks.parse(default_sinks if sinks is None else sinks),
     )
     return options, form
+
+
+def _check_allocation(allocation: str, target: str, profile: str | None, kernel_dims: bool) -> None:
+    if allocation not in get_args(Allocation):
+        raise UsageError(f"no allocation {allocation!r}; there is {', '.join(get_args(Allocation))}")
+    if allocation == "even":
+        return
+    if target not in TARGETS or not target.endswith("mla"):
+        raise UsageError(f"allocation is of a latent cache: for the targets mla and gateswa+mla, not for {target}")
+    if profile is not None or kernel_dims:
+        raise UsageError("a profile's class has one size for all layers; leave allocation out, or the profile")
 
 
 def calibration_windows(

@@ -11,6 +11,8 @@ from torch import Tensor
 HELD_OUT_SHARE = 32
 """One window of so many is held out."""
 HELD_OUT_MOST = 32
+MOST_REPEATS = 3
+"""Passages of a window that come again."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Batches:
     """Training windows of several sources, mixed, and windows that training never sees.
 
     Attributes:
-        windows: token ids [N, L], int64, all sources one after the other.
+        windows: token ids [N, L], int64, all sources one after the other; then, where passages are to be repeated, the
+            same windows with repeats.
         order: rows of `windows` by step [steps, B].
         held_out: token ids [M, L] that no step sees; the training windows themselves where there is only one.
     """
@@ -32,7 +35,15 @@ class Batches:
         return self.windows[self.order[step]]
 
 
-def mix(sources: Sequence[Tensor], weights: Sequence[float], *, steps: int, batch_size: int, seed: int) -> Batches:
+def mix(
+    sources: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    steps: int,
+    batch_size: int,
+    repeats: float = 0.0,
+    seed: int,
+) -> Batches:
     """Hold some windows out and mix the rest.
 
     Every source is gone through in a new random order each time round; which source a place in a batch goes to is
@@ -43,6 +54,7 @@ def mix(sources: Sequence[Tensor], weights: Sequence[float], *, steps: int, batc
         weights: share of the training windows from each source, not negative, any sum above 0.
         steps: how many.
         batch_size: B.
+        repeats: fraction of the places in batches whose window goes through `with_repeats`.
         seed: same seed, same batches.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +71,40 @@ def mix(sources: Sequence[Tensor], weights: Sequence[float], *, steps: int, batc
             if rounds:
                 order[mine] = first + torch.cat(rounds)[:count]
         first += len(rows)
-    return Batches(torch.cat(kept), order.view(steps, batch_size), torch.cat(held))
+    windows = torch.cat(kept)
+    if repeats and steps:
+        again = torch.rand(len(order), generator=generator) < repeats
+        order[again] += len(windows)
+        windows = torch.cat([windows, with_repeats(windows, generator)])
+    return Batches(windows, order.view(steps, batch_size), torch.cat(held))
+
+
+def with_repeats(windows: Tensor, generator: torch.Generator) -> Tensor:
+    """Windows in which one to `MOST_REPEATS` passages are written once more further on, over what was there.
+
+    In-context copying (induction heads, arXiv 2209.11895) needs exact keys over long distances, which a small cache
+    loses first. Where text has few such repeats, these have more.
+
+    Args:
+        windows: token ids [N, L]; not changed.
+        generator: of the number of passages, their lengths (L / 64 to L / 6) and their places.
+    """
+    length = windows.shape[1]
+    shortest, longest = max(1, length // 64), max(1, length // 6)
+    if length < 2 * longest:
+        return windows.clone()
+
+    def draw(least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (), generator=generator))
+
+    repeated = windows.clone()
+    for row in repeated:
+        for _ in range(draw(1, MOST_REPEATS)):
+            size = draw(shortest, longest)
+            first = draw(0, length - 2 * size)
+            again = draw(first + size, length - size)
+            row[again : again + size] = row[first : first + size].clone()
+    return repeated
 
 
 def hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,8 @@ class CalibrationOptions:
         feature_weight: of one minus the cosine between hidden states of the two models, beside the divergence.
         feature_layers: how many decoder layers that is taken at, evenly spread.
         self_generated: fraction of the training windows that the source samples itself, 0 to 1.
+        repeats: fraction of the training windows in which passages come again further on, 0 to 1: what a small cache
+            forgets first is what it has read before.
         checkpoint_every: steps between two checkpoints, where there is a directory for them.
         evaluate_every: steps between two looks at held-out windows; a twelfth of a stage if 0.
         patience: looks without a better one after which a stage ends; 0 for none. Where the start is good, the loss
@@ -68,6 +70,7 @@ class CalibrationOptions:
     feature_weight: float = 0.0
     feature_layers: int = 4
     self_generated: float = 0.0
+    repeats: float = 0.0
     checkpoint_every: int = 100
     evaluate_every: int = 0
     patience: int = 0
@@ -85,10 +88,11 @@ class CalibrationOptions:
             rate = getattr(self, name)
             self._demand(name, rate is None or isinstance(rate, int | float), "a number")
             self._demand(name, rate is None or 0 < rate < 1, "above 0 and below 1")
-        for name in ("feature_weight", "self_generated"):
+        for name in ("feature_weight", "self_generated", "repeats"):
             self._demand(name, isinstance(getattr(self, name), int | float), "a number")
         self._demand("feature_weight", self.feature_weight >= 0, "at least 0")
         self._demand("self_generated", 0 <= self.self_generated <= 1, "from 0 to 1")
+        self._demand("repeats", 0 <= self.repeats <= 1, "from 0 to 1")
         rules = get_args(Rule)
         self._demand("distill_optimizer", self.distill_optimizer in rules, f"one of {', '.join(rules)}")
         self._demand("train", self.train in get_args(Train), f"one of {', '.join(get_args(Train))}")

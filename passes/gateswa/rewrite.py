@@ -15,7 +15,7 @@ from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions
-from attnedit.passes.gateswa.select import loss_increases
+from attnedit.passes.layer_loss import loss_increases
 from attnedit.passes.site_sample import take_sample
 
 QUERIES = 16384

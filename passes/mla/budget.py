@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.sites import AttentionSite
@@ -15,6 +16,15 @@ VALUES_TO_UNFOLD = 4
 """Cached values per rotary frequency from which frequencies are not folded in pairs."""
 VALUES_TO_ALIGN = 256
 """Cached values from which latent and slots are multiples of eight values: GPUs read 16 bytes at a time."""
+Allocation = Literal["even", "loss"]
+"""How layers share a budget."""
+EXPONENT = 1.5
+"""Of a layer's loss in its cached values. Between a sixteenth and a quarter it measures about 0.6; a higher one moves
+less between layers, which allows for the noise of their losses (docs/benchmarks.md)."""
+STEPS = 6
+"""Into which `allocate` divides an even share: few different sizes keep compilations and kernels few."""
+LEAST_STEPS, MOST_STEPS = 4, 12
+"""Of these, for one layer."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +138,58 @@ def least_values(site: AttentionSite) -> int:
     return 3 if site.rope else 1
 
 
+def allocate(
+    sites: Sequence[AttentionSite],
+    losses: Mapping[str, float],
+    even: Mapping[str, float],
+    weight: Mapping[str, float],
+) -> dict[str, float]:
+    """Cached values of each layer by what it costs, with the same total as an even share.
+
+    A layer's loss is taken to fall with its values v as (v / even)^-EXPONENT. Steps go one by one to where they save
+    most for what they cost; losses are convex in v, so no other shares of such steps have a smaller sum.
+
+    Args:
+        sites: the layers.
+        losses: of each alone, at its even share, in nats, by name; below 0 counts as 0.
+        even: values per token of an even share, by name.
+        weight: what a value of the layer counts in the total, by name.
+
+    Returns:
+        Values per token by name.
+    """
+    least = {site.name: max(least_values(site), even[site.name] * LEAST_STEPS / STEPS) for site in sites}
+    most = {site.name: min(source_values(site), even[site.name] * MOST_STEPS / STEPS) for site in sites}
+    values = {name: min(least[name], even[name]) for name in even}
+    left = sum((even[name] - values[name]) * weight[name] for name in even)
+    nothing = 1e-9 * sum(even.values())
+
+    def gain(name: str) -> float:
+        """What the next step of a layer saves, for each value that it takes."""
+        steps = values[name] * STEPS / even[name]
+        saved: float = max(0.0, losses[name]) * (steps**-EXPONENT - (steps + 1) ** -EXPONENT)
+        return saved / (even[name] * weight[name])
+
+    while left > nothing and (able := [name for name in even if values[name] < most[name] - nothing]):
+        best = max(able, key=gain)
+        step = min(even[best] / STEPS, most[best] - values[best], left / weight[best])
+        values[best] += step
+        left -= step * weight[best]
+    return values
+
+
 def plan(
     sites: list[AttentionSite],
     before: dict[int, float],
     chosen: list[AttentionSite],
     kv_budget: float,
     changed: Mapping[int, float] | None = None,
+    losses: Mapping[str, float] | None = None,
 ) -> dict[str, Shape]:
     """Shapes of the chosen sites so that all layers together cache `kv_budget` of the source.
 
-    Layers that stay as they are count against the budget; the rest is shared evenly.
+    Layers that stay as they are count against the budget; the rest is shared evenly, or by
+    `allocate`.
 
     Args:
         sites: all attention sites.
@@ -145,6 +197,8 @@ def plan(
         chosen: the sites that are converted.
         kv_budget: fraction of the source's cached values, above 0 and at most 1.
         changed: what layers cache that another pass has rewritten, by layer.
+        losses: what each chosen site costs alone at an even share, in nats, by name: shares follow them. None for even
+            shares.
 
     Returns:
         Shape by site name.
@@ -167,10 +221,12 @@ def plan(
             f"need {smallest:g}; ask for at least that"
         )
     share = (kv_budget * total - kept) / sum(before[site.layer_idx] for site in chosen)
+    even = {site.name: share * source_values(site) for site in chosen}
+    values = even if losses is None else allocate(chosen, losses, even, weight)
     shapes: dict[str, Shape] = {}
     carried = 0.0  # rounding goes to the next layer, so that the total is met to one value
     for site in chosen:
-        wanted = share * source_values(site) + carried
+        wanted = values[site.name] + carried
         shape = shape_for(site, max(int(wanted + 1e-6), least_values(site)))
         carried = wanted - shape.values
         shapes[site.name] = shape

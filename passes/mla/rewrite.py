@@ -11,11 +11,17 @@ from transformers import PreTrainedModel
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
+from attnedit.passes.layer_loss import loss_increases
 from attnedit.passes.mla.assemble import build, exact_factors
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import Fit, FitOptions, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
 from attnedit.passes.site_sample import output_weight, take_sample
+
+FIT_WINDOWS = 16
+"""Calibration windows of the quick fits whose losses are measured."""
+LOSS_WINDOWS = 8
+"""Calibration windows that they are measured on."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,40 @@ def latent_layers(
 
     stream(source, sites, windows, visit, progress=progress, stage="fit layers", exact=options.exact_stream)
     return Latent(graphs, fits, maps)
+
+
+def single_losses(
+    source: PreTrainedModel,
+    result: PreTrainedModel,
+    sites: list[AttentionSite],
+    shapes: Mapping[str, Shape],
+    windows: Tensor,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """What the model loses with one layer alone latent, after a quick fit, on windows that the fit has not seen.
+
+    Args:
+        source: see `latent_layers`, as for the other arguments.
+        result: nothing is put into it.
+        sites: those that become latent.
+        shapes: what each caches, by the site's name.
+        windows: calibration token ids [N, T].
+        seed: of the sampled queries.
+        progress: told of the fits and of the measurements.
+
+    Returns:
+        Mean KL(source || result) in nats per token, by the site's name.
+
+    Raises:
+        CaptureError: a layer cannot be rewritten, or layers exchange more than hidden states.
+    """
+    held = min(LOSS_WINDOWS, len(windows) // 3)
+    seen = windows[: min(FIT_WINDOWS, len(windows) - held)]
+    latent = latent_layers(source, result, sites, shapes, FitOptions.of(1), seen, seed=seed, progress=progress)
+    unseen = windows[len(windows) - held :] if held else windows
+    return loss_increases(source, sites, latent.graphs, unseen, sequences=LOSS_WINDOWS, progress=progress)
 
 
 def exact_layer(model: PreTrainedModel, site: AttentionSite, shape: Shape) -> fx.GraphModule:

@@ -11,6 +11,7 @@ import typer
 
 import attnedit
 from attnedit.cli.terminal import (
+    AllocationOption,
     AllowPickleOption,
     AlternationsOption,
     BudgetOption,
@@ -41,10 +42,12 @@ from attnedit.cli.training import (
     DistillOptimizerOption,
     DistillRateOption,
     DistillStepsOption,
+    FeatureLayersOption,
     FeatureWeightOption,
     FitRateOption,
     FitStepsOption,
     MemoryLimitOption,
+    RepeatsOption,
     SelfGeneratedOption,
     TorchCompileOption,
     TrainingLengthOption,
@@ -124,6 +127,7 @@ def compile_model(
     sinks: SinksOption = None,
     profile: ProfileOption = None,
     kernel_dims: KernelDimsOption = False,
+    allocation: AllocationOption = "even",
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
@@ -137,7 +141,9 @@ def compile_model(
     distill_optimizer: DistillOptimizerOption = DEFAULTS.distill_optimizer,
     train: TrainOption = DEFAULTS.train,
     feature_weight: FeatureWeightOption = DEFAULTS.feature_weight,
+    feature_layers: FeatureLayersOption = DEFAULTS.feature_layers,
     self_generated: SelfGeneratedOption = DEFAULTS.self_generated,
+    repeats: RepeatsOption = DEFAULTS.repeats,
     checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
     memory_limit: MemoryLimitOption = None,
     activation_checkpointing: ActivationCheckpointingOption = False,
@@ -168,6 +174,7 @@ def compile_model(
                 "training": trained,
                 "--dequantize": dequantize,
                 "--profile": wanted.profile is not None or wanted.kernel_dims,
+                "--allocation loss": wanted.allocation != "even",
                 "--fuel": fuel is not None,
                 "--dump-graphs": dump_graphs is not None,
             }
@@ -225,7 +232,7 @@ def _refuse_with_low_memory(asked: Mapping[str, bool]) -> None:
 def _compile_in_parts(wanted: Recipe, output: Path, *, overwrite: bool, **options: Any) -> Report:
     if overwrite or not (output.expanduser() / RUN_FILE).exists():
         check_output(output, overwrite=overwrite)
-    whole = {*wanted.training, "profile", "kernel_dims"}
+    whole = {*wanted.training, "profile", "kernel_dims", "allocation"}
     arguments = {name: value for name, value in wanted.arguments().items() if name not in whole}
     with ProgressBars() as progress:
         return attnedit.compile_checkpoint(

@@ -16,6 +16,7 @@ import attnedit
 from attnedit.cli.compile import TargetOption
 from attnedit.cli.evaluate import SeqLenOption, TextOption, WindowsOption, measure
 from attnedit.cli.terminal import (
+    AllocationOption,
     AllowPickleOption,
     AlternationsOption,
     CalibrationOption,
@@ -56,6 +57,7 @@ def sweep(
     output: OutputOption,
     kv_budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "0.5,0.25,0.125",
     target: TargetOption = "mla",
+    allocation: AllocationOption = "even",
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
@@ -73,7 +75,7 @@ def sweep(
 ) -> None:
     """Compile at several budgets, evaluate each, and write sweep.json and sweep.png."""
     budgets = parse_budgets(kv_budgets)
-    check_arguments(target)
+    check_arguments(target, allocation=allocation)
     check_output(output, overwrite=overwrite)
     check_readable(text, "evaluation text")
     texts = calibration_source(calibration)
@@ -104,6 +106,7 @@ def sweep(
                 source.model,
                 target=target,
                 kv_budget=budget,
+                allocation=allocation,  # type: ignore[arg-type]  # refused if it is none
                 calibration=data,
                 tokenizer=tokenizer,
                 calibration_tokens=data.numel(),
@@ -115,7 +118,14 @@ def sweep(
             figures = measure(result.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
             achieved = result.report.kv_budget_achieved
             rows.append({"kv_budget": budget, "kv_budget_achieved": achieved, "seconds": seconds, **figures})
-    summary = {"model": model, "target": target, "text": text, "calibration_tokens": data.numel(), "rows": rows}
+    summary = {
+        "model": model,
+        "target": target,
+        "allocation": allocation,
+        "text": text,
+        "calibration_tokens": data.numel(),
+        "rows": rows,
+    }
     picture = plot(rows, title=f"{model} to {target}")
     output.mkdir(parents=True, exist_ok=True)
     (output / "sweep.json").write_text(json_format.dumps(summary, indent=2) + "\n", encoding="utf-8")

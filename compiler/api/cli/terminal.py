@@ -63,6 +63,9 @@ AlternationsOption = Annotated[
     int,
     typer.Option(min=0, help="Rounds of least squares per layer after the analytic start; more is slower and better."),
 ]
+AllocationOption = Annotated[
+    str, typer.Option(help="How layers share the latent cache: even, or loss, by what each costs alone.")
+]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Cached values per token as a fraction of the source's, above 0 to 1.")
 ]

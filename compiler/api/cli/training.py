@@ -42,8 +42,14 @@ TrainOption = Annotated[str, typer.Option(help="What distillation changes: atten
 FeatureWeightOption = Annotated[
     float, typer.Option(help="Distillation: weight of matching hidden states, beside the distributions.")
 ]
+FeatureLayersOption = Annotated[
+    int, typer.Option(min=0, help="Distillation: how many layers' hidden states are matched, evenly spread.")
+]
 SelfGeneratedOption = Annotated[
     float, typer.Option(help="Training: fraction of the windows that the source samples itself.")
+]
+RepeatsOption = Annotated[
+    float, typer.Option(help="Training: fraction of the windows in which passages come again further on.")
 ]
 CheckpointEveryOption = Annotated[int, typer.Option(min=1, help="Training: steps between two checkpoints.")]
 MemoryLimitOption = Annotated[

@@ -1,4 +1,4 @@
-"""Which layers stay full: what the model loses when one layer alone gets its window, measured.
+"""What each layer's new attention costs: the loss of the model in which that layer alone has it, measured.
 
 The loss is the divergence KL(source || edited) of the next-token distributions. The hidden states before a layer do
 not change with it, so only the layers from there on are run again: L layers cost (L + 3) / 2 forward passes per token.
@@ -29,6 +29,7 @@ def loss_increases(
     graphs: Mapping[str, fx.GraphModule],
     windows: Tensor,
     *,
+    sequences: int = SEQUENCES,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Mean divergence per token, in nats, of the model with one layer's attention replaced.
@@ -37,7 +38,8 @@ def loss_increases(
         model: the live source in eval mode; left as it was.
         sites: the attention sites to try.
         graphs: the replacement of each, by the site's name.
-        windows: token ids [N, T], int64, no padding; the first `SEQUENCES` are used.
+        windows: token ids [N, T], int64, no padding; the first `sequences` are used.
+        sequences: how many to measure on.
         progress: told of every layer of every sequence.
 
     Returns:
@@ -47,7 +49,7 @@ def loss_increases(
         CaptureError: the layers exchange more than hidden states.
     """
     layers, by_layer = decoder_layers(model, sites)
-    windows = windows[:SEQUENCES]
+    windows = windows[:sequences]
     report = progress or silent
     total = dict.fromkeys((site.name for site in sites), 0.0)
     steps, done = len(windows) * len(sites), 0
