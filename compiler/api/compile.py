@@ -34,7 +34,15 @@ from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.mla.budget import Allocation
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers, single_losses
-from attnedit.planning import DEFAULT_BUDGET, TARGETS, calibration_windows, check_arguments, check_fresh, plan_sites
+from attnedit.planning import (
+    DEFAULT_BUDGET,
+    TARGETS,
+    calibration_windows,
+    check_arguments,
+    check_fresh,
+    check_numbers,
+    plan_sites,
+)
 from attnedit.recipe import Recipe
 from attnedit.result import CompileResult, load
 from attnedit.rewrite import rewrite
@@ -122,9 +130,6 @@ def compile(
     """
     custom = target if isinstance(target, Target) else None
     target = target.name if isinstance(target, Target) else target
-    if custom is None:
-        check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims, allocation)
-    steps = CalibrationOptions.of(**training)
     arguments: dict[str, Any] = {
         "target": target,
         "kv_budget": kv_budget,
@@ -148,7 +153,10 @@ def compile(
         "fuel": fuel,
         "dump_graphs": dump_graphs,
     }
-    if not steps.steps:
+    check_numbers(arguments)
+    if custom is None:
+        check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims, allocation)
+    if not CalibrationOptions.of(**training).steps:
         return _with_recipe(_one_shot(model, **arguments), arguments, training)
     if in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")

@@ -31,7 +31,15 @@ from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import check_loss
 from attnedit.passes.mla.fit import FitOptions
-from attnedit.planning import DEFAULT_BUDGET, TARGETS, Plan, calibration_windows, check_arguments, plan_sites
+from attnedit.planning import (
+    DEFAULT_BUDGET,
+    TARGETS,
+    Plan,
+    calibration_windows,
+    check_arguments,
+    check_numbers,
+    plan_sites,
+)
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
 from attnedit.rows import compile_report
@@ -106,12 +114,6 @@ def compile_checkpoint(
     """
     if target not in TARGETS:
         raise UsageError(f"layer by layer there is only {', '.join(TARGETS)}, not {target!r}")
-    windowing, _ = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
-    options = FitOptions.of(alternations)
-    if processes().count > 1:
-        raise UsageError("layer by layer works in one process; start one")
-    if calibration is None and kv_budget != 1:
-        raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
     arguments: dict[str, Any] = {
         "target": target,
         "kv_budget": kv_budget,
@@ -127,6 +129,13 @@ def compile_checkpoint(
         "revision": revision,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    check_numbers(arguments)
+    windowing, _ = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
+    options = FitOptions.of(alternations)
+    if processes().count > 1:
+        raise UsageError("layer by layer works in one process; start one")
+    if calibration is None and kv_budget != 1:
+        raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
     run = {"command": "compile --low-memory", **Recipe.of(arguments, None).model_dump(mode="json")}
     seconds: dict[str, float] = {}
     output, where = Path(directory).expanduser().resolve(), resolve_device(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from torch import Tensor
@@ -42,6 +43,8 @@ from attnedit.targets.runtime.hf.towards import (
 TARGETS = ("mla", "gateswa", "gateswa+mla")
 DEFAULT_BUDGET = 0.5
 """Of the layers that become latent."""
+WHOLE = ("window", "calibration_tokens", "alternations", "seed")
+"""Arguments that are whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,22 @@ def check_arguments(
         sinks=Sinks.parse(default_sinks if sinks is None else sinks),
     )
     return options, form
+
+
+def check_numbers(arguments: Mapping[str, Any]) -> None:
+    """Refuse what is no number where one belongs; None is not given.
+
+    Args:
+        arguments: of `attnedit.compile` by name.
+
+    Raises:
+        UsageError: one line that names the argument.
+    """
+    for name, value in arguments.items():
+        kind, what = (Real, "a number") if name == "kv_budget" else (Integral, "a whole number")
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if name in (*WHOLE, "kv_budget") and value is not None and not number:
+            raise UsageError(f"{name} must be {what}, got {value!r}")
 
 
 def _check_allocation(allocation: str, target: str, profile: str | None, kernel_dims: bool) -> None:
