@@ -99,8 +99,8 @@ def compile(
             from the start, so that export changes nothing. For "mla" norms and biases become linear maps.
         kernel_dims: with profile "deepseek_v3" or "youtu": the sizes of engines' kernels, in place of `kv_budget`.
         allocation: of the latent layers' cache: "even", or "loss": more for the layers that cost more when they alone
-            are latent, which is measured first. Better at a quarter and below; a native checkpoint, whose layers are
-            all of one size, is then as large as the largest.
+            are latent, which is measured first. Better on most texts at any budget (docs/benchmarks.md); a native
+            checkpoint, whose layers are all of one size, is then as large as the largest.
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
