@@ -94,8 +94,8 @@ def test_repeats_are_passages_from_further_up(length: int, rows: int, seed: int)
     assert int(changed.max()) <= MOST_REPEATS * max(1, length // 6)
     if length > 1:
         assert int(changed.min()) > 0
-    seams = (found.diff(dim=-1) != 1).sum(-1)  # where a passage begins or ends, one of them perhaps within another
-    assert int(seams.max()) <= 4 * MOST_REPEATS if length > 1 else True
+        seams = (found.diff(dim=-1) != 1).sum(-1)  # where a passage begins or ends, one of them perhaps within another
+        assert int(seams.max()) <= 4 * MOST_REPEATS
 
 
 def test_some_places_have_windows_with_repeats() -> None:

@@ -31,7 +31,6 @@ from attnedit.figures import linear_notes, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
-from attnedit.passes.mla.budget import Allocation
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers, single_losses
 from attnedit.planning import (
@@ -63,7 +62,7 @@ def compile(
     sinks: str | None = None,
     profile: str | None = None,
     kernel_dims: bool = False,
-    allocation: Allocation = "even",
+    allocation: str = "even",
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
@@ -99,8 +98,8 @@ def compile(
             from the start, so that export changes nothing. For "mla" norms and biases become linear maps.
         kernel_dims: with profile "deepseek_v3" or "youtu": the sizes of engines' kernels, in place of `kv_budget`.
         allocation: of the latent layers' cache: "even", or "loss": more for the layers that cost more when they alone
-            are latent, which is measured first. Better on most texts at any budget (docs/benchmarks.md); a native
-            checkpoint, whose layers are all of one size, is then as large as the largest.
+            are latent, which is measured first (gains: docs/benchmarks.md). A native checkpoint, whose layers have all
+            one size, is then as large as the largest.
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
@@ -209,7 +208,7 @@ def _one_shot(
     sinks: str | None,
     profile: str | None,
     kernel_dims: bool,
-    allocation: Allocation,
+    allocation: str,
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration_tokens: int | None,

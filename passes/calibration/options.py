@@ -47,7 +47,7 @@ class CalibrationOptions:
         feature_layers: how many decoder layers that is taken at, evenly spread.
         self_generated: fraction of the training windows that the source samples itself, 0 to 1.
         repeats: fraction of the training windows in which passages come again further on, 0 to 1: what a small cache
-            forgets first is what it has read before.
+            loses most on is what it has read before. With `memory_limit`, twice the hidden states on disk.
         checkpoint_every: steps between two checkpoints, where there is a directory for them.
         evaluate_every: steps between two looks at held-out windows; a twelfth of a stage if 0.
         patience: looks without a better one after which a stage ends; 0 for none. Where the start is good, the loss

@@ -106,7 +106,7 @@ def sweep(
                 source.model,
                 target=target,
                 kv_budget=budget,
-                allocation=allocation,  # type: ignore[arg-type]  # refused if it is none
+                allocation=allocation,
                 calibration=data,
                 tokenizer=tokenizer,
                 calibration_tokens=data.numel(),
