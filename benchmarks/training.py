@@ -47,17 +47,32 @@ for text in texts:
 
 @dataclass(frozen=True)
 class Case:
-    """One result: how it is compiled, and the rate it is trained at."""
+    """One result: how it is compiled, how it is trained, and how much of that is fitting."""
 
-    arguments: tuple[str, ...]
-    rate: float
+    compile: str
+    train: str
+    fitting: float = 0.25
 
 
 CASES = {
-    "MLA 1/2": Case(("--kv-budget", "0.5", "--alternations", "3"), 0.0007),
-    "MLA 1/4": Case(("--kv-budget", "0.25", "--alternations", "3"), 0.0015),
-    "MLA 1/8": Case(("--kv-budget", "0.125", "--alternations", "3"), 0.002),
-    "GateSWA": Case(("--target", "gateswa", "--window", "128", "--full-layers", "8", "--sinks", "none"), 0.0007),
+    "MLA 1/2": Case("--kv-budget 0.5 --alternations 3", "--distill-learning-rate 0.0007 --feature-weight 1"),
+    "MLA 1/4": Case(
+        "--kv-budget 0.25 --allocation loss --alternations 3",
+        "--distill-learning-rate 0.0015 --feature-weight 40 --feature-layers 30 --repeats 0.4",
+    ),
+    "MLA 1/8": Case(
+        "--kv-budget 0.125 --allocation loss --alternations 4 --calibration-tokens 262144",
+        "--distill-learning-rate 0.002 --feature-weight 40 --feature-layers 30 --repeats 0.7",
+        fitting=0.125,
+    ),
+    "GateSWA": Case(
+        "--target gateswa --window 128 --full-layers 8 --sinks none",
+        "--distill-learning-rate 0.0007 --feature-weight 1",
+    ),
+    "GateSWA + MLA 1/8": Case(
+        "--target gateswa+mla --window 128 --full-layers 8 --kv-budget 0.125 --alternations 3",
+        "--distill-learning-rate 0.001 --feature-weight 40 --feature-layers 30 --repeats 0.4",
+    ),
 }
 
 
@@ -71,7 +86,7 @@ class Runs:
 
     def path(self, case: str, stage: str) -> Path:
         """Where a result is saved."""
-        return self.directory / f"{case.replace(' ', '-').replace('/', '_')}-{stage}"
+        return self.directory / f"{case.replace(' ', '').replace('/', '_')}-{stage}"
 
     def run(self, name: str, command: list[str], place: int) -> str:
         """Run one command on one device; returns what it printed on stdout."""
@@ -87,12 +102,7 @@ class Runs:
     def sample(self) -> None:
         """Make the source's own samples, on the last device."""
         options = self.options
-        numbers = (
-            options.fit_steps + options.distill_steps,
-            options.batch_size,
-            options.seq_len,
-            options.self_generated,
-        )
+        numbers = (options.steps, options.batch_size, options.seq_len, options.self_generated)
         arguments = [options.model, options.device, options.calibration, *map(str, numbers)]
         self.run("samples", [sys.executable, "-c", SAMPLE, *arguments], options.devices - 1)
 
@@ -101,7 +111,7 @@ class Runs:
         options, path = self.options, self.path(case, "start")
         if not path.exists():
             data = ["--calibration", options.calibration, "--device", options.device, "-o", str(path)]
-            self.run(path.name, [*COMMAND, "compile", options.model, *CASES[case].arguments, *data], 0)
+            self.run(path.name, [*COMMAND, "compile", options.model, *CASES[case].compile.split(), *data], 0)
 
     def train(self, case: str, place: int) -> None:
         """Fit and distil what was compiled."""
@@ -109,13 +119,12 @@ class Runs:
         if (path / "config.json").exists():
             return
         command = [*COMMAND, "calibrate", str(self.path(case, "start")), "--teacher", options.model]
-        command += ["--calibration", options.calibration, "--train", "all"]
-        command += ["--fit-steps", str(options.fit_steps), "--distill-steps", str(options.distill_steps)]
+        fit_steps = round(options.steps * CASES[case].fitting)
+        command += ["--calibration", options.calibration, "--device", options.device, "--checkpoint-every", "200"]
+        command += ["--fit-steps", str(fit_steps), "--distill-steps", str(options.steps - fit_steps)]
         command += ["--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
-        command += ["--self-generated", str(options.self_generated), "--checkpoint-every", "200"]
-        command += ["--distill-learning-rate", str(CASES[case].rate), "--distill-optimizer", options.optimizer]
-        command += ["--feature-weight", str(options.feature_weight), "--feature-layers", str(options.feature_layers)]
-        command += ["--repeats", str(options.repeats), "--device", options.device, "-o", str(path)]
+        command += ["--self-generated", str(options.self_generated), "--train", "all", "--distill-optimizer", "muon"]
+        command += [*CASES[case].train.split(), "-o", str(path)]
         self.run(path.name, command, place)
 
     def evaluate(self, model: str, name: str, place: int) -> list[float]:
@@ -133,15 +142,10 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", required=True, help="to evaluate on; several times")
     parser.add_argument("--cases", help=f"with commas, of {', '.join(CASES)}", default=",".join(CASES))
-    parser.add_argument("--fit-steps", type=int, default=600)
-    parser.add_argument("--distill-steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=2400, help="of fitting and distillation together")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--self-generated", type=float, default=0.5)
-    parser.add_argument("--optimizer", default="muon")
-    parser.add_argument("--feature-weight", type=float, default=1.0)
-    parser.add_argument("--feature-layers", type=int, default=4)
-    parser.add_argument("--repeats", type=float, default=0.0)
     parser.add_argument("--windows", type=int, default=80)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--devices", type=int, default=1, help="how many GPUs")

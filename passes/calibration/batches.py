@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnedit.passes.repeats import with_repeats
+
 HELD_OUT_SHARE = 32
 """One window of so many is held out."""
 HELD_OUT_MOST = 32
-MOST_REPEATS = 3
-"""Passages of a window that come again."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def mix(
         weights: share of the training windows from each source, not negative, any sum above 0.
         steps: how many.
         batch_size: B.
-        repeats: fraction of the places in batches whose window goes through `with_repeats`.
+        repeats: fraction of the places in the first batches whose window goes through `with_repeats`; falls linearly to
+            none in the last.
         seed: same seed, same batches.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -73,38 +74,12 @@ def mix(
         first += len(rows)
     windows = torch.cat(kept)
     if repeats and steps:
-        again = torch.rand(len(order), generator=generator) < repeats
+        # What copying takes is learned early; how often it pays is left to windows as they are.
+        falling = repeats * (1 - torch.arange(len(order)) / len(order))
+        again = torch.rand(len(order), generator=generator) < falling
         order[again] += len(windows)
         windows = torch.cat([windows, with_repeats(windows, generator)])
     return Batches(windows, order.view(steps, batch_size), torch.cat(held))
-
-
-def with_repeats(windows: Tensor, generator: torch.Generator) -> Tensor:
-    """Windows in which one to `MOST_REPEATS` passages are written once more further on, over what was there.
-
-    In-context copying (induction heads, arXiv 2209.11895) needs exact keys over long distances, which a small cache
-    loses first. Where text has few such repeats, these have more.
-
-    Args:
-        windows: token ids [N, L]; not changed.
-        generator: of the number of passages, their lengths (L / 64 to L / 6) and their places.
-    """
-    length = windows.shape[1]
-    shortest, longest = max(1, length // 64), max(1, length // 6)
-    if length < 2 * longest:
-        return windows.clone()
-
-    def draw(least: int, most: int) -> int:
-        return int(torch.randint(least, most + 1, (), generator=generator))
-
-    repeated = windows.clone()
-    for row in repeated:
-        for _ in range(draw(1, MOST_REPEATS)):
-            size = draw(shortest, longest)
-            first = draw(0, length - 2 * size)
-            again = draw(first + size, length - size)
-            row[again : again + size] = row[first : first + size].clone()
-    return repeated
 
 
 def hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:

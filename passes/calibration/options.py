@@ -46,8 +46,9 @@ class CalibrationOptions:
         feature_weight: of one minus the cosine between hidden states of the two models, beside the divergence.
         feature_layers: how many decoder layers that is taken at, evenly spread.
         self_generated: fraction of the training windows that the source samples itself, 0 to 1.
-        repeats: fraction of the training windows in which passages come again further on, 0 to 1: what a small cache
-            loses most on is what it has read before. With `memory_limit`, twice the hidden states on disk.
+        repeats: fraction of the windows of the first step in which passages come again further on, 0 to 1; falls
+            linearly to none in the last. What a small cache loses most on is what it has read before. With
+            `memory_limit`, twice the hidden states on disk.
         checkpoint_every: steps between two checkpoints, where there is a directory for them.
         evaluate_every: steps between two looks at held-out windows; a twelfth of a stage if 0.
         patience: looks without a better one after which a stage ends; 0 for none. Where the start is good, the loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ from attnedit.passes.mla.assemble import build, exact_factors
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import Fit, FitOptions, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
+from attnedit.passes.repeats import with_repeats
 from attnedit.passes.site_sample import output_weight, take_sample
 
 FIT_WINDOWS = 16
@@ -103,13 +105,16 @@ def single_losses(
 ) -> dict[str, float]:
     """What the model loses with one layer alone latent, after a quick fit, on windows that the fit has not seen.
 
+    Passages of every second window come again: a few layers do what copying takes (induction heads, arXiv 2209.11895),
+    and ordinary text alone does not show what it costs to lose them.
+
     Args:
         source: see `latent_layers`, as for the other arguments.
         result: nothing is put into it.
         sites: those that become latent.
         shapes: what each caches, by the site's name.
         windows: calibration token ids [N, T].
-        seed: of the sampled queries.
+        seed: of the sampled queries and of the repeated passages.
         progress: told of the fits and of the measurements.
 
     Returns:
@@ -121,7 +126,9 @@ def single_losses(
     held = min(LOSS_WINDOWS, len(windows) // 3)
     seen = windows[: min(FIT_WINDOWS, len(windows) - held)]
     latent = latent_layers(source, result, sites, shapes, FitOptions.of(1), seen, seed=seed, progress=progress)
-    unseen = windows[len(windows) - held :] if held else windows
+    unseen = (windows[len(windows) - held :] if held else windows).clone()
+    generator = torch.Generator().manual_seed(seed)
+    unseen[1::2] = with_repeats(unseen[1::2].cpu(), generator).to(unseen.device)
     return loss_increases(source, sites, latent.graphs, unseen, sequences=LOSS_WINDOWS, progress=progress)
 
 

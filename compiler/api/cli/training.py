@@ -49,7 +49,8 @@ SelfGeneratedOption = Annotated[
     float, typer.Option(help="Training: fraction of the windows that the source samples itself.")
 ]
 RepeatsOption = Annotated[
-    float, typer.Option(help="Training: fraction of the windows in which passages come again further on.")
+    float,
+    typer.Option(help="Training: fraction of the first windows in which passages come again; falls to none."),
 ]
 CheckpointEveryOption = Annotated[int, typer.Option(min=1, help="Training: steps between two checkpoints.")]
 MemoryLimitOption = Annotated[
