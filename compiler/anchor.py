@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from attnedit.compiler.compatibility.caches import CACHE_NAMES
 from attnedit.compiler.errors import CaptureError
 
 PROBE = "attnedit_probe"
@@ -29,7 +30,7 @@ _IGNORED = frozenset(
             "position_ids",
             "cache_position",
             "use_cache",
-            "past_key_values",
+            *CACHE_NAMES,
             "position_embeddings",
             "layer_idx",
         ),

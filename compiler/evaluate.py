@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import given_cache, with_cache
 from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.meta import runnable_on_meta
@@ -141,7 +142,7 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
     try:
         with runnable_on_meta(model):
-            used = getattr(model(ids, past_key_values=cache, use_cache=True), "past_key_values", None)
+            used = given_cache(model(ids, **with_cache(model, cache)))
     except ValueError as error:  # some families accept a cache class of their own only
         raise UsageError(f"{type(model).__name__} does not work with a transformers DynamicCache: {error}") from error
     config = model.config.get_text_config(decoder=True)

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from transformers import DynamicCache
 
 from attnedit.compiler.anchor import PROBE, attention_implementation, experts_implementation
+from attnedit.compiler.compatibility.caches import cache_parameter, with_cache
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.recorder import BATCH, LENGTH, Frame, Recorder
 
@@ -121,19 +122,19 @@ def cached_calls(model: torch.nn.Module) -> dict[str, CachedCall]:
 
     Empty where the model takes no cache.
     """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if cache_parameter(model) is None:
         return {}
     recorder = Recorder(model)
     cache = _RecordingCache(recorder, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     with probing(model):
         inputs = probe_inputs(model, PAST + LENGTH)
         first = {name: value[:, :PAST] for name, value in inputs.items()}
-        model(**first, past_key_values=cache, use_cache=True)
+        model(**first, **with_cache(model, cache))
         rest = {name: value[:, PAST:] for name, value in inputs.items() if name != "attention_mask"}
         if "attention_mask" in inputs:
             rest["attention_mask"] = inputs["attention_mask"]
         with recorder.watching(model):
-            model(**rest, past_key_values=cache, use_cache=True)
+            model(**rest, **with_cache(model, cache))
     return cache.calls
 
 

@@ -30,7 +30,7 @@ from attnedit.compiler.rewrite import Rewrite, options_of, rewrite_from
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kv_cache import Attend, DenseMask, KVCache
-from attnedit.targets.attention.site_graph import cache_argument
+from attnedit.targets.attention.site_graph import checked_cache
 
 KV_CACHE_MODULE = "kv_cache"
 ATTEND_MODULE = "attend"
@@ -99,7 +99,8 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
             f"{site.name} after {names}: {found}, so it is not clear what the layer caches; call cache(key, value) "
             "once, and attend to what it returns"
         )
-    past = cache_argument(graph, site)
+    past = checked_cache(graph, site)
+    provenance.mark([past], (attentions or caches)[0], LOWERING)
     result.add_module(KV_CACHE_MODULE, KVCache(config, bool(caches)))
     for anchor in attentions:
         given: Any = anchor.args

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import given_cache
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.gateswa_layers import bounded_layer
 
@@ -57,7 +58,7 @@ class BoundedGeneration:
         if generation_config.prefill_chunk_size is None:
             generation_config.prefill_chunk_size = _part_of_prompt(model_kwargs.get("attention_mask"))
         result = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = bind_cache(cast(PreTrainedModel, self), model_kwargs.get("past_key_values"))
+        cache = bind_cache(cast(PreTrainedModel, self), given_cache(model_kwargs))
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
         return result
