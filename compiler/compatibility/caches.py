@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from transformers import Cache
 
 from attnedit.compiler.errors import UsageError
@@ -72,6 +72,10 @@ def known_cache(cache: Any, others: Mapping[str, Any] | None = None) -> Any:
         UsageError: it is no `transformers.Cache`, or another cache is among the other arguments: left unread, either
             would have the layer attend to new tokens alone.
     """
+    if isinstance(cache, fx.Proxy):  # unpickling a graph traces its code
+        return cache.tracer.create_proxy(
+            "call_function", known_cache, (cache, *(() if others is None else (others,))), {}
+        )
     if cache is not None and not (isinstance(cache, Cache) and hasattr(cache, "layers")):
         raise UsageError(
             f"a rewritten attention layer was given a {type(cache).__name__} as its cache and knows only "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from attnedit.compiler.compatibility.caches import given_cache
+from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.gateswa_layers import bounded_layer
 
@@ -62,6 +63,17 @@ class BoundedGeneration:
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
         return result
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what ``generate_batch`` begins with: its cache has pages of keys and values as the source makes them.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "continuous batching (generate_batch) is not supported: a rewritten model keeps latents or a window, for "
+            "which transformers' paged cache has no room; use generate with a batch of padded prompts"
+        )
 
     def _get_static_cache_init_shape(self) -> None:
         """Static layers are made at the first forward, which knows what each of them holds."""
