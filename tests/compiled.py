@@ -79,7 +79,7 @@ def in_pieces(model: PreTrainedModel, ids: Tensor, mask: Tensor, sizes: Iterable
         seen += size
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, span]
         call = {"attention_mask": mask[:, :seen], "position_ids": positions, **with_cache(model, cache)}
-        parts.append(model(ids[:, span], use_cache=True, **call).logits)
+        parts.append(model(ids[:, span], **call).logits)
     assert seen == ids.shape[1]
     return torch.cat(parts, 1), cache
 
