@@ -15,10 +15,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
+from attnedit.compiler.demo_model import SMOLLM2
 from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
-from attnedit.compiler.locations import SMOLLM2
 from attnedit.compiler.models import load_config_only, load_tokenizer
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
