@@ -90,7 +90,7 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
         CaptureError: the attention module is not given the cache.
     """
     graph: fx.Graph = copy.deepcopy(root.graph)
-    result = fx.GraphModule(root, graph, class_name=f"Rewritten{root._get_name().removeprefix('Rewritten')}")
+    result = fx.GraphModule(root, graph, class_name=f"Rewritten{type(root).__name__.removeprefix('Rewritten')}")
     attentions, caches = anchors(graph), [node for node in graph.nodes if node.target is CACHE_OP]
     names = ", ".join(entry["rewrite"].rpartition(":")[2] for entry in config.rewrites)
     if len(caches) > 1 or (not caches and len(attentions) != 1):
@@ -199,7 +199,7 @@ def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
             f"{site.name}: its graph lost what is known of its nodes (pickle drops it); save and load instead"
         )
     graph.lint()
-    return fx.GraphModule(module, graph, class_name=module._get_name())
+    return fx.GraphModule(module, graph, class_name=type(module).__name__)
 
 
 def rewritten_graph(model: nn.Module, site: AttentionSite, config: RewrittenConfig) -> fx.GraphModule:

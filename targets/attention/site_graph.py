@@ -12,6 +12,7 @@ from torch import fx, nn
 from attnedit.compiler import provenance
 from attnedit.compiler.capture import graph_module
 from attnedit.compiler.compatibility.caches import CACHE_NAMES, known_cache
+from attnedit.compiler.compatibility.torch_names import own_buffers, temporary_buffers
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
 
@@ -77,8 +78,8 @@ def replace_attention(
     source = type(model.get_submodule(site.name)).__name__
     result = fx.GraphModule(root, graph, class_name=f"{type(module).__name__}{source}")
     for path, part in result.named_modules():
-        known = root.get_submodule(path)._non_persistent_buffers_set  # a new one saves all
-        part._non_persistent_buffers_set |= known & set(part._buffers)
+        known = temporary_buffers(root.get_submodule(path))  # a new one saves all
+        temporary_buffers(part).update(known & set(own_buffers(part)))
     # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
     tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
     object.__setattr__(result, "tables", tables)
