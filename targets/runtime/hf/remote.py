@@ -50,6 +50,7 @@ from .attnedit_conversions import register_conversions
 from .attnedit_parts import GraphAttention, put_attention_in
 {imports}
 
+
 '''
 
 TAIL = '''ATTENTION = {{
