@@ -174,6 +174,8 @@ class Report(BaseModel):
         context_length: the length that layers with a window are averaged over.
         calibration: where the data came from.
         calibration_tokens: how many were used.
+        calibration_length: tokens of the longest windows that the closed form was fitted on; None where nothing was.
+        calibration_windows: how many of each length.
         seconds: per stage, in order.
         peak_memory_bytes: of the process, at the end.
         full_layers: layers that kept every token in the cache, where others got a window; None elsewhere.
@@ -200,6 +202,8 @@ class Report(BaseModel):
     context_length: int
     calibration: str = ""
     calibration_tokens: int = 0
+    calibration_length: int | None = None
+    calibration_windows: str = ""
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int = 0
     full_layers: list[int] | None = None

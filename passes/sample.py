@@ -1,5 +1,7 @@
 """What one attention site shows on calibration text: the tensors that every closed-form fit works on.
 
+Calibration windows may have several lengths; a site then has one `LayerSample` for each, and fits take them all.
+
 Shape letters: N sequences, T positions, Q sampled queries per sequence, H query heads, G key-value groups,
 d query/key head_dim, e value head_dim, D hidden size, n rotary frequencies.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +35,7 @@ class Rotation:
         columns: last-dim column of cos/sin that each plane uses [n].
         frequency: radians per position [n], float64.
         scaling: factor that cos and sin carry (yarn, longrope), 1.0 elsewhere.
+        context: positions that the model is to be served with: no two tokens are further apart.
     """
 
     real: Tensor
@@ -39,6 +43,7 @@ class Rotation:
     columns: Tensor
     frequency: Tensor
     scaling: float
+    context: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Chunk:
 
 @dataclass
 class LayerSample:
-    """Calibration tensors of one attention site, on one device, float32 unless said otherwise.
+    """Calibration tensors of one attention site in windows of one length, on one device, float32 unless said otherwise.
 
     Attributes:
         query: sampled queries before rope, after bias and norm [N, H, Q, d].
@@ -220,3 +225,26 @@ class LayerSample:
             target[chunk.sequences, chunk.queries] = self.project(self.mix_values(weights, chunk))
         received = mass / seen.clamp(min=1)
         return target, received / received.mean()
+
+
+def query_moment(samples: Sequence[LayerSample]) -> Tensor:
+    """Second moment of the queries of each head [H, d, d]."""
+    rows = sum(sample.query.shape[0] * sample.query.shape[2] for sample in samples)
+    flat = (sample.query.transpose(0, 1).flatten(1, 2) for sample in samples)
+    total: Tensor = sum((query.mT @ query for query in flat), torch.zeros((), device=samples[0].query.device))
+    return total / rows
+
+
+def token_shares(samples: Sequence[LayerSample]) -> list[Tensor]:
+    """Weight of each token by the attention that it receives, [N, T] for each sample, summing to 1 over all."""
+    total = sum(float(sample.token_weight.sum()) for sample in samples)
+    return [sample.token_weight / total for sample in samples]
+
+
+def weighted_moment(states: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Second moment [k, k] of all rows of states [N, T, k], with weights [N, T]."""
+    moments = (
+        (rows * weight[..., None]).flatten(0, 1).mT @ rows.flatten(0, 1)
+        for rows, weight in zip(states, weights, strict=True)
+    )
+    return sum(moments, states[0].new_zeros(states[0].shape[-1], states[0].shape[-1]))

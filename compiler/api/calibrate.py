@@ -116,7 +116,7 @@ def calibrate(
         checks = list(result.report.verification)
         if verify:
             with timed(seconds, "verify"), stage("verify", progress):
-                ids = check_tokens(batches.held_out, model)
+                ids = check_tokens([batches.held_out], model)
                 own = decode_error(teacher, ids, result.report.sites_matched)
                 checks.append(same_decode(model, ids, own=own))
     finally:

@@ -66,6 +66,7 @@ def compile(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
+    calibration_length: int | None = None,
     alternations: int = FitOptions.alternations,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -103,7 +104,10 @@ def compile(
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
-        calibration_tokens: how many to use: 65,536 of given data and 8,192 of own samples unless told.
+        calibration_tokens: how many to use: of given data 16 windows of `calibration_length` and 32 of 1,024 (65,536
+            tokens where the context is no longer than that), and 8,192 of own samples, unless told.
+        calibration_length: of the longest windows of the closed form, in tokens: at most the model's context, and as
+            long as what is to be served. The context unless told, up to 32,768 on an accelerator and 8,192 elsewhere.
         alternations: rounds of least squares per layer after the analytic start. 0 and 1 are quick jobs on few
             sampled queries; 2 is nearly converged.
         seed: of sampled text and sampled queries.
@@ -142,6 +146,7 @@ def compile(
         "calibration": calibration,
         "tokenizer": tokenizer,
         "calibration_tokens": calibration_tokens,
+        "calibration_length": calibration_length,
         "alternations": alternations,
         "seed": seed,
         "device": device,
@@ -212,6 +217,7 @@ def _one_shot(
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration_tokens: int | None,
+    calibration_length: int | None,
     alternations: int,
     seed: int,
     device: str | torch.device | None,
@@ -249,11 +255,14 @@ def _one_shot(
             # Which layers are latent need not be known yet to refuse a budget that cannot be met.
             shapes = plan.shapes(plan.latent_sites())
         exact = windowing is None and all(shape.exact for shape in shapes.values())
-        windows = None
+        data = windows = None
         if not exact:
             with timed(seconds, "data"):
-                data: dict[str, Any] = {"tokens": calibration_tokens, "seed": seed, "progress": progress}
-                windows = calibration_windows(calibration, tokenizer, model, windowing, **data)
+                asked: dict[str, Any] = {"tokens": calibration_tokens, "length": calibration_length}
+                asked |= {"seed": seed, "progress": progress}
+                data = calibration_windows(calibration, tokenizer, model, windowing, **asked)
+            windows = data.parts
+            plan.notes.extend(data.notes)
         result = model if in_place else share_copy(model)
         work: dict[str, Any] = {"seed": seed, "progress": progress}
         windowed = Windowed({}, {}, [])
@@ -309,7 +318,7 @@ def _one_shot(
         output_error={name: fit.output_error for fits in (windowed.fits, latent.fits) for name, fit in fits.items()},
         loss_increase=losses,
         calibration=calibration,
-        windows=windows,
+        windows=data,
         source=name,
         target=target,
         verification=checks,

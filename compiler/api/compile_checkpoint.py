@@ -64,6 +64,7 @@ def compile_checkpoint(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
+    calibration_length: int | None = None,
     alternations: int = FitOptions.alternations,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -94,6 +95,7 @@ def compile_checkpoint(
         calibration: as for `attnedit.compile`, but given: own samples take passes through the whole model.
         tokenizer: the checkpoint's own unless given.
         calibration_tokens: as for `attnedit.compile`.
+        calibration_length: as for `attnedit.compile`.
         alternations: as for `attnedit.compile`.
         seed: as for `attnedit.compile`.
         device: where to compute; CUDA if there is one, unless told.
@@ -123,6 +125,7 @@ def compile_checkpoint(
         "sinks": sinks,
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
+        "calibration_length": calibration_length,
         "alternations": alternations,
         "seed": seed,
         "model": fspath(model),
@@ -159,11 +162,14 @@ def compile_checkpoint(
     exact = windowing is None and all(shape.exact for shape in shapes.values())
     if calibration is None and not exact:
         raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
-    windows = None
+    data = windows = None
     if not exact:
         with timed(seconds, "data"):
-            data: dict[str, Any] = {"tokens": calibration_tokens, "seed": seed, "progress": progress}
-            windows = calibration_windows(calibration, tokenizer, source, windowing, **data)
+            asked: dict[str, Any] = {"tokens": calibration_tokens, "length": calibration_length}
+            asked |= {"seed": seed, "progress": progress}
+            data = calibration_windows(calibration, tokenizer, source, windowing, **asked)
+        windows = data.parts
+        plan.notes.extend(data.notes)
         if windowing is not None:
             check_loss(windows, windowing)
     open_run(output, run, overwrite=overwrite)
@@ -207,7 +213,7 @@ def compile_checkpoint(
         output_error=rewritten.output_error,
         loss_increase={},
         calibration=calibration,
-        windows=windows,
+        windows=data,
         source=name,
         target=target,
         verification=checks,
