@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnedit.compiler.capture import graph_module
+from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs
@@ -43,6 +44,9 @@ def take_sample(
         queries: sampled queries per sequence, all positions where there are fewer; the same in all sequences.
         seed: of the sampled positions.
         hidden: whether to keep the hidden states.
+
+    Raises:
+        AttneditError: there are numbers among them that are not finite.
     """
     names = (site.query, site.key, site.value, site.hidden)
     rope = site.rope
@@ -69,6 +73,11 @@ def take_sample(
             cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
             tables = cos, sin
     query, key, value = (torch.cat(column) for column in zip(*parts, strict=True))
+    for what, tensor in (("queries", query), ("keys", key), ("values", value)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise AttneditError(
+                f"{site.name}: {what} are not finite on the calibration data; load the model in bfloat16 or float32"
+            )
     weight, _ = output_weight(model, site)
     sinks = model.get_submodule(site.name).get_parameter(site.sinks).float() if site.sinks else None
     return LayerSample(

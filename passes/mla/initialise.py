@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.sample import LayerSample, Rotation
+from attnedit.passes.solve import root_and_inverse, second_moment, spectrum
 
 EXPECTED_DISTANCES = (0.1, 512.0, 200)
 """Log-spaced distances over which the rotation of components that lose it is averaged: from, to, count."""
@@ -60,7 +61,7 @@ def mix_components(sample: LayerSample, fold: int, columns: Sequence[int] | None
     groups, planes = sample.groups, len(rotation.real)
     keys = sample.key.transpose(1, 2).flatten(0, 1)
     z = torch.complex(keys[..., rotation.real], keys[..., rotation.imaginary])
-    weight = (sample.token_weight.flatten() / sample.token_weight.sum()).to(z.dtype)
+    weight = sample.token_weight.flatten() / sample.token_weight.sum()
     energy = sample.query[..., rotation.real].square() + sample.query[..., rotation.imaginary].square()
     energy = energy.double().mean((0, 2)).view(groups, -1, planes).sum(1)
     rho = expected_rotation(rotation)
@@ -76,10 +77,10 @@ def mix_components(sample: LayerSample, fold: int, columns: Sequence[int] | None
         if not members.numel():
             continue
         states = z[:, :, members].permute(2, 0, 1, 3).reshape(count, len(z), size)
-        second = ((states * weight[:, None]).mT @ states.conj()).to(torch.complex128)
+        second = second_moment(states, weight)
         root = energy[:, members].transpose(0, 1).reshape(count, size).sqrt()
         root = root.clamp(min=root.amax(1, keepdim=True) * QUERY_FLOOR + 1e-30)
-        values, vectors = torch.linalg.eigh(root[:, :, None] * second * root[:, None])
+        values, vectors = spectrum(root[:, :, None] * second * root[:, None])
         lead = members[:, 0]
         loss = 1 - (rho[lead] / rotation.scaling**2).abs().square()
         worth.append((values * loss[:, None]).flatten())
@@ -106,13 +107,6 @@ def real_rows(states: Tensor, rotation: Rotation, head_dim: int) -> Tensor:
     top[..., rotation.real], top[..., rotation.imaginary] = states.real, -states.imag
     bottom[..., rotation.real], bottom[..., rotation.imaginary] = states.imag, states.real
     return torch.cat([top, bottom], -2)
-
-
-def _root_and_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its pseudo-inverse with a floor."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=float(values.max()) * PSEUDO_INVERSE_FLOOR + 1e-300)
-    return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT
 
 
 def analytic(sample: LayerSample, components: Components | None, slots: int, rank: int) -> tuple[Factors, float]:
@@ -156,23 +150,21 @@ def analytic(sample: LayerSample, components: Components | None, slots: int, ran
     row, query_map = torch.cat(rows), torch.cat(maps, 1)
 
     query = sample.query.transpose(0, 1).flatten(1, 2)
-    moment = (query.mT @ query).double() / query.shape[1]
+    moment = second_moment(query) / query.shape[1]
     key_metric = torch.einsum("hki,hij,hlj->kl", query_map, moment, query_map) * sample.scale**2
     weight = sample.output_weight.double()
     value_metric = (weight.mT @ weight).view(groups, share, e, e).sum(1)
-    pairs = [_root_and_inverse(block) for block in value_metric]
+    pairs = [root_and_inverse(block, PSEUDO_INVERSE_FLOOR) for block in value_metric]
     value_root, value_inverse = (torch.block_diag(*[pair[i] for pair in pairs]) for i in (0, 1))
-    key_root, key_inverse = _root_and_inverse(key_metric) if len(row) else (key_metric, key_metric)
+    key_root, key_inverse = root_and_inverse(key_metric, PSEUDO_INVERSE_FLOOR)
 
-    source = sample.source.flatten(0, 1)
-    token = (sample.token_weight.flatten() / sample.token_weight.sum())[:, None]
-    second = ((source * token).mT @ source).double()
+    second = second_moment(sample.source.flatten(0, 1), sample.token_weight.flatten() / sample.token_weight.sum())
     lift = torch.block_diag(key_root @ row, value_root)
     spread = lift @ second @ lift.mT
     k = len(row)
     balance = float((spread[:k, :k].trace() / spread[k:, k:].trace().clamp(min=1e-300)).sqrt()) if k else 1.0
     lift[k:] *= balance if balance > 0 else 1.0
-    energy, vectors = torch.linalg.eigh(lift @ second @ lift.mT)
+    energy, vectors = spectrum(lift @ second @ lift.mT)
     basis = vectors.flip(1)[:, :rank]
     kept = float(energy.flip(0)[:rank].sum() / energy.sum().clamp(min=1e-300))
     latent = basis.mT @ lift

@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.solve import Blocks, conjugate_gradients, inverse_root, thin
 from attnedit.passes.mla.weights import (
     Factors,
     key_features,
@@ -26,6 +25,17 @@ from attnedit.passes.mla.weights import (
     slot_tables,
 )
 from attnedit.passes.sample import CHUNK_ELEMENTS, Chunk, LayerSample
+from attnedit.passes.solve import (
+    LEAST_RIDGE,
+    Blocks,
+    cholesky,
+    conjugate_gradients,
+    inverse_root,
+    ridge_regression,
+    second_moment,
+    spectrum,
+    thin,
+)
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the weights it starts from, as a fraction of the mean diagonal of its Gram
@@ -75,13 +85,17 @@ def logit_target(sample: LayerSample) -> LogitTarget:
     sample = sample.teacher or sample
     metric = sample.output_weight.mT @ sample.output_weight  # [H, e, e]
     share = sample.heads // sample.groups
-    value = sample.value.repeat_interleave(share, 1)
+    centred = sample
+    if sample.sinks is None:
+        # Attention weights sum to one, so that what all values have in common takes no part in their spread.
+        centred = replace(sample, value=sample.value - _common(sample))
+    value = centred.value.repeat_interleave(share, 1)
     size = ((value @ metric) * value).sum(-1)[:, :, None, :]
     chunks, total = [], 0.0
     for chunk in sample.chunks():
         logits = sample.teacher_logits(chunk)
         p = sample.probabilities(logits, chunk)
-        seen = sample.mix_values(p, chunk)
+        seen = centred.mix_values(p, chunk)
         # sum_n p |W(v - o)|^2 = sum_n p |W v|^2 - (2 - sum_n p) |W o|^2; with sinks p sums to less than one
         mass = p.sum(-1, keepdim=True)
         mean = ((seen @ metric) * seen).sum(-1, keepdim=True)
@@ -90,6 +104,12 @@ def logit_target(sample: LayerSample) -> LogitTarget:
         total += float(weight.sum())
         chunks.append(Weighted(chunk, logits, weight))
     return LogitTarget(chunks, max(total, 1e-30))
+
+
+def _common(sample: LayerSample) -> Tensor:
+    """Mean of the values, tokens weighted by the attention that they receive [G, 1, e]."""
+    weight = (sample.token_weight / sample.token_weight.sum())[:, None, :, None]
+    return (sample.value * weight).sum((0, 2))[:, None]
 
 
 def refit_output(sample: LayerSample, factors: Factors) -> tuple[Factors, float]:
@@ -121,10 +141,7 @@ def _regress_by_features(sample: LayerSample, factors: Factors) -> tuple[Tensor,
         cross.addmm_(z.mT, sample.target[chunk.sequences, chunk.queries].flatten(0, 1))
     start = factors.output.permute(0, 2, 1).reshape(h * r, -1)
     rows = sample.query.shape[0] * sample.query.shape[2]
-    ridge = OUTPUT_RIDGE * h * r / rows * float(gram.diagonal().mean())
-    system = gram.double()
-    system.diagonal().add_(ridge)
-    fitted = torch.cholesky_solve((cross + ridge * start).double(), torch.linalg.cholesky(system))
+    fitted, system = ridge_regression(gram, cross, start, OUTPUT_RIDGE * h * r / rows * float(gram.diagonal().mean()))
     output = fitted.view(h, r, -1).transpose(1, 2)
     if r > e:
         blocks = system.view(h, r, h, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -153,10 +170,10 @@ def _regress_by_rows(sample: LayerSample, factors: Factors) -> tuple[Tensor, flo
     for features, start in zip(z, factors.output, strict=True):
         _add_products(products, features)
         _subtract_outputs(missing, features, *thin(start, e))
-    ridge = OUTPUT_RIDGE * float(products.diagonal().mean())
+    ridge = max(OUTPUT_RIDGE * float(products.diagonal().mean()), LEAST_RIDGE)
     system = products.double()
     system.diagonal().add_(ridge)
-    dual = torch.cholesky_solve(missing.double(), torch.linalg.cholesky(system)).float()
+    dual = torch.cholesky_solve(missing.double(), cholesky(system)).float()
     output = torch.empty_like(factors.output)
     error = target.clone()
     for heads in torch.arange(h).split(max(1, CHUNK_ELEMENTS // (r * output.shape[1]))):
@@ -194,20 +211,18 @@ def _refit_values(sample: LayerSample, factors: Factors) -> Factors:
         own = sample.mix_values(sample.probabilities(sample.teacher_logits(chunk), chunk), chunk)
         gram += torch.einsum("nhqr,nhqs->hrs", reads, reads)
         cross += torch.einsum("nhqr,nhqe->hre", reads, own)
-    start = torch.linalg.lstsq(sample.output_weight, factors.output).solution.mT  # [H, r, e]
-    system = gram.double()
+    start = (torch.linalg.pinv(sample.output_weight.double()) @ factors.output.double()).mT  # [H, r, e]
     rows = sample.query.shape[0] * sample.query.shape[2]
-    ridge = OUTPUT_RIDGE * r / rows * system.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
-    system.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    values = torch.linalg.solve(system, cross + ridge[..., None] * start)
+    ridge = OUTPUT_RIDGE * r / rows * gram.diagonal(dim1=-2, dim2=-1).mean(-1).double()
+    values, _ = ridge_regression(gram, cross, start, ridge)
     return replace(factors, output=sample.output_weight @ values.mT.float())
 
 
 def _truncate(output: Tensor, covariance: Tensor, rank: int) -> Tensor:
     """Best rank-`rank` approximation of F_h [H, D, r] in the metric of its ridged input covariance [H, r, r]."""
-    root = torch.linalg.cholesky(covariance)
+    root = cholesky(covariance)
     scaled = (output @ root.to(output.dtype)).double()
-    top = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[..., -rank:]
+    top = spectrum(scaled.mT @ scaled)[1][..., -rank:]
     back = torch.linalg.solve_triangular(root.mT, top, upper=True).mT
     result: Tensor = (scaled @ top).to(output.dtype) @ back.to(output.dtype)
     return result
@@ -217,9 +232,9 @@ def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iter
     """Weighted least squares of the logits in the query maps B and R, given what is cached."""
     r = factors.rank
     keys = key_features(sample, factors.latent, factors.slots, factors.columns)
-    left = inverse_root(_moment(sample.query.transpose(0, 1).flatten(1, 2)), WHITENING_RIDGE)  # [H, d, d]
-    flat = keys.flatten(0, 1)
-    moment = (flat * _key_weight(sample, target).flatten()[:, None]).mT @ flat
+    query = sample.query.transpose(0, 1).flatten(1, 2)
+    left = inverse_root(second_moment(query) / query.shape[1], WHITENING_RIDGE)  # [H, d, d]
+    moment = second_moment(keys.flatten(0, 1), _key_weight(sample, target).flatten())
     right_latent = inverse_root(moment[:r, :r], WHITENING_RIDGE)
     right_slots = inverse_root(moment[r:, r:], WHITENING_RIDGE)
     cos, sin = slot_tables(sample, factors.columns)
@@ -255,8 +270,7 @@ def refit_latent(sample: LayerSample, factors: Factors, target: LogitTarget, ite
     """Least squares in what is cached, P and S: the logits' error plus the output's at fixed attention weights."""
     r = factors.rank
     flat = sample.source.flatten(0, 1)
-    weight = _key_weight(sample, target).flatten()[:, None]
-    right = inverse_root((flat * weight).mT @ flat, WHITENING_RIDGE)  # [E, E]
+    right = inverse_root(second_moment(flat, _key_weight(sample, target).flatten()), WHITENING_RIDGE)  # [E, E]
     keys = key_features(sample, factors.latent, factors.slots, factors.columns)
     queries: list[Tensor] = []
     seen: list[Tensor] = []
@@ -310,8 +324,3 @@ def _key_weight(sample: LayerSample, target: LogitTarget) -> Tensor:
     for part in target.chunks:
         weight[part.chunk.sequences, part.chunk.keys] += part.weight.sum((1, 2))
     return weight / target.total
-
-
-def _moment(rows: Tensor) -> Tensor:
-    """Second moment of rows [..., M, k] -> [..., k, k]."""
-    return rows.mT @ rows / rows.shape[-2]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.sites import AttentionSite, Projection
 from attnedit.passes.sample import LayerSample
+from attnedit.passes.solve import cross_moment, ridge_regression, second_moment
 
 RIDGE = 0.1
 """Ridge of the regression as a fraction of the mean diagonal of its Gram matrix: this times hidden sizes per token."""
@@ -89,8 +90,8 @@ def _regress(weight: Tensor, inputs: Tensor, wanted: Tensor, token: Tensor | Non
         [F, D] in float64.
     """
     x, y = inputs.flatten(0, 1), wanted.flatten(0, 1)
-    scaled = x if token is None else x * token.flatten(0, 1)
-    gram, cross = (scaled.T @ x).double(), (scaled.T @ y).double()
+    share = None if token is None else token.flatten()
+    gram, cross = second_moment(x, share), cross_moment(x, y, share)
     # One factor per feature: a norm divides by what changes from token to token, and multiplies by a weight.
     energy = torch.einsum("fd,de,fe->f", weight, gram, weight).clamp(min=1e-30)
     start = weight * (torch.einsum("fd,df->f", weight, cross) / energy)[:, None]
@@ -98,6 +99,4 @@ def _regress(weight: Tensor, inputs: Tensor, wanted: Tensor, token: Tensor | Non
     if float(rest.abs().max()) <= 1e-4 * float(cross.abs().max()):
         return weight  # linear already; what is left is rounding
     ridge = RIDGE * x.shape[1] / len(x) * float(gram.diagonal().mean())
-    gram.diagonal().add_(ridge)
-    result: Tensor = start + torch.linalg.solve(gram, rest).T
-    return result
+    return start + ridge_regression(gram, rest, torch.zeros_like(rest), ridge)[0].T
