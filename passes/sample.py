@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from attnedit.passes.solve import second_moment
+
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once by the chunked loops (elements): bounds memory, keeps matrix products large."""
 QUERY_BLOCKS = 8
@@ -228,11 +230,10 @@ class LayerSample:
 
 
 def query_moment(samples: Sequence[LayerSample]) -> Tensor:
-    """Second moment of the queries of each head [H, d, d]."""
+    """Second moment of the queries of each head [H, d, d], float64."""
     rows = sum(sample.query.shape[0] * sample.query.shape[2] for sample in samples)
-    flat = (sample.query.transpose(0, 1).flatten(1, 2) for sample in samples)
-    total: Tensor = sum((query.mT @ query for query in flat), torch.zeros((), device=samples[0].query.device))
-    return total / rows
+    moments = [second_moment(sample.query.transpose(0, 1).flatten(1, 2)) for sample in samples]
+    return torch.stack(moments).sum(0) / rows
 
 
 def token_shares(samples: Sequence[LayerSample]) -> list[Tensor]:
@@ -242,9 +243,6 @@ def token_shares(samples: Sequence[LayerSample]) -> list[Tensor]:
 
 
 def weighted_moment(states: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Second moment [k, k] of all rows of states [N, T, k], with weights [N, T]."""
-    moments = (
-        (rows * weight[..., None]).flatten(0, 1).mT @ rows.flatten(0, 1)
-        for rows, weight in zip(states, weights, strict=True)
-    )
-    return sum(moments, states[0].new_zeros(states[0].shape[-1], states[0].shape[-1]))
+    """Second moment [k, k] of all rows of states [N, T, k], with weights [N, T], float64."""
+    pairs = zip(states, weights, strict=True)
+    return torch.stack([second_moment(rows.flatten(0, 1), weight.flatten()) for rows, weight in pairs]).sum(0)

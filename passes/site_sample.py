@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture import graph_module
 from attnedit.compiler.data import context_length
+from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs
@@ -66,6 +67,9 @@ def take_samples(
 
     Returns:
         A sample for each length of sequences.
+
+    Raises:
+        AttneditError: there are numbers among them that are not finite.
     """
     names = (site.query, site.key, site.value, site.hidden)
     rope = site.rope
@@ -95,6 +99,11 @@ def take_samples(
     for part in taken.values():
         query, key, value = (torch.cat(column) for column in zip(*part.parts, strict=True))
         part.parts.clear()
+        for what, tensor in (("queries", query), ("keys", key), ("values", value)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise AttneditError(
+                    f"{site.name}: {what} are not finite on the calibration data; load the model in bfloat16 or float32"
+                )
         samples.append(
             LayerSample(
                 query=query,

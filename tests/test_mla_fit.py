@@ -26,10 +26,10 @@ from attnedit.passes.mla.least_squares import (
     refit_output,
     refit_query,
 )
-from attnedit.passes.mla.solve import conjugate_gradients, inverse_root
 from attnedit.passes.mla.weights import Factors, latent_reads, output_error
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import _positions
+from attnedit.passes.solve import conjugate_gradients, inverse_root
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from attnedit.passes.sample import LayerSample
+from attnedit.passes.solve import ridge_regression
 from attnedit.targets.attention.config import GateSWAConfig
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the source's weights, as a fraction of the mean diagonal of its Gram matrix:
 this times features per sampled query."""
+VALUE_RIDGE = 1e-3
+"""Ridge of a sink value, as a fraction of the mean diagonal of its matrix."""
 SINK_ROUNDS = 4
 """Alternations of sink logit and sink value."""
 GRID = 33
@@ -171,10 +174,9 @@ def _best_value(metric: Tensor, heads: _Heads, share: Tensor, groups: int) -> Te
     moment = torch.einsum("hm,hme->he", share, wanted).double()
     left = (metric.double() * amount[:, None, None]).unflatten(0, (groups, -1)).sum(1)
     right = torch.einsum("hef,hf->he", metric.double(), moment).unflatten(0, (groups, -1)).sum(1)
-    level = left.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
-    left.diagonal(dim1=-2, dim2=-1).add_(1e-3 * level[:, None])
-    result: Tensor = torch.linalg.solve(left, right).float()
-    return result
+    ridge = VALUE_RIDGE * left.diagonal(dim1=-2, dim2=-1).mean(-1)
+    value, _ = ridge_regression(left, right[..., None], torch.zeros_like(right)[..., None], ridge)
+    return value[..., 0].float()
 
 
 def _refit_output(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[Tensor, float]:
@@ -195,9 +197,7 @@ def _refit_output(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[T
         energy += float(target.double().square().sum())
     start = sample.output_weight.permute(0, 2, 1).reshape(h * e, size)
     ridge = OUTPUT_RIDGE * h * e / output.shape[1] * float(gram.diagonal().mean())
-    system = gram.double()
-    system.diagonal().add_(max(ridge, 1e-30))
-    fitted = torch.cholesky_solve((cross + ridge * start).double(), torch.linalg.cholesky(system)).float()
+    fitted = ridge_regression(gram, cross, start, ridge)[0].float()
     error = energy + float(((gram @ fitted).double() * fitted).sum()) - 2 * float((cross.double() * fitted).sum())
     return fitted.view(h, e, size).transpose(1, 2), max(error, 0.0) / max(energy, 1e-30)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from attnedit.compiler.errors import UsageError
+from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.passes.mla import least_squares
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.initialise import analytic, mix_components
 from attnedit.passes.mla.least_squares import logit_target, refit_latent, refit_output, refit_query
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.sample import LayerSample
+
+ROUNDING = 1e-6
+"""Of the output's relative squared error, which is a difference of float32 sums."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +74,26 @@ class Fit:
 
 @torch.no_grad()
 def fit_layer(samples: Sequence[LayerSample], shape: Shape, options: FitOptions) -> Fit:
-    """Closed-form MLA weights of one layer; see docs/method.md for the steps."""
+    """Closed-form MLA weights of one layer; see docs/method.md for the steps. The best of all rounds is kept.
+
+    Raises:
+        AttneditError: nothing finite was found.
+    """
     components = mix_components(samples, shape.fold, shape.columns) if shape.slots else None
     factors, energy = analytic(samples, components, shape.slots, shape.rank)
-    if not options.alternations:
-        factors, error = refit_output(samples, factors)
-        return Fit(factors, energy, error)
-    few = [sample.thinned(max(1, round(len(sample.positions) * options.logit_share))) for sample in samples]
-    target = logit_target(few)
-    for turn in range(options.alternations):
+    output, error = refit_output(samples, factors)
+    best = Fit(output, energy, error)
+    sides = (refit_query, refit_latent) if options.latent_side else (refit_query,)
+    if options.alternations:
+        few = [sample.thinned(max(1, round(len(sample.positions) * options.logit_share))) for sample in samples]
+        target = logit_target(few)
+    for turn, refit in enumerate(sides * options.alternations):
         if least_squares.STUDENT and turn:
             target = logit_target(few, factors)
-        factors, error = refit_output(samples, refit_query(few, factors, target, options.iterations))
-        if options.latent_side:
-            factors, error = refit_output(samples, refit_latent(few, factors, target, options.iterations))
-    return Fit(factors, energy, error)
+        factors, error = refit_output(samples, refit(few, factors, target, options.iterations))
+        # Logits stand in for what is attended; where few keys take all of it, that may fail.
+        if error <= best.output_error + ROUNDING:
+            best = Fit(factors, energy, error)
+    if not math.isfinite(best.output_error):
+        raise AttneditError("queries, keys or values are too large for float32, so that no latent can be fitted")
+    return best

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.sample import LayerSample, Rotation, query_moment, token_shares, weighted_moment
+from attnedit.passes.solve import root_and_inverse, second_moment, spectrum
 
 NEAREST_DISTANCE, DISTANCES = 0.1, 200
 """Distances over which the rotation of components that lose it is averaged: so many, log-spaced from the nearest to the
@@ -61,8 +62,8 @@ def mix_components(samples: Sequence[LayerSample], fold: int, columns: Sequence[
     groups, planes = samples[0].groups, len(rotation.real)
     keys = torch.cat([sample.key.transpose(1, 2).flatten(0, 1) for sample in samples])
     z = torch.complex(keys[..., rotation.real], keys[..., rotation.imaginary])
-    weight = torch.cat([share.flatten() for share in token_shares(samples)]).to(z.dtype)
-    square = query_moment(samples).diagonal(dim1=-2, dim2=-1).double()
+    weight = torch.cat([share.flatten() for share in token_shares(samples)])
+    square = query_moment(samples).diagonal(dim1=-2, dim2=-1)
     energy = square[:, rotation.real] + square[:, rotation.imaginary]
     energy = energy.view(groups, -1, planes).sum(1)
     rho = expected_rotation(rotation)
@@ -78,10 +79,10 @@ def mix_components(samples: Sequence[LayerSample], fold: int, columns: Sequence[
         if not members.numel():
             continue
         states = z[:, :, members].permute(2, 0, 1, 3).reshape(count, len(z), size)
-        second = ((states * weight[:, None]).mT @ states.conj()).to(torch.complex128)
+        second = second_moment(states, weight)
         root = energy[:, members].transpose(0, 1).reshape(count, size).sqrt()
         root = root.clamp(min=root.amax(1, keepdim=True) * QUERY_FLOOR + 1e-30)
-        values, vectors = torch.linalg.eigh(root[:, :, None] * second * root[:, None])
+        values, vectors = spectrum(root[:, :, None] * second * root[:, None])
         lead = members[:, 0]
         loss = 1 - (rho[lead] / rotation.scaling**2).abs().square()
         worth.append((values * loss[:, None]).flatten())
@@ -108,13 +109,6 @@ def real_rows(states: Tensor, rotation: Rotation, head_dim: int) -> Tensor:
     top[..., rotation.real], top[..., rotation.imaginary] = states.real, -states.imag
     bottom[..., rotation.real], bottom[..., rotation.imaginary] = states.imag, states.real
     return torch.cat([top, bottom], -2)
-
-
-def _root_and_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its pseudo-inverse with a floor."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=float(values.max()) * PSEUDO_INVERSE_FLOOR + 1e-300)
-    return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT
 
 
 def analytic(
@@ -160,21 +154,21 @@ def analytic(
     maps.append(torch.einsum("hg,id->hgid", own, fixed).flatten(1, 2))
     row, query_map = torch.cat(rows), torch.cat(maps, 1)
 
-    moment = query_moment(samples).double()
+    moment = query_moment(samples)
     key_metric = torch.einsum("hki,hij,hlj->kl", query_map, moment, query_map) * sample.scale**2
     weight = sample.output_weight.double()
     value_metric = (weight.mT @ weight).view(groups, share, e, e).sum(1)
-    pairs = [_root_and_inverse(block) for block in value_metric]
+    pairs = [root_and_inverse(block, PSEUDO_INVERSE_FLOOR) for block in value_metric]
     value_root, value_inverse = (torch.block_diag(*[pair[i] for pair in pairs]) for i in (0, 1))
-    key_root, key_inverse = _root_and_inverse(key_metric) if len(row) else (key_metric, key_metric)
+    key_root, key_inverse = root_and_inverse(key_metric, PSEUDO_INVERSE_FLOOR)
 
-    second = weighted_moment([sample.source for sample in samples], token_shares(samples)).double()
+    second = weighted_moment([sample.source for sample in samples], token_shares(samples))
     lift = torch.block_diag(key_root @ row, value_root)
     spread = lift @ second @ lift.mT
     k = len(row)
     balance = float((spread[:k, :k].trace() / spread[k:, k:].trace().clamp(min=1e-300)).sqrt()) if k else 1.0
     lift[k:] *= balance if balance > 0 else 1.0
-    energy, vectors = torch.linalg.eigh(lift @ second @ lift.mT)
+    energy, vectors = spectrum(lift @ second @ lift.mT)
     basis = vectors.flip(1)[:, :rank]
     kept = float(energy.flip(0)[:rank].sum() / energy.sum().clamp(min=1e-300))
     latent = basis.mT @ lift

@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnedit.passes.mla.solve import Blocks, conjugate_gradients, inverse_root, thin
 from attnedit.passes.mla.weights import (
     Factors,
     key_features,
@@ -26,7 +25,17 @@ from attnedit.passes.mla.weights import (
     score,
     slot_tables,
 )
-from attnedit.passes.sample import CHUNK_ELEMENTS, Chunk, LayerSample, query_moment, weighted_moment
+from attnedit.passes.sample import CHUNK_ELEMENTS, Chunk, LayerSample, query_moment, token_shares, weighted_moment
+from attnedit.passes.solve import (
+    LEAST_RIDGE,
+    Blocks,
+    cholesky,
+    conjugate_gradients,
+    inverse_root,
+    ridge_regression,
+    spectrum,
+    thin,
+)
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the weights it starts from, as a fraction of the mean diagonal of its Gram
@@ -80,17 +89,22 @@ FLOOR = 0.0
 def logit_target(samples: Sequence[LayerSample], factors: Factors | None = None) -> LogitTarget:
     """Weights p x spread of every sampled query and key; masked pairs weigh nothing."""
     chunks, total = [], 0.0
+    common = _common([sample.teacher or sample for sample in samples])
     for part, own in enumerate(samples):
         sample = own.teacher or own
         keys = None if factors is None else key_features(own, factors.latent, factors.slots, factors.columns)
         metric = sample.output_weight.mT @ sample.output_weight  # [H, e, e]
         share = sample.heads // sample.groups
-        value = sample.value.repeat_interleave(share, 1)
+        centred = sample
+        if sample.sinks is None:
+            # Attention weights sum to one, so that what all values have in common takes no part in their spread.
+            centred = replace(sample, value=sample.value - common)
+        value = centred.value.repeat_interleave(share, 1)
         size = ((value @ metric) * value).sum(-1)[:, :, None, :]
         for chunk in sample.chunks():
             logits = sample.teacher_logits(chunk)
             p = sample.probabilities(logits, chunk)
-            seen = sample.mix_values(p, chunk)
+            seen = centred.mix_values(p, chunk)
             # sum_n p |W(v - o)|^2 = sum_n p |W v|^2 - (2 - sum_n p) |W o|^2; with sinks p sums to less than one
             mass = p.sum(-1, keepdim=True)
             mean = ((seen @ metric) * seen).sum(-1, keepdim=True)
@@ -106,6 +120,15 @@ def logit_target(samples: Sequence[LayerSample], factors: Factors | None = None)
             total += float(weight.sum())
             chunks.append(Weighted(part, chunk, logits, weight))
     return LogitTarget(chunks, max(total, 1e-30))
+
+
+def _common(samples: Sequence[LayerSample]) -> Tensor:
+    """Mean of the values, tokens weighted by the attention that they receive [G, 1, e]."""
+    parts = (
+        (sample.value * share[:, None, :, None]).sum((0, 2))
+        for sample, share in zip(samples, token_shares(samples), strict=True)
+    )
+    return sum(parts, samples[0].value.new_zeros(samples[0].groups, samples[0].value.shape[-1]))[:, None]
 
 
 def refit_output(samples: Sequence[LayerSample], factors: Factors) -> tuple[Factors, float]:
@@ -145,9 +168,7 @@ def _regress_by_features(samples: Sequence[LayerSample], factors: Factors) -> tu
         cross.addmm_(z.mT, sample.target[chunk.sequences, chunk.queries].flatten(0, 1))
     start = factors.output.permute(0, 2, 1).reshape(h * r, -1)
     ridge = OUTPUT_RIDGE * h * r / _rows(samples) * float(gram.diagonal().mean())
-    system = gram.double()
-    system.diagonal().add_(ridge)
-    fitted = torch.cholesky_solve((cross + ridge * start).double(), torch.linalg.cholesky(system))
+    fitted, system = ridge_regression(gram, cross, start, ridge)
     output = fitted.view(h, r, -1).transpose(1, 2)
     if r > e:
         blocks = system.view(h, r, h, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -180,10 +201,10 @@ def _regress_by_rows(samples: Sequence[LayerSample], factors: Factors) -> tuple[
     for features, start in zip(z, factors.output, strict=True):
         _add_products(products, features)
         _subtract_outputs(missing, features, *thin(start, e))
-    ridge = OUTPUT_RIDGE * float(products.diagonal().mean())
+    ridge = max(OUTPUT_RIDGE * float(products.diagonal().mean()), LEAST_RIDGE)
     system = products.double()
     system.diagonal().add_(ridge)
-    dual = torch.cholesky_solve(missing.double(), torch.linalg.cholesky(system)).float()
+    dual = torch.cholesky_solve(missing.double(), cholesky(system)).float()
     output = torch.empty_like(factors.output)
     error = target.clone()
     for heads in torch.arange(h).split(max(1, CHUNK_ELEMENTS // (r * output.shape[1]))):
@@ -221,19 +242,17 @@ def _refit_values(samples: Sequence[LayerSample], factors: Factors) -> Factors:
         own = sample.mix_values(sample.probabilities(sample.teacher_logits(chunk), chunk), chunk)
         gram += torch.einsum("nhqr,nhqs->hrs", reads, reads)
         cross += torch.einsum("nhqr,nhqe->hre", reads, own)
-    start = torch.linalg.lstsq(first.output_weight, factors.output).solution.mT  # [H, r, e]
-    system = gram.double()
-    ridge = OUTPUT_RIDGE * r / _rows(samples) * system.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
-    system.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    values = torch.linalg.solve(system, cross + ridge[..., None] * start)
+    start = (torch.linalg.pinv(first.output_weight.double()) @ factors.output.double()).mT  # [H, r, e]
+    ridge = OUTPUT_RIDGE * r / _rows(samples) * gram.diagonal(dim1=-2, dim2=-1).mean(-1).double()
+    values, _ = ridge_regression(gram, cross, start, ridge)
     return replace(factors, output=first.output_weight @ values.mT.float())
 
 
 def _truncate(output: Tensor, covariance: Tensor, rank: int) -> Tensor:
     """Best rank-`rank` approximation of F_h [H, D, r] in the metric of its ridged input covariance [H, r, r]."""
-    root = torch.linalg.cholesky(covariance)
+    root = cholesky(covariance)
     scaled = (output @ root.to(output.dtype)).double()
-    top = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[..., -rank:]
+    top = spectrum(scaled.mT @ scaled)[1][..., -rank:]
     back = torch.linalg.solve_triangular(root.mT, top, upper=True).mT
     result: Tensor = (scaled @ top).to(output.dtype) @ back.to(output.dtype)
     return result

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.sites import AttentionSite, Projection
 from attnedit.passes.sample import LayerSample
+from attnedit.passes.solve import cross_moment, ridge_regression, second_moment
 
 RIDGE = 0.1
 """Ridge of the regression as a fraction of the mean diagonal of its Gram matrix: this times hidden sizes per token."""
@@ -102,8 +103,8 @@ def _regress(weight: Tensor, x: Tensor, y: Tensor, token: Tensor) -> Tensor:
     Returns:
         [F, D] in float64.
     """
-    scaled = x * token
-    gram, cross = (scaled.T @ x).double(), (scaled.T @ y).double()
+    share = token.flatten()
+    gram, cross = second_moment(x, share), cross_moment(x, y, share)
     # One factor per feature: a norm divides by what changes from token to token, and multiplies by a weight.
     energy = torch.einsum("fd,de,fe->f", weight, gram, weight).clamp(min=1e-30)
     start = weight * (torch.einsum("fd,df->f", weight, cross) / energy)[:, None]
@@ -111,6 +112,4 @@ def _regress(weight: Tensor, x: Tensor, y: Tensor, token: Tensor) -> Tensor:
     if float(rest.abs().max()) <= 1e-4 * float(cross.abs().max()):
         return weight  # linear already; what is left is rounding
     ridge = RIDGE * x.shape[1] / len(x) * float(gram.diagonal().mean())
-    gram.diagonal().add_(ridge)
-    result: Tensor = start + torch.linalg.solve(gram, rest).T
-    return result
+    return start + ridge_regression(gram, rest, torch.zeros_like(rest), ridge)[0].T
