@@ -21,7 +21,8 @@ from attnedit.passes.sample import FIRST_POSITIONS, LayerSample, Rotation
 
 NEAR = 1024
 """Positions up to which a long sequence's queries are sampled evenly."""
-SHARES = {1: (1.0, 1.0), 2: (0.5, 1.0)}
+SHORT_WORK, LONG_WORK = 0.5, 1.0
+"""Work on windows up to `NEAR` tokens and on longer ones, where there are both; see `sampled_queries`."""
 
 
 def part_of(model: nn.Module, site: AttentionSite, names: tuple[str, ...]) -> fx.GraphModule:
@@ -129,19 +130,21 @@ def take_samples(
 def sampled_queries(windows: Sequence[Tensor], total: int) -> Callable[[int], int]:
     """How many queries to sample of each window, by its length.
 
-    Lengths share the work evenly. A query of a longer window meets more keys, so there are fewer of them: all together
-    cost what `total` queries of windows of `NEAR` tokens would.
+    A query of a long window meets more keys, so it is more work: that of `total` queries in windows of `NEAR` tokens is
+    what there is for windows of one kind, short or long; where there are both, `SHORT_WORK` and `LONG_WORK` of it.
 
     Args:
         windows: token ids [N, T] of each length T.
         total: queries over all windows, if none were longer than `NEAR`.
     """
-    least = _mean_position(NEAR)
+    tokens = [sum(part.numel() for part in windows if (part.shape[1] > NEAR) == long) for long in (False, True)]
+    work = (SHORT_WORK, LONG_WORK) if all(tokens) else (1.0, 1.0)
 
     def count(length: int) -> int:
-        rows = sum(len(part) for part in windows if part.shape[1] == length)
-        share = SHARES[min(len(windows), 2)][length > NEAR]
-        return max(1, int(total * share * min(1.0, least / _mean_position(length)) / rows))
+        """Of each window of a length: by tokens among those of its kind."""
+        long = length > NEAR
+        queries = total * work[long] * min(1.0, _mean_position(NEAR) / _mean_position(length))
+        return max(1, int(queries * length / tokens[long]))
 
     return count
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.passes.mla import least_squares
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.initialise import analytic, mix_components
 from attnedit.passes.mla.least_squares import logit_target, refit_latent, refit_output, refit_query
@@ -86,10 +85,8 @@ def fit_layer(samples: Sequence[LayerSample], shape: Shape, options: FitOptions)
     sides = (refit_query, refit_latent) if options.latent_side else (refit_query,)
     if options.alternations:
         few = [sample.thinned(max(1, round(len(sample.positions) * options.logit_share))) for sample in samples]
-        target = logit_target(few)
     for turn, refit in enumerate(sides * options.alternations):
-        if least_squares.STUDENT and turn:
-            target = logit_target(few, factors)
+        target = logit_target(few, factors if turn else None)
         factors, error = refit_output(samples, refit(few, factors, target, options.iterations))
         # Logits stand in for what is attended; where few keys take all of it, that may fail.
         if error <= best.output_error + ROUNDING:

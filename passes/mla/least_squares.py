@@ -42,6 +42,9 @@ OUTPUT_RIDGE = 0.5
 matrix: this times features per sampled query, so that few queries are trusted less."""
 OUTPUT_SHARE = 10.0
 """Weight of the output's error against the logits' in the latent-side problem."""
+STUDENT_SHARE = 0.5
+"""Of the attention that weighs the logits, the new layer's own. Logits of keys that the source hardly attends to would
+be free otherwise, and among thousands of far keys some would be attended to by mistake."""
 WHITENING_RIDGE = 1e-4
 PRODUCT_ROWS = 512
 """Rows at once of a symmetric product: small ones save close to half of it, large ones keep matrix products fast."""
@@ -82,12 +85,14 @@ class LogitTarget:
     total: float
 
 
-STUDENT = 0.0
-FLOOR = 0.0
-
-
 def logit_target(samples: Sequence[LayerSample], factors: Factors | None = None) -> LogitTarget:
-    """Weights p x spread of every sampled query and key; masked pairs weigh nothing."""
+    """Weights p x spread of every sampled query and key; masked pairs weigh nothing.
+
+    Args:
+        samples: of the site.
+        factors: the new layer so far, if there is one: `STUDENT_SHARE` of p is then its own attention, so that what it
+            attends to and the source does not counts too.
+    """
     chunks, total = [], 0.0
     common = _common([sample.teacher or sample for sample in samples])
     for part, own in enumerate(samples):
@@ -109,13 +114,10 @@ def logit_target(samples: Sequence[LayerSample], factors: Factors | None = None)
             mass = p.sum(-1, keepdim=True)
             mean = ((seen @ metric) * seen).sum(-1, keepdim=True)
             read = (p * size[chunk.sequences, :, :, chunk.keys]).sum(-1, keepdim=True)
-            if factors is not None and keys is not None and STUDENT:
+            if factors is not None and keys is not None:
                 q = query_features(own, chunk, factors.query_latent, factors.query_slots, factors.columns)
                 student = own.probabilities(score(q, keys[chunk.sequences, chunk.keys]), chunk)
-                p = (1 - STUDENT) * p + STUDENT * student
-            if FLOOR:
-                visible = sample.visible(chunk)
-                p = p + FLOOR * visible / visible.sum(-1, keepdim=True)
+                p = p.lerp(student, STUDENT_SHARE)
             weight = p.mul_((read - (2 - mass) * mean).clamp(min=0))
             total += float(weight.sum())
             chunks.append(Weighted(part, chunk, logits, weight))
