@@ -26,17 +26,24 @@ def interval_of_mean(values: Tensor, seed: int = 0) -> Interval:
     (0.4, 0.6)
     >>> interval_of_mean(torch.tensor([2.0]))
     """
+    return None if len(values) < 2 else percentiles(resampled_means(values, seed))
+
+
+def resampled_means(values: Tensor, seed: int = 0) -> Tensor:
+    """Means [`RESAMPLES`] of items [N] drawn with replacement, float64; a seed always draws the same of N."""
     count = len(values)
-    if count < 2:
-        return None
     values = values.detach().to("cpu", torch.float64)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, _DRAWS // count)
     sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
     drawn = (torch.randint(count, (size, count), generator=generator) for size in sizes)
-    means = torch.cat([values[places].mean(1) for places in drawn]).sort().values
-    tail = (1 - CONFIDENCE) / 2
-    low, high = means[[math.floor(tail * RESAMPLES), math.ceil((1 - tail) * RESAMPLES) - 1]].tolist()
+    return torch.cat([values[places].mean(1) for places in drawn])
+
+
+def percentiles(resampled: Tensor) -> tuple[float, float]:
+    """What 95 % of resampled figures [R] lie between."""
+    ordered, tail = resampled.sort().values, (1 - CONFIDENCE) / 2
+    low, high = ordered[[math.floor(tail * len(ordered)), math.ceil((1 - tail) * len(ordered)) - 1]].tolist()
     return low, high
 
 

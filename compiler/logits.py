@@ -65,22 +65,39 @@ def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
         model: causal language model.
         ids: token ids [B, T], no padding, on the model's device.
     """
-    targets = ids[:, 1:].flatten()
-    losses = [
-        functional.cross_entropy(logits.float(), goal, reduction="none")
-        for logits, goal in _in_parts(_parts_of_logits(model, ids), targets)
+    everywhere = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    parts = [
+        functional.cross_entropy(logits, goals, reduction="none")
+        for logits, goals in logits_of_tokens(model, ids, everywhere)
     ]
-    return torch.cat(losses).view(len(ids), -1)
+    return torch.cat(parts).view(len(ids), -1)
 
 
-def _parts_of_logits(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """Logits [P, V] of all positions but the last of each row, row after row."""
+def logits_of_tokens(model: PreTrainedModel, ids: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits that predict some of the tokens 2 to T of each row, row after row, few of them at a time.
+
+    Args:
+        model: causal language model.
+        ids: token ids [B, T] on the model's device, without padding but at the end.
+        wanted: which tokens, [B, T - 1].
+
+    Yields:
+        Logits [P, V] in float32 and the tokens [P] that they should predict.
+    """
+    goals = ids[:, 1:][wanted]
+    done = 0
+    for part in _parts_of_logits(model, ids, wanted):
+        yield part.float(), goals[done : done + len(part)]
+        done += len(part)
+
+
+def _parts_of_logits(model: PreTrainedModel, ids: Tensor, wanted: Tensor) -> Iterator[Tensor]:
     size = max(1, VALUES // len(embedding_weight(model)))
     output: Any = None if body(model) is model else body(model)(input_ids=ids, use_cache=False)
     if not _separable(model, output):
-        yield from model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).split(size)
+        yield from model(input_ids=ids, use_cache=False).logits[:, :-1][wanted].split(size)
         return
-    for hidden in output.last_hidden_state[:, :-1].flatten(0, 1).split(size):
+    for hidden in output.last_hidden_state[:, :-1][wanted].split(size):
         yield head(model, output, hidden)
 
 
@@ -93,10 +110,3 @@ def _separable(model: PreTrainedModel, output: Any) -> bool:
     except CaptureError:
         return False
     return True
-
-
-def _in_parts(parts: Iterator[Tensor], targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    done = 0
-    for part in parts:
-        yield part, targets[done : done + len(part)]
-        done += len(part)
