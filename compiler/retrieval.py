@@ -137,7 +137,8 @@ def retrieval(
         UsageError: a length is beyond the model or too short for fact and question, or the tokenizer splits words so
             that they start alike.
     """
-    lengths = default_lengths(model) if lengths is None else lengths
+    lengths = default_lengths(model) if lengths is None else list(lengths)
+    check_lengths(model, lengths)
     prompts = retrieval_prompts(tokenizer, filler, lengths=lengths, depths=depths, trials=trials, seed=seed)
     return scores(answers(model, prompts, batch=batch, progress=progress))
 
@@ -165,16 +166,24 @@ def retrieval_prompts(
     ]
 
 
+def check_lengths(model: PreTrainedModel, lengths: Iterable[int]) -> None:
+    """Refuse lengths beyond a model, before prompts are made.
+
+    Raises:
+        UsageError: one has more tokens than the model has positions.
+    """
+    limit, longest = position_limit(model), max(lengths, default=0)
+    if limit is not None and longest > limit:
+        raise UsageError(f"retrieval at {longest} tokens: the model has {limit} positions; ask for at most that")
+
+
 def check_prompts(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
     """Refuse prompts that a model cannot answer.
 
     Raises:
         UsageError: a prompt is longer than the model's positions, or has tokens that it lacks.
     """
-    limit = position_limit(model)
-    longest = max(prompt.length for prompt in prompts)
-    if limit is not None and longest > limit:
-        raise UsageError(f"retrieval at {longest} tokens: the model has {limit} positions; ask for at most that")
+    check_lengths(model, (prompt.length for prompt in prompts))
     count = len(embedding_weight(model))
     if max(int(prompt.ids.max()) for prompt in prompts) >= count:
         raise UsageError(

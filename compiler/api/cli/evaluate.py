@@ -39,7 +39,14 @@ from attnedit.compiler.evaluate import kv_usage, served_length, text_windows, wi
 from attnedit.compiler.models import Source, load_source
 from attnedit.compiler.positions import WINDOWS as LONG_WINDOWS
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.retrieval import TRIALS, answers, check_prompts, default_lengths, retrieval_prompts
+from attnedit.compiler.retrieval import (
+    TRIALS,
+    answers,
+    check_lengths,
+    check_prompts,
+    default_lengths,
+    retrieval_prompts,
+)
 
 SEQ_LEN = 1024
 WINDOWS = 40
@@ -94,7 +101,7 @@ def evaluate(
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity on consecutive windows of a text, and what the cache really holds per token."""
+    """Measure perplexity on windows of a text and what the cache holds, or what is found far back in long texts."""
     if by_position and retrieve:
         raise UsageError("--by-position and --retrieval measure two things; give one of them at a time")
     if text is None and not retrieve:
@@ -118,11 +125,13 @@ def evaluate(
             sources = [load_source(model, revision=revision, **loading)]
             if against is not None:
                 sources.append(load_source(against, **loading))
+        models = [source.model for source in sources]
+        tested = tested or default_lengths(models[0])
+        for each in models if retrieve else ():
+            check_lengths(each, tested)
         with stage("tokenise", progress):
             tokens = _same_tokens(text, sources)
-        models = [source.model for source in sources]
         if retrieve:
-            tested = tested or default_lengths(models[0])
             tokenizer = check_tokenizer_there(sources[0], "evaluation text")
             prompts = retrieval_prompts(tokenizer, tokens, lengths=tested, trials=trials or TRIALS, seed=seed)
             for each in models:
