@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.compiler.data import check_tokens_asked, context_length, ready_windows, shares_of
+from attnedit.compiler.data import check_tokens_asked, context_length, ready_windows, served_length, shares_of
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.progress import Progress
-from attnedit.compiler.source_checks import embedding_weight
 from attnedit.compiler.window_sources import DEFAULT_WINDOW, TextSource, open_source
 
 LONG_WINDOWS, SHORT_WINDOWS = 16, 32
@@ -28,9 +27,6 @@ SHORT_TOKENS = 65_536
 """Tokens of data for a model whose whole context is no longer than a short window."""
 SAMPLED_TOKENS = 8_192
 """Of the model's own samples, which take time to make."""
-LONGEST = {"cpu": 8_192}
-"""Longest windows by the device's type; elsewhere `LONGEST_ELSEWHERE`."""
-LONGEST_ELSEWHERE = 32_768
 _WHOLE = object()
 """In place of a name: all of what was given."""
 
@@ -61,12 +57,6 @@ class CalibrationWindows:
         return ", ".join(f"{len(part)} x {part.shape[1]:,}" for part in self.parts)
 
 
-def default_length(model: PreTrainedModel) -> int:
-    """Of the longest windows: the context, and no more than the device can take in a bearable time."""
-    kind = embedding_weight(model).device.type
-    return min(context_length(model), LONGEST.get(kind, LONGEST_ELSEWHERE))
-
-
 def calibration_windows(
     source: TextSource | Iterable[Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -86,7 +76,7 @@ def calibration_windows(
         tokenizer: may be None where no text has to be tokenised.
         model: for its context, its vocabulary, its samples and its device.
         tokens: how many at most; `LONG_WINDOWS` and `SHORT_WINDOWS` unless given.
-        length: of the longest windows; `default_length` unless given.
+        length: of the longest windows; `served_length` unless given.
         least: length of the short ones.
         seed: of samples and of the places in a long text.
         progress: see `attnedit.compiler.progress`.
@@ -108,7 +98,7 @@ def calibration_windows(
         check_tokens_asked(tokens)
     if tokens is not None and length is not None and tokens < length:
         raise UsageError(f"calibration_length {length} is beyond the {tokens} calibration tokens; give more of these")
-    longest, notes = length or default_length(model), []
+    longest, notes = length or served_length(model), []
     if tokens is not None and length is None and longest > (room := max(least, int(LONG_SHARE * tokens))):
         notes.append(_shortened(longest, room, f"{tokens:,} calibration tokens leave room for no longer ones"))
         longest = room

@@ -52,6 +52,14 @@ def context_length(model: PreTrainedModel) -> int:
     return position_limit(model) or DEFAULT_CONTEXT
 
 
+def served_length(model: PreTrainedModel) -> int:
+    """How far a model is calibrated and evaluated where nothing else is said: its context, up to what is done soon.
+
+    That is 32,768 tokens on an accelerator and 8,192 on a CPU.
+    """
+    return min(context_length(model), 8192 if embedding_weight(model).device.type == "cpu" else 32_768)
+
+
 def token_windows(
     source: TextSource,
     tokenizer: PreTrainedTokenizerBase | None,

@@ -127,14 +127,6 @@ def window_losses(model: PreTrainedModel, rows: Tensor, *, batch: int = 1, progr
     return losses
 
 
-def served_length(model: PreTrainedModel) -> int:
-    """How far a model is evaluated where nothing else is said: its context, but at most what its device does soon.
-
-    That is 32,768 tokens on an accelerator and 8,192 on a CPU.
-    """
-    return min(context_length(model), 8192 if embedding_weight(model).device.type == "cpu" else 32_768)
-
-
 @dataclass(frozen=True)
 class KVUsage:
     """What a model's cache holds, measured on a live cache.

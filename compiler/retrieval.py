@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.compiler.data import position_limit
+from attnedit.compiler.data import position_limit, served_length
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import served_length
 from attnedit.compiler.intervals import Interval, interval_of_mean
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.source_checks import embedding_weight

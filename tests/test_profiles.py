@@ -19,7 +19,7 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 import attnedit
 from attnedit.compiler.stream import stream
 from attnedit.passes.mla.linear import linearise
-from attnedit.passes.site_sample import take_sample
+from attnedit.passes.site_sample import take_samples
 from attnedit.targets.runtime.hf import export
 from attnedit.targets.runtime.hf.native import read_native
 
@@ -127,14 +127,18 @@ def test_kernel_sizes(rope: dict[str, Any] | None, slots: int, tmp_path: Path) -
 def sample_of(model: PreTrainedModel, layer: int) -> tuple[Any, Any]:
     found = _remembered(model)
     taken: dict[str, Any] = {}
-    stream(model, found, tokens(16, 64), lambda s, i: taken.update({s.name: take_sample(model, s, i, 32, 0, True)}))
+
+    def visit(site: Any, inputs: Any) -> None:
+        (taken[site.name],) = take_samples(model, site, inputs, lambda length: 32, 0, True)
+
+    stream(model, found, [tokens(16, 64)], visit)
     return found[layer], taken[found[layer].name]
 
 
 def test_linear_maps_are_the_projections_where_those_are_linear() -> None:
     model = source("llama")
     site, sample = sample_of(model, 1)
-    linear, approximated = linearise(model, site, sample)
+    linear, (approximated,) = linearise(model, site, [sample])
     assert max(linear.errors) < 1e-10
     attention: Any = model.get_submodule(site.name)
     assert torch.equal(linear.query, attention.q_proj.weight.double())
@@ -146,7 +150,7 @@ def test_linear_maps_are_better_than_any_factor() -> None:
     model = build("qwen3")
     assert isinstance(model, Qwen3ForCausalLM)
     site, sample = sample_of(model, 1)
-    linear, approximated = linearise(model, site, sample)
+    linear, (approximated,) = linearise(model, site, [sample])
     weight: Any = model.get_submodule(site.name).k_proj.weight.detach()
     plain = (sample.hidden @ weight.T).unflatten(2, (sample.groups, -1)).transpose(1, 2)
     token = sample.token_weight[:, None, :, None]

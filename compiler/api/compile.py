@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.calibrate import START_DIRECTORY, calibrate
+from attnedit.calibrate import START_DIRECTORY, calibrate, check_length
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.devices import device_failures, resolve_device
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.fuel import Fuel
+from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.pipeline import Target
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
@@ -160,8 +161,11 @@ def compile(
     check_numbers(arguments)
     if custom is None:
         check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims, allocation)
-    if not CalibrationOptions.of(**training).steps:
+    options = CalibrationOptions.of(**training)
+    if not options.steps:
         return _with_recipe(_one_shot(model, **arguments), arguments, training)
+    model_name(model)  # refuses what is no model
+    check_length(options, model)
     if in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
     if device is not None:
@@ -193,7 +197,8 @@ def compile(
 
 def _with_recipe(result: CompileResult, arguments: Mapping[str, Any], training: Mapping[str, Any]) -> CompileResult:
     """Put into the report what was asked for."""
-    recipe = Recipe.of(arguments, result.report.full_layers, training)
+    asked = {**arguments, "calibration_length": result.report.calibration_length}
+    recipe = Recipe.of(asked, result.report.full_layers, training)
     report = result.report.model_copy(update={"recipe": recipe.model_dump(exclude_defaults=True)})
     return dataclasses.replace(result, report=report)
 
@@ -294,6 +299,7 @@ def _one_shot(
         drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
+        record_lengths(result, calibration=None if data is None else data.length)
         if form is not None:
             check_form(result, form)
         checks: list[Verification] = []

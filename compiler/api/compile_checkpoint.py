@@ -18,6 +18,7 @@ from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_dir
 from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
+from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.locations import SMOLLM2
 from attnedit.compiler.models import load_config_only, load_tokenizer
 from attnedit.compiler.processes import processes
@@ -192,6 +193,7 @@ def compile_checkpoint(
         drawn = site_graphs(source, plan, graphs, rewritten.configs)
         splice(source, graphs)
         result = to_attnedit(source, rewritten.configs)
+        record_lengths(result, calibration=None if data is None else data.length)
         use_captured_implementation(result, sites)
         if verify:
             written = CheckpointReader(output, result, device=where, name=str(output))
@@ -222,7 +224,9 @@ def compile_checkpoint(
         full_layers=full,
         notes=[*plan.notes, "read, rewritten and written layer by layer"],
         graphs=drawn,
-        recipe=Recipe.of(arguments, full).model_dump(exclude_defaults=True),
+        recipe=Recipe.of({**arguments, "calibration_length": None if data is None else data.length}, full).model_dump(
+            exclude_defaults=True
+        ),
     )
     return _finish(result, output, report, tokenizer)
 

@@ -31,11 +31,13 @@ from attnedit.cli.terminal import (
     check_readable,
     check_tokenizer_there,
     print_json,
+    remark,
     show,
 )
-from attnedit.compiler.data import demo_text, text_tokens
+from attnedit.compiler.data import demo_text, served_length, text_tokens
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import kv_usage, served_length, text_windows, window_losses
+from attnedit.compiler.evaluate import kv_usage, text_windows, window_losses
+from attnedit.compiler.lengths import beyond
 from attnedit.compiler.models import Source, load_source
 from attnedit.compiler.positions import WINDOWS as LONG_WINDOWS
 from attnedit.compiler.progress import Progress, stage
@@ -133,19 +135,21 @@ def evaluate(
             tokens = _same_tokens(text, sources)
         if retrieve:
             tokenizer = check_tokenizer_there(sources[0], "evaluation text")
+            farthest = max(tested)
             prompts = retrieval_prompts(tokenizer, tokens, lengths=tested, trials=trials or TRIALS, seed=seed)
             for each in models:
                 check_prompts(each, prompts)
             found = [answers(each, prompts, batch=batch, progress=progress) for each in models]
             figures, shown = retrieval_figures(found), retrieval_table
         else:
-            length = seq_len or (served_length(models[0]) if by_position else SEQ_LEN)
+            farthest = length = seq_len or (served_length(models[0]) if by_position else SEQ_LEN)
             count = windows or (LONG_WINDOWS if by_position else WINDOWS)
             rows, *_ = [text_windows(each, tokens, seq_len=length, windows=count) for each in models]
             losses = [window_losses(each, rows, batch=batch, progress=progress) for each in models]
             figures, shown = position_figures(losses), position_table
             if not by_position:
                 figures, shown = perplexity_figures(losses, kv_usage(models[0])), perplexity_table
+    remark(beyond(models[0].config, farthest))
     names = {"model": model, **({} if against is None else {"against": against})}
     if json:
         print_json({**names, **figures})
