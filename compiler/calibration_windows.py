@@ -99,7 +99,8 @@ def calibration_windows(
     if tokens is not None and length is not None and tokens < length:
         raise UsageError(f"calibration_length {length} is beyond the {tokens} calibration tokens; give more of these")
     longest, notes = length or served_length(model), []
-    if tokens is not None and length is None and longest > (room := max(least, int(LONG_SHARE * tokens))):
+    long_share = 1.0 if source is None else LONG_SHARE  # samples are seen twice
+    if tokens is not None and length is None and longest > (room := max(least, int(long_share * tokens))):
         notes.append(_shortened(longest, room, f"{tokens:,} calibration tokens leave room for no longer ones"))
         longest = room
     mixture: dict[Any, float] = shares_of(source) if isinstance(source, Mapping) else {_WHOLE: 1.0}

@@ -39,6 +39,6 @@ def beyond(config: PreTrainedConfig, length: int) -> str | None:
     known = max(calibrated or 0, trained or 0)
     if not known or length <= known:
         return None
-    how = f"calibrated on windows of {calibrated:,} tokens" if calibrated else ""
-    how += (" and " if how else "") + (f"trained on windows of {trained:,}" if trained else "")
+    made = {"calibrated": calibrated, "trained": trained}
+    how = " and ".join(f"{what} on windows of {tokens:,} tokens" for what, tokens in made.items() if tokens)
     return f"{length:,} tokens are beyond what this result was made for: it was {how}, and farther on it may lose much"

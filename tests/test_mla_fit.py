@@ -214,7 +214,7 @@ def test_the_output_refit_is_ridge_regression(options: dict[str, Any], sequences
     before = start(sample)
     after, error = refit_output([sample], before)
     features, target = torch.zeros(sequences, len(sample.positions), 24).double(), sample.target.double().flatten(0, 1)
-    for chunk, reads in latent_reads([sample], before):
+    for _, chunk, reads in latent_reads([sample], before):
         features[chunk.sequences, chunk.queries] = reads.transpose(1, 2).flatten(2).double()
     features = features.flatten(0, 1)
     level = OUTPUT_RIDGE * 24 / len(features) * features.square().sum(0).mean()
@@ -235,7 +235,7 @@ def test_few_queries_are_regressed_the_same_way(chunk: int, monkeypatch: pytest.
     sample = layer_sample(v_head_dim=3, sequences=2)
     before = start(sample, rank=10)
     (expected, wrong), (found, error) = (
-        regress(sample, before) for regress in (least_squares._regress_by_features, least_squares._regress_by_rows)
+        regress([sample], before) for regress in (least_squares._regress_by_features, least_squares._regress_by_rows)
     )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert error == pytest.approx(wrong, rel=1e-3)
