@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -153,8 +154,8 @@ def compile(
         "dump_graphs": dump_graphs,
     }
     check_numbers(arguments)
-    if custom is None:
-        check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims, allocation)
+    shared = {name: arguments[name] for name in inspect.signature(check_arguments).parameters if name != "target"}
+    check_arguments(custom or target, **shared)
     if not CalibrationOptions.of(**training).steps:
         return _with_recipe(_one_shot(model, **arguments), arguments, training)
     if in_place:
@@ -225,7 +226,7 @@ def _one_shot(
     """`compile` without training."""
     if custom is not None or names_of(target, TARGETS):
         own = {"calibration": calibration, "tokenizer": tokenizer, "calibration_tokens": calibration_tokens}
-        own |= {"seed": seed, "device": device, "verify": verify, "progress": progress}
+        own |= {"seed": seed, "device": device, "in_place": in_place, "verify": verify, "progress": progress}
         return rewrite(model, custom or target, fuel=fuel, dump_graphs=dump_graphs, **own)
     limit, dump = Fuel(fuel), Dump(dump_graphs)
     windowing, form = check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)

@@ -45,6 +45,7 @@ def rewrite(
     calibration_tokens: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    in_place: bool = False,
     partial: bool = False,
     fuel: int | None = None,
     dump_graphs: str | PathLike[str] | None = None,
@@ -54,7 +55,7 @@ def rewrite(
     """Apply rewrites to the attention of a trained model, and hold each to its contract.
 
     Args:
-        model: a transformers causal language model, or one that this function made; not changed.
+        model: a transformers causal language model, or one that this function made; not changed unless `in_place`.
         rewrites: in order: rewrites, or names of targets and passes that packages register. A `Target`, or names with
             "+" between, are a sequence too.
         calibration: for rewrites with `fit`; as for `attnedit.compile`.
@@ -62,6 +63,7 @@ def rewrite(
         calibration_tokens: how many to use.
         seed: of sampled text.
         device: where to work; where the model is unless told.
+        in_place: rewrite `model` itself instead of a copy that shares its tensors.
         partial: let attention sites be that no rewrite matches. Otherwise they are an error.
         fuel: stop after so many rewrites, to find the one that breaks something by bisecting; the environment variable
             ATTNEDIT_FUEL unless given, else no limit.
@@ -82,7 +84,8 @@ def rewrite(
     name = model_name(model)
     _check_source(model, name)
     if device is not None:
-        model = share_copy(model).to(resolve_device(device))  # type: ignore[arg-type]  # transformers wraps it
+        moved = model if in_place else share_copy(model)
+        model = moved.to(resolve_device(device))  # type: ignore[arg-type]  # transformers wraps it
     seconds: dict[str, float] = {}
     modes = {part: module.training for part, module in model.named_modules()}
     model.eval()
@@ -101,7 +104,7 @@ def rewrite(
             records = _records(model)
             sites = [record.site for record in records]
             implementation.enter_context(as_captured(model, sites))
-        result = share_copy(model)
+        result = model if in_place else share_copy(model)
         needs_data = any(one.fit is not None for one in chosen)
         prompt = _prompt(model, windows() if needs_data else None) if verify else None
         inputs = Inputs(model, prompt, windows)

@@ -235,7 +235,7 @@ def refit_query(sample: LayerSample, factors: Factors, target: LogitTarget, iter
     query = sample.query.transpose(0, 1).flatten(1, 2)
     left = inverse_root(second_moment(query) / query.shape[1], WHITENING_RIDGE)  # [H, d, d]
     moment = second_moment(keys.flatten(0, 1), _key_weight(sample, target).flatten())
-    right_latent = inverse_root(moment[:r, :r], WHITENING_RIDGE)
+    right_latent = inverse_root(moment[:r, :r], WHITENING_RIDGE, alike=True)
     right_slots = inverse_root(moment[r:, r:], WHITENING_RIDGE)
     cos, sin = slot_tables(sample, factors.columns)
 
@@ -284,7 +284,7 @@ def refit_latent(sample: LayerSample, factors: Factors, target: LogitTarget, ite
         queries.append(q)
     metric = torch.einsum("hDr,hDs->rs", factors.output, factors.output)
     read = sum(float(s.shape[0] * s.shape[2]) for s in seen) / sample.heads
-    left = inverse_root(curvature[:r, :r] + OUTPUT_SHARE * read * metric, 1e-3)
+    left = inverse_root(curvature[:r, :r] + OUTPUT_SHARE * read * metric, 1e-3, alike=True)
     left_slots = inverse_root(curvature[r:, r:], 1e-3)
     cos, sin = slot_tables(sample, factors.columns)
 
