@@ -16,7 +16,7 @@ Blocks = list[Tensor]
 
 ROWS = 4096
 """Rows that are held in float64 at once."""
-ROUNDING = 1e-14
+ROUNDING = 1e-13
 """Eigenvalues below this part of the largest are the rounding of float64."""
 CHANNEL_FLOOR = 1e-12
 """Energy of a channel, of the largest, below which it is the rounding of float32 and not scaled up."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.sample import LayerSample, Rotation
-from attnedit.passes.solve import root_and_inverse, second_moment, spectrum
+from attnedit.passes.solve import ROUNDING, root_and_inverse, second_moment, spectrum
 
 EXPECTED_DISTANCES = (0.1, 512.0, 200)
 """Log-spaced distances over which the rotation of components that lose it is averaged: from, to, count."""
@@ -109,6 +109,14 @@ def real_rows(states: Tensor, rotation: Rotation, head_dim: int) -> Tensor:
     return torch.cat([top, bottom], -2)
 
 
+def _worth(varying: float, common: float) -> float:
+    """Energy for the balance of keys and values.
+
+    What all tokens have in common, a bias say, counts no more than what varies, unless nothing does.
+    """
+    return varying + min(varying, common) if varying > ROUNDING * common else common
+
+
 def analytic(sample: LayerSample, components: Components | None, slots: int, rank: int) -> tuple[Factors, float]:
     """Closed-form MLA weights with `slots` rotary slots and a latent of size `rank`.
 
@@ -158,11 +166,16 @@ def analytic(sample: LayerSample, components: Components | None, slots: int, ran
     value_root, value_inverse = (torch.block_diag(*[pair[i] for pair in pairs]) for i in (0, 1))
     key_root, key_inverse = root_and_inverse(key_metric, PSEUDO_INVERSE_FLOOR)
 
-    second = second_moment(sample.source.flatten(0, 1), sample.token_weight.flatten() / sample.token_weight.sum())
+    source, token = sample.source.flatten(0, 1), sample.token_weight.flatten() / sample.token_weight.sum()
+    second = second_moment(source, token)
     lift = torch.block_diag(key_root @ row, value_root)
-    spread = lift @ second @ lift.mT
     k = len(row)
-    balance = float((spread[:k, :k].trace() / spread[k:, k:].trace().clamp(min=1e-300)).sqrt()) if k else 1.0
+    common = (lift @ (source.mT.double() @ token.double())).square()
+    varying = ((lift @ second @ lift.mT).diagonal() - common).clamp(min=0)
+    keys, values = (
+        _worth(float(varying[part].sum()), float(common[part].sum())) for part in (slice(k), slice(k, None))
+    )
+    balance = math.sqrt(keys / max(values, 1e-300)) if k else 1.0
     lift[k:] *= balance if balance > 0 else 1.0
     energy, vectors = spectrum(lift @ second @ lift.mT)
     basis = vectors.flip(1)[:, :rank]
