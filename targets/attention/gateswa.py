@@ -52,7 +52,10 @@ class GateSWA(nn.Module):
 
     Attributes:
         blocks: attend in blocks of queries. A tracer always gets one block, since its lengths may be symbolic.
+        attention_dropout: rate at which attention weights are dropped in training.
     """
+
+    attention_dropout: float = 0.0
 
     g_proj: nn.Linear | None
     sink_logit: nn.Parameter | None
@@ -266,7 +269,9 @@ class GateSWA(nn.Module):
         config = self.config
         batch, heads, length, _ = query.shape
         groups = config.num_key_value_heads
-        if (kernel := kernel_for(query, mask)) is not None and config.softcap is None:
+        dropout = self.attention_dropout if self.training else 0.0
+        kernel = None if dropout else kernel_for(query, mask)
+        if kernel is not None and config.softcap is None:
             more: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
             if self.sink_logit is not None:
                 more.append((self.sink_logit, self.sink_value))
@@ -296,6 +301,8 @@ class GateSWA(nn.Module):
             extra = torch.stack(virtual, dim=-1).to(logits.dtype)[None, :, None]
             logits = torch.cat((logits, extra.expand(batch, -1, length, -1)), dim=-1)
         weights = logits.softmax(dim=-1)
+        if dropout:
+            weights = F.dropout(weights, dropout)
         seen = weights[..., :count].to(values.dtype).reshape(batch, groups, -1, count)
         out = torch.matmul(seen, values).view(batch, heads, length, config.v_head_dim)
         if self.sink_value is not None:

@@ -32,6 +32,11 @@ MODEL_TYPE = "attnedit"
 FORMAT_VERSION = 1
 PREFIX = "Attnedit"
 
+NO_WEIGHTS = (
+    "output_attentions: rewritten attention computes no weights that could be given out; leave it out, "
+    "and set it to false in the configuration"
+)
+
 ConfigClass = type[PreTrainedConfig]
 ModelClass = type[PreTrainedModel]
 
@@ -81,6 +86,19 @@ class _Rewritten(BoundedGeneration):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _rebuild(cast(PreTrainedModel, self))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Raises:
+            UsageError: attention weights are asked for, which new attention does not give.
+        """
+        parent: Any = super()
+        asked = kwargs.get("output_attentions")
+        config: Any = cast(PreTrainedModel, self).config
+        if asked or (asked is None and getattr(config, "output_attentions", False)):
+            raise UsageError(NO_WEIGHTS)
+        return parent.__call__(*args, **kwargs)
 
     def _move_missing_keys_from_meta_to_device(self, *args: Any, **kwargs: Any) -> None:
         """Fill the tables of the new graphs, which loading has just emptied; the source's class knows its own only."""
