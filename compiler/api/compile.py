@@ -20,6 +20,7 @@ from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.fuel import Fuel
+from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Target
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
@@ -233,7 +234,9 @@ def _one_shot(
     options = FitOptions.of(alternations)
     name = model_name(model)
     check_fresh(model, name)
+    check_live(model, name)
     check_config(model.config, name, trust_remote_code=True)  # what is live has run already
+    check_in_memory(model, name)
     check_weights(model, name)
     if device is not None:
         moved = model if in_place else share_copy(model)

@@ -21,6 +21,7 @@ from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
 from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import SiteGraph
+from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Inputs, SiteRecord, Target, run_pipeline
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.registry import PASSES, TARGETS, load, registered
@@ -192,6 +193,8 @@ def _named(name: str) -> list[Rewrite]:
 
 
 def _check_source(model: PreTrainedModel, name: str) -> None:
+    check_live(model, name)
+    check_in_memory(model, name)
     record = getattr(model.config, "attnedit", None)
     if record is None:
         check_config(model.config, name, trust_remote_code=True)  # what is live has run already

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.compiler.models import READING_ERRORS
-from attnedit.compiler.remote_code import copy_code, trusting
+from attnedit.compiler.remote_code import copy_code, is_own_class, trusting
 from attnedit.compiler.source_checks import check_sizes, check_weight_files
+from attnedit.targets.runtime.eager.adapters import adapters_of, read_adapters, without_adapters, write_adapters
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_classes
 
 CONFIG_FILE = "config.json"
@@ -34,8 +35,12 @@ def save(
     overwrite: bool = False,
     report: Any = None,
     files: Mapping[str, str | Path] | None = None,
+    readable: bool = True,
 ) -> Path:
     """Write model, configuration, tokenizer and report; the directory appears complete or not at all.
+
+    It is put in place only after it was read back. Adapters of PEFT go into folders of their own, beside the model as
+    it is without them.
 
     Args:
         model: a model that `to_attnedit` made.
@@ -44,13 +49,14 @@ def save(
         overwrite: replace what attnedit wrote there before. A directory with anything else is never replaced.
         report: JSON text, or a value that json can write; becomes attnedit-report.json.
         files: by name, text to write or files to copy, those that there are, beside the model.
+        readable: whether it can be read back; not where a class that it needs cannot be imported.
 
     Returns:
         The directory.
 
     Raises:
         UsageError: the model is no attnedit model, or the directory is not free.
-        AttneditError: writing failed; what was there before still is.
+        AttneditError: writing failed, or reading back; what was there before still is.
     """
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; use its own save_pretrained")
@@ -65,9 +71,13 @@ def save(
         raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
     try:
         _set_usual_mode(staging)
-        model.save_pretrained(staging)
+        adapters = adapters_of(model)
+        model.save_pretrained(staging, state_dict=without_adapters(model) if adapters else None)
+        write_adapters(model, adapters, staging)
         copy_code(source_classes(model), staging)
         write_beside(staging, tokenizer, report, files)
+        if readable:
+            _read_back(staging, target, is_own_class(type(model)))
         _put_in_place(staging, target)
     except (OSError, SafetensorError) as error:
         raise AttneditError(f"could not write {target}: {error}") from error
@@ -77,6 +87,17 @@ def save(
             for folder in made:
                 folder.rmdir()
     return target
+
+
+def _read_back(staging: Path, target: Path, trust_remote_code: bool) -> None:
+    """Read what was written, its weights by name, shape and dtype only."""
+    try:
+        load_model(staging, device_map="meta", trust_remote_code=trust_remote_code)
+    except AttneditError as error:
+        reason = str(error).replace(str(staging), "the copy")
+        raise AttneditError(
+            f"what was written for {target} does not load, so it was not put there: {reason}"
+        ) from error
 
 
 def write_beside(
@@ -151,6 +172,9 @@ def load_model(
                 "configuration's"
             )
     result: PreTrainedModel = model.eval()
+    if next(result.parameters()).is_meta:
+        return result
+    read_adapters(result, path)
     return result
 
 

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from attnedit.compiler.capture import capture, captured_implementation
 from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.models import forget_quantised_storage
 from attnedit.compiler.remote_code import class_references, own_class
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
@@ -166,6 +167,7 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, AnyConfig]) -
         quantizer.remove_quantization_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    forget_quantised_storage(model)
     for name in ("model_type", "auto_map"):
         config.__dict__.pop(name, None)
     config.__class__ = config_class
