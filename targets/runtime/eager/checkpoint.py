@@ -35,12 +35,11 @@ def save(
     overwrite: bool = False,
     report: Any = None,
     files: Mapping[str, str | Path] | None = None,
-    readable: bool = True,
 ) -> Path:
     """Write model, configuration, tokenizer and report; the directory appears complete or not at all.
 
-    It is put in place only after it was read back. Adapters of PEFT go into folders of their own, beside the model as
-    it is without them.
+    It is put in place only after it was read back, unless that takes a class inside a function. Adapters of PEFT go
+    into folders of their own, beside the model as it is without them.
 
     Args:
         model: a model that `to_attnedit` made.
@@ -49,7 +48,6 @@ def save(
         overwrite: replace what attnedit wrote there before. A directory with anything else is never replaced.
         report: JSON text, or a value that json can write; becomes attnedit-report.json.
         files: by name, text to write or files to copy, those that there are, beside the model.
-        readable: whether it can be read back; not where a class that it needs cannot be imported.
 
     Returns:
         The directory.
@@ -76,8 +74,9 @@ def save(
         write_adapters(model, adapters, staging)
         copy_code(source_classes(model), staging)
         write_beside(staging, tokenizer, report, files)
-        if readable:
-            _read_back(staging, target, is_own_class(type(model)))
+        if _can_be_imported(model):
+            own = any(is_own_class(kind) for kind in source_classes(model).values())
+            _read_back(staging, target, trust_remote_code=own)
         _put_in_place(staging, target)
     except (OSError, SafetensorError) as error:
         raise AttneditError(f"could not write {target}: {error}") from error
@@ -89,7 +88,14 @@ def save(
     return target
 
 
-def _read_back(staging: Path, target: Path, trust_remote_code: bool) -> None:
+def _can_be_imported(model: PreTrainedModel) -> bool:
+    """Whether the rewrites that a model went through are classes that can be imported; the report says if not."""
+    record: Any = model.config
+    entries = [entry for site in record.attnedit["sites"].values() for entry in site.get("rewrites", ())]
+    return not any("<locals>" in str(entry.get("rewrite")) for entry in entries)
+
+
+def _read_back(staging: Path, target: Path, *, trust_remote_code: bool) -> None:
     """Read what was written, its weights by name, shape and dtype only."""
     try:
         load_model(staging, device_map="meta", trust_remote_code=trust_remote_code)
