@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from compiled import compile_tiny, logits, tokens
+from conftest import make_llama
 from families import build
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import attnedit
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.models import load_source
 
 NO_FIT = {"calibration": tokens(4, 32)}
 
@@ -128,3 +130,28 @@ def test_adapters_on_a_result_are_saved_in_both_forms(tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(logits(again, tokens(2, 9)), expected)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("live", [False, True], ids=["loaded", "dequantised live"])
+def test_a_bitsandbytes_source_is_saved_plain(bits: int, live: bool, tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    make_llama().save_pretrained(tmp_path / "plain")
+    settings: Any = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path / "plain", quantization_config=settings, device_map="cpu")
+    assert "bitsandbytes" in refusal(model)
+    if live:
+        model = model.dequantize()
+    else:
+        model.save_pretrained(tmp_path / "quantised")
+        with pytest.raises(UsageError, match="already quantised"):
+            load_source(str(tmp_path / "quantised"))
+        model = load_source(str(tmp_path / "quantised"), dequantize=True, dtype="float32").model
+    result = attnedit.compile(model.float(), kv_budget=1.0)
+    result.save(tmp_path / "out")
+    again = attnedit.load(tmp_path / "out").model
+    torch.testing.assert_close(logits(again, tokens(2, 9)), logits(result.model, tokens(2, 9)))
