@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.forwards import evaluation_mode
 from attnedit.compiler.intervals import Interval, exponential, interval_of_exponential
 from attnedit.compiler.logits import token_losses
 from attnedit.compiler.meta import runnable_on_meta
@@ -165,7 +166,8 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     device = embedding_weight(model).device
     ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
     try:
-        with runnable_on_meta(model):
+        # In training, checkpointed layers keep no cache.
+        with evaluation_mode(model), runnable_on_meta(model):
             used = getattr(model(ids, past_key_values=cache, use_cache=True), "past_key_values", None)
     except ValueError as error:  # some families accept a cache class of their own only
         raise UsageError(f"{type(model).__name__} does not work with a transformers DynamicCache: {error}") from error

@@ -16,7 +16,7 @@ Blocks = list[Tensor]
 
 ROWS = 4096
 """Rows that are held in float64 at once."""
-ROUNDING = 1e-14
+ROUNDING = 1e-13
 """Eigenvalues below this part of the largest are the rounding of float64."""
 CHANNEL_FLOOR = 1e-12
 """Energy of a channel, of the largest, below which it is the rounding of float32 and not scaled up."""
@@ -86,7 +86,7 @@ def root_and_inverse(moment: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     return vectors @ (root[:, None] * vectors.mT), vectors @ (vectors.mT / root[:, None])
 
 
-def inverse_root(moment: Tensor, ridge: float) -> Tensor:
+def inverse_root(moment: Tensor, ridge: float, *, alike: bool = False) -> Tensor:
     """Inverse Cholesky factor L^-1 of (a batch of) second moments [..., k, k], each channel ridged by its own energy.
 
     L^-1 M L^-T is then close to the identity, however different the channels' scales are.
@@ -94,6 +94,8 @@ def inverse_root(moment: Tensor, ridge: float) -> Tensor:
     Args:
         moment: better in float64, in which all of this is done.
         ridge: part of a channel's energy that is added to it.
+        alike: whether channels are of one scale, so that those of little energy are rounding: all are ridged by the
+            mean energy, and none is scaled up.
 
     Returns:
         float32.
@@ -102,6 +104,8 @@ def inverse_root(moment: Tensor, ridge: float) -> Tensor:
     if not m.shape[-1]:
         return m.float()
     energy = m.diagonal(dim1=-2, dim2=-1)
+    if alike:
+        energy = energy.mean(-1, keepdim=True).expand_as(energy)
     energy = energy.clamp(min=energy.amax(-1, keepdim=True) * CHANNEL_FLOOR + LEAST_RIDGE)
     size = energy.sqrt()
     scaled = m / (size[..., :, None] * size[..., None, :])

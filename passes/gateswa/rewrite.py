@@ -15,6 +15,7 @@ from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions
+from attnedit.passes.kept_fits import KeptFits, digest
 from attnedit.passes.layer_loss import loss_increases, measured_rows
 from attnedit.passes.site_sample import sampled_queries, take_samples
 
@@ -48,6 +49,7 @@ def window_layers(
     windows: Sequence[Tensor],
     *,
     seed: int = 0,
+    kept: KeptFits | None = None,
     progress: Progress | None = None,
 ) -> Windowed:
     """Rewrite attention sites into windowed attention; nothing is put into the models yet.
@@ -60,6 +62,7 @@ def window_layers(
         full: layers that stay full, or how many: then those whose windows cost most.
         windows: calibration token ids [N, T] of each length T.
         seed: of the sampled queries.
+        kept: where fits are kept and looked for.
         progress: see `attnedit.compiler.progress`.
 
     Raises:
@@ -75,8 +78,13 @@ def window_layers(
     queries = sampled_queries(windows, QUERIES)
 
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
-        samples = take_samples(source, site, inputs, queries, seed)
-        fits[site.name] = fit_window(samples, configs[site.name])
+        made_from = digest(*windows, configs[site.name], seed)
+        found = None if kept is None else kept.find(WindowFit, site.name, made_from)
+        if found is None:
+            found = fit_window(take_samples(source, site, inputs, queries, seed), configs[site.name])
+            if kept is not None:
+                kept.keep(found, site.name, made_from)
+        fits[site.name] = found
         graphs[site.name] = build(result, site, configs[site.name], fits[site.name])
 
     stream(source, tried, windows, visit, progress=progress, stage="fit windows")
@@ -86,10 +94,10 @@ def window_layers(
     if full:
         increases = loss_increases(source, tried, graphs, measured_rows(windows, seed)[1], progress=progress)
     dearest = sorted(tried, key=lambda site: -increases.get(site.name, 0.0))[:full]
-    kept = {site.name for site in dearest}
+    stay = {site.name for site in dearest}
     return Windowed(
-        {name: graph for name, graph in graphs.items() if name not in kept},
-        {name: fit for name, fit in fits.items() if name not in kept},
+        {name: graph for name, graph in graphs.items() if name not in stay},
+        {name: fit for name, fit in fits.items() if name not in stay},
         sorted(site.layer_idx for site in dearest),
         increases,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.sample import LayerSample, Rotation, query_moment, token_shares, weighted_moment
-from attnedit.passes.solve import root_and_inverse, second_moment, spectrum
+from attnedit.passes.solve import ROUNDING, root_and_inverse, second_moment, spectrum
 
 NEAREST_DISTANCE, DISTANCES = 0.1, 200
 """Distances over which the rotation of components that lose it is averaged: so many, log-spaced from the nearest to the
@@ -111,6 +111,14 @@ def real_rows(states: Tensor, rotation: Rotation, head_dim: int) -> Tensor:
     return torch.cat([top, bottom], -2)
 
 
+def _worth(varying: float, common: float) -> float:
+    """Energy for the balance of keys and values.
+
+    What all tokens have in common, a bias say, counts no more than what varies, unless nothing does.
+    """
+    return varying + min(varying, common) if varying > ROUNDING * common else common
+
+
 def analytic(
     samples: Sequence[LayerSample], components: Components | None, slots: int, rank: int
 ) -> tuple[Factors, float]:
@@ -162,11 +170,20 @@ def analytic(
     value_root, value_inverse = (torch.block_diag(*[pair[i] for pair in pairs]) for i in (0, 1))
     key_root, key_inverse = root_and_inverse(key_metric, PSEUDO_INVERSE_FLOOR)
 
-    second = weighted_moment([sample.source for sample in samples], token_shares(samples))
+    token = token_shares(samples)
+    second = weighted_moment([sample.source for sample in samples], token)
     lift = torch.block_diag(key_root @ row, value_root)
-    spread = lift @ second @ lift.mT
     k = len(row)
-    balance = float((spread[:k, :k].trace() / spread[k:, k:].trace().clamp(min=1e-300)).sqrt()) if k else 1.0
+    means = [
+        each.source.flatten(0, 1).mT.double() @ weights.flatten().double()
+        for each, weights in zip(samples, token, strict=True)
+    ]
+    common = (lift @ torch.stack(means).sum(0)).square()
+    varying = ((lift @ second @ lift.mT).diagonal() - common).clamp(min=0)
+    keys, values = (
+        _worth(float(varying[part].sum()), float(common[part].sum())) for part in (slice(k), slice(k, None))
+    )
+    balance = math.sqrt(keys / max(values, 1e-300)) if k else 1.0
     lift[k:] *= balance if balance > 0 else 1.0
     energy, vectors = spectrum(lift @ second @ lift.mT)
     basis = vectors.flip(1)[:, :rank]

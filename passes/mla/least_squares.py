@@ -266,7 +266,7 @@ def refit_query(samples: Sequence[LayerSample], factors: Factors, target: LogitT
     keys = [key_features(sample, factors.latent, factors.slots, factors.columns) for sample in samples]
     left = inverse_root(query_moment(samples), WHITENING_RIDGE)  # [H, d, d]
     moment = weighted_moment(keys, _key_weights(samples, target))
-    right_latent = inverse_root(moment[:r, :r], WHITENING_RIDGE)
+    right_latent = inverse_root(moment[:r, :r], WHITENING_RIDGE, alike=True)
     right_slots = inverse_root(moment[r:, r:], WHITENING_RIDGE)
     tables = [slot_tables(sample, factors.columns) for sample in samples]
 
@@ -315,7 +315,7 @@ def refit_latent(samples: Sequence[LayerSample], factors: Factors, target: Logit
         queries.append(q)
     metric = torch.einsum("hDr,hDs->rs", factors.output, factors.output)
     read = sum(float(s.shape[0] * s.shape[2]) for s in seen) / samples[0].heads
-    left = inverse_root(curvature[:r, :r] + OUTPUT_SHARE * read * metric, 1e-3)
+    left = inverse_root(curvature[:r, :r] + OUTPUT_SHARE * read * metric, 1e-3, alike=True)
     left_slots = inverse_root(curvature[r:, r:], 1e-3)
     tables = [slot_tables(sample, factors.columns) for sample in samples]
 

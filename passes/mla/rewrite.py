@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
+from attnedit.passes.kept_fits import KeptFits, digest
 from attnedit.passes.layer_loss import loss_increases, measured_rows
 from attnedit.passes.mla.assemble import build, exact_factors
 from attnedit.passes.mla.budget import Shape
@@ -47,6 +48,7 @@ def latent_layers(
     *,
     linear: bool = False,
     seed: int = 0,
+    kept: KeptFits | None = None,
     progress: Progress | None = None,
 ) -> Latent:
     """Rewrite attention sites into latent attention; nothing is put into the models yet.
@@ -61,6 +63,7 @@ def latent_layers(
         linear: whether queries, keys and values are to be linear in the hidden states, without norm and bias, be the
             source's so or not; no shape is exact then.
         seed: of the sampled queries.
+        kept: where fits are kept and looked for; not those with maps.
         progress: see `attnedit.compiler.progress`.
 
     Raises:
@@ -81,10 +84,16 @@ def latent_layers(
         if shape.exact:
             graphs[site.name] = exact_layer(result, site, shape)
             return
-        samples = take_samples(source, site, inputs, queries, seed, hidden=linear)
-        if linear:
-            maps[site.name], samples = linearise(source, site, samples)
-        fits[site.name] = fit_layer(samples, shape, options)
+        made_from = digest(*windows, shape, options, seed)
+        found = None if kept is None or linear else kept.find(Fit, site.name, made_from)
+        if found is None:
+            samples = take_samples(source, site, inputs, queries, seed, hidden=linear)
+            if linear:
+                maps[site.name], samples = linearise(source, site, samples)
+            found = fit_layer(samples, shape, options)
+            if kept is not None and not linear:
+                kept.keep(found, site.name, made_from)
+        fits[site.name] = found
         graphs[site.name] = build(result, site, shape, fits[site.name].factors, maps.get(site.name))
 
     stream(source, sites, windows, visit, progress=progress, stage="fit layers", exact=options.exact_stream)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from attnedit.targets.attention.gateswa_cache import EMPTY, Sinks
+from attnedit.targets.attention.gateswa_cache import Sinks
+from attnedit.targets.attention.gateswa_documents import EMPTY
 
 
 class RingLayer(StaticLayer):

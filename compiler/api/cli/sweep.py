@@ -48,9 +48,9 @@ from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.compiler.source_checks import model_name
-from attnedit.passes.mla.budget import plan
+from attnedit.passes.gateswa.options import GateSWAOptions
 from attnedit.passes.mla.fit import FitOptions
-from attnedit.planning import check_arguments, check_fresh, choose_sites
+from attnedit.planning import check_arguments, check_fresh, plan_sites
 
 
 def sweep(
@@ -78,7 +78,7 @@ def sweep(
 ) -> None:
     """Compile at several budgets, evaluate each, and write sweep.json and sweep.png."""
     budgets = parse_budgets(kv_budgets)
-    check_arguments(target, allocation=allocation)
+    windowing, _ = check_arguments(target, min(budgets), allocation=allocation)
     check_output(output, overwrite=overwrite)
     check_readable(text, "evaluation text")
     texts = calibration_source(calibration)
@@ -98,7 +98,7 @@ def sweep(
         with stage("tokenise", progress):
             tokens = text_tokens(text, tokenizer)
         with stage("capture", progress):
-            check_smallest(source.model, min(budgets))
+            check_smallest(source.model, target, windowing, min(budgets))
         # Once for all budgets: samples take long to make, and equal data is what makes the rows comparable.
         data = calibration_windows(
             texts,
@@ -166,15 +166,15 @@ def parse_budgets(text: str) -> list[float]:
     return budgets
 
 
-def check_smallest(model: PreTrainedModel, kv_budget: float) -> None:
+def check_smallest(model: PreTrainedModel, target: str, windowing: GateSWAOptions | None, kv_budget: float) -> None:
     """Refuse a model or a budget that cannot be done before the others have taken their time.
 
     Raises:
         UsageError: no attention that can be rewritten, or a budget that cannot be met.
     """
     check_fresh(model, model_name(model))
-    sites = capture(model)
-    plan(sites, dict(enumerate(kv_usage(model).per_layer)), choose_sites(sites)[0], kv_budget)
+    planned = plan_sites(model, capture(model), kv_usage(model), target, windowing, kv_budget, None)
+    planned.shapes(planned.latent_sites())
 
 
 def plot(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:
