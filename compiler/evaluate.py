@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import given_cache, with_cache
 from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.forwards import evaluation_mode
@@ -168,7 +169,7 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     try:
         # In training, checkpointed layers keep no cache.
         with evaluation_mode(model), runnable_on_meta(model):
-            used = getattr(model(ids, past_key_values=cache, use_cache=True), "past_key_values", None)
+            used = given_cache(model(ids, **with_cache(model, cache)))
     except ValueError as error:  # some families accept a cache class of their own only
         raise UsageError(f"{type(model).__name__} does not work with a transformers DynamicCache: {error}") from error
     config = model.config.get_text_config(decoder=True)

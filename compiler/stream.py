@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.sites import AttentionSite

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import VerificationError
 from attnedit.compiler.report import Verification
 from attnedit.compiler.sampling import position_ids
@@ -106,7 +107,7 @@ def _decoded(model: PreTrainedModel, ids: Tensor, few_passes: bool) -> tuple[Ten
     ends = [first, ids.shape[1] - 1, ids.shape[1]] if few_passes else range(first, ids.shape[1] + 1)
     for start, stop in itertools.pairwise([0, *ends]):
         part = ids[:, start:stop]
-        call = {"past_key_values": cache, "use_cache": True, **position_ids(model, part, start)}
+        call = {**with_cache(model, cache), **position_ids(model, part, start)}
         steps.append(model(part, **call).logits)
     return prefill, torch.cat(steps, 1)
 

@@ -15,11 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
+from attnedit.compiler.compatibility.torch_names import own_buffers
+from attnedit.compiler.demo_model import SMOLLM2
 from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.lengths import record_lengths
-from attnedit.compiler.locations import SMOLLM2
 from attnedit.compiler.models import load_config_only, load_tokenizer
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
@@ -271,9 +272,9 @@ def _capture(source: PreTrainedModel, name: str) -> list[AttentionSite]:
 def _place_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Move what no checkpoint holds; captured models have it on the CPU."""
     for module in model.modules():
-        for name, buffer in module._buffers.items():
+        for name, buffer in own_buffers(module).items():
             if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
+                own_buffers(module)[name] = buffer.to(device)
 
 
 def _full(plan: Plan) -> list[int]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from attnedit.compiler.checkpoint_reader import CheckpointReader, weights_of
+from attnedit.compiler.compatibility.transformers_names import set_conversions
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.sites import AttentionSite
@@ -160,8 +160,7 @@ class LayerwiseRewrite:
         self._state.mkdir(exist_ok=True)
         self._keep_windows()
         rewritten = Rewritten.load(self._state)
-        live: Any = self._model  # an attribute of no tensor or module, for writing shards
-        live._weight_conversions = self._reader.conversions
+        set_conversions(self._model, self._reader.conversions)  # for writing shards
         stream: Stream | None = None
         report("rewrite layers", rewritten.done, len(self.shards))
         for shard in self.shards[rewritten.done :]:

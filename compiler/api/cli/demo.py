@@ -13,7 +13,7 @@ from attnedit.cli.evaluate import measure
 from attnedit.cli.generate import complete
 from attnedit.cli.terminal import JsonOption, ProgressBars, check_tokenizer_there, print_json, show
 from attnedit.compiler.data import demo_text
-from attnedit.compiler.locations import SMOLLM2
+from attnedit.compiler.demo_model import SMOLLM2
 from attnedit.compiler.models import Source, load_source
 from attnedit.compiler.progress import stage
 
