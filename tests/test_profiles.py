@@ -80,8 +80,9 @@ def test_latent_profiles(profile: str, family: str, budget: float, options: dict
 def test_what_is_trained_is_what_is_saved(tmp_path: Path) -> None:
     model = build("qwen3")
     steps = {"fit_steps": 12, "distill_steps": 4, "batch_size": 8, "seq_len": 32, "fit_learning_rate": 0.002}
-    start = towards(model, "deepseek_v3")
-    result = towards(model, "deepseek_v3", calibration=tokens(64, 32), **steps)
+    start = towards(model, "deepseek_v3", alternations=0)
+    # From a few windows, whose closed form leaves something to learn.
+    result = towards(model, "deepseek_v3", calibration=tokens(64, 32), calibration_tokens=128, alternations=0, **steps)
     prefix = "model.layers.0.self_attn."
     names = ("q_proj.weight", "mla.kv_a_proj_with_mqa.weight", "o_proj.weight")
     for name in names:
