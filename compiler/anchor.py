@@ -51,6 +51,7 @@ def reference_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     window: int | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attention as the eager implementations of transformers compute it, softmax in float32 (float64 stays).
 
@@ -63,6 +64,7 @@ def reference_attention(
         softcap: logits become softcap * tanh(logits / softcap).
         sinks: [H], a logit per head that takes probability and gives nothing.
         window: used only where the mask is not itself a full one: keys further back than this are not seen.
+        dropout: rate at which attention weights are dropped.
 
     Returns:
         [B, T, H, dv], contiguous.
@@ -97,6 +99,8 @@ def reference_attention(
     weights = torch.softmax(logits, dim=-1, dtype=precise).to(value.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
+    if dropout:
+        weights = torch.nn.functional.dropout(weights, dropout)
     return torch.matmul(weights, value).transpose(1, 2).contiguous()
 
 

@@ -1,9 +1,10 @@
-"""Documents out of files and datasets: plain text, jsonl, parquet, or a name that `datasets` knows."""
+"""Documents out of files and datasets: plain text, jsonl, json, parquet, or a name that `datasets` knows."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +13,27 @@ from transformers import PreTrainedTokenizerBase
 
 from attnedit.compiler.errors import UsageError
 
-_FILE_SUFFIXES = {".txt", ".md", ".rst", ".text", ".jsonl", ".ndjson", ".json", ".parquet"}
+_LINES = {".jsonl", ".ndjson"}
+_TABLES = {".csv", ".tsv"}
+_FILE_SUFFIXES = {".txt", ".md", ".rst", ".text", ".json", ".parquet", *_LINES, *_TABLES}
 _TEXT_FIELDS = ("text", "content", "document")
 _CHAT_FIELDS = ("messages", "conversations")
+_TURNS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"))
+"""Fields of a question and its answer: Alpaca's, and those of libraries for fine-tuning."""
+_CONTEXT_FIELD = "input"
+"""What Alpaca's instruction works on, where there is any."""
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+"""ShareGPT's names of those who speak, and the roles of chat templates."""
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_documents(source: str | PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -25,15 +44,15 @@ def read_documents(source: str | PathLike[str], tokenizer: PreTrainedTokenizerBa
         tokenizer: for chats.
 
     Raises:
-        UsageError: missing, not UTF-8, not the format its suffix says, or without a text field.
+        UsageError: missing, not UTF-8, not the format its suffix says, or a record without text.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        raise UsageError(f"{source} is a directory; give a text, jsonl or parquet file")
+        raise UsageError(f"{source} is a directory; give a text, jsonl, json or parquet file")
     if path.exists():
         return _read_file(path, tokenizer)
     if path.suffix.lower() in _FILE_SUFFIXES or str(source).startswith((".", "/", "~")):
-        raise UsageError(f"{source} does not exist; give a text, jsonl or parquet file, or the name of a dataset")
+        raise UsageError(f"{source} does not exist; give a text, jsonl, json or parquet file, or the name of a dataset")
     return _read_dataset(str(source), tokenizer)
 
 
@@ -42,28 +61,70 @@ def _read_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     if suffix == ".parquet":
         yield from _read_parquet(path, tokenizer)
         return
+    if suffix in _TABLES:
+        raise UsageError(f"{path} is a table; save it as jsonl or parquet, with a column text")
     try:
-        if suffix not in (".jsonl", ".ndjson"):
-            text = path.read_text(encoding="utf-8")
-            if "\0" in text:
-                raise UsageError(f"{path} is not text (NUL at character {text.index(chr(0))}); give another file")
-            yield text
+        if suffix in _LINES:
+            with path.open(encoding="utf-8-sig") as lines:
+                yield from _read_lines(path, lines, tokenizer)
             return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _document(_parse(line, f"{path} line {number}"), tokenizer, f"{path} line {number}")
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise UsageError(f"{path} is not text (NUL at character {text.index(chr(0))}); give another file")
+        if suffix == ".json":
+            yield from _read_json(path, text, tokenizer)
+        else:
+            yield text
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or give another file") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def _read_lines(path: Path, lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        line = line.lstrip(_BYTE_ORDER_MARK)  # files that were joined may have one in the middle
+        if line.strip():
+            where = f"{path} line {number}"
+            yield _document(_parse(line, where), tokenizer, where)
+
+
+def _read_json(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """An array of records, also as the only list of an object; one record; or, in spite of the name, lines."""
+    try:
+        whole = json.loads(text)
+    except ValueError as error:
+        lines = text.splitlines()
+        if getattr(error, "msg", "") != "Extra data" or not _is_json(lines[0]):
+            raise UsageError(
+                f"{path} is not JSON ({error}); write an array of objects with text or messages"
+            ) from error
+        yield from _read_lines(path, lines, tokenizer)
+        return
+    if isinstance(whole, Mapping) and not _known(whole):
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        whole = lists[0] if len(lists) == 1 else whole
+    if not isinstance(whole, list):
+        yield _document(whole, tokenizer, str(path))
+        return
+    for number, record in enumerate(whole, start=1):
+        yield _document(record, tokenizer, f"{path} record {number}")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _parse(line: str, where: str) -> object:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON ({error.msg}); write one object with text or messages a line") from error
+    except ValueError as error:
+        reason = getattr(error, "msg", error)
+        raise UsageError(f"{where} is not JSON ({reason}); write one object with text or messages a line") from error
 
 
 def _read_parquet(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -72,8 +133,9 @@ def _read_parquet(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
 
     try:
         table = parquet.ParquetFile(path)
-        columns = [name for name in (*_TEXT_FIELDS, *_CHAT_FIELDS) if name in table.schema_arrow.names][:1]
-        if not columns:
+        fields = dict.fromkeys([*_TEXT_FIELDS, *_CHAT_FIELDS, *itertools.chain(*_TURNS), _CONTEXT_FIELD])
+        columns = [name for name in fields if name in table.schema_arrow.names]
+        if not _known(columns):
             raise UsageError(f"{path} has no column {_fields()}; its columns are {', '.join(table.schema_arrow.names)}")
         for batch in table.iter_batches(columns=columns):
             for record in batch.to_pylist():
@@ -99,19 +161,48 @@ def _read_dataset(name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
 
 
 def _document(record: object, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """The text of one record: a string, a text field, or a chat."""
+    """The text of one record: a string, a text field, a chat, or a question with its answer."""
     if isinstance(record, str):
         return record
-    if isinstance(record, Mapping):
-        for field in _TEXT_FIELDS:
-            if isinstance(record.get(field), str):
-                return cast(str, record[field])
-        for field in _CHAT_FIELDS:
-            if isinstance(record.get(field), list):
-                return _chat(record[field], tokenizer, where)
-        found = ", ".join(map(str, record)) or "nothing"
-        raise UsageError(f"{where} has no field {_fields()} (it has {found})")
-    raise UsageError(f"{where} holds a {type(record).__name__}, not an object with text or messages")
+    if not isinstance(record, Mapping):
+        raise UsageError(f"{where} holds {_kind(record)}, not an object with text or messages")
+    for field in _TEXT_FIELDS:
+        if isinstance(record.get(field), str):
+            return cast(str, record[field])
+    for field in _CHAT_FIELDS:
+        if isinstance(record.get(field), list):
+            return _chat(record[field], tokenizer, where)
+    for asked, answered in _TURNS:
+        if isinstance(record.get(asked), str) and isinstance(record.get(answered), str):
+            context = record.get(_CONTEXT_FIELD) if asked == _TURNS[0][0] else None
+            return _exchange([record[asked], context], record[answered], tokenizer, where)
+        if isinstance(record.get(asked), list) and isinstance(record.get(answered), list):
+            return _chat([*record[asked], *record[answered]], tokenizer, where)
+    wrong = [field for field in _known(record) if field in record]
+    if wrong:
+        found = " and ".join(f"{field} is {_kind(record[field])}" for field in wrong)
+        raise UsageError(f"{where}: {found}, where text is expected; mend the record, or leave it out")
+    found = ", ".join(map(str, record)) or "nothing"
+    raise UsageError(f"{where} has no field {_fields()} (it has {found})")
+
+
+def _known(record: Collection[str]) -> list[str]:
+    """Fields of a record, or of a table, that text is read from; of a question and its answer both must be there."""
+    found = [field for field in (*_TEXT_FIELDS, *_CHAT_FIELDS) if field in record]
+    return found or next((list(turn) for turn in _TURNS if all(field in record for field in turn)), [])
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _exchange(asked: list[Any], answer: str, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """A question, in parts of which some may be empty, and its answer: as a chat, where there is a template."""
+    question = "\n\n".join(part for part in asked if isinstance(part, str) and part.strip())
+    if not tokenizer.chat_template:
+        return f"{question}\n\n{answer}"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return _chat(turns, tokenizer, where)
 
 
 def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
@@ -119,10 +210,21 @@ def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -
 
     if not tokenizer.chat_template:
         raise UsageError(f"{where} is a chat, and the tokenizer has no chat template; give plain texts")
+    messages = [_with_role(message, where) for message in messages]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (TemplateError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{where} does not suit the tokenizer's chat template: {error}") from error
+
+
+def _with_role(message: Any, where: str) -> Any:
+    """A message of ShareGPT, `from` and `value`, as chat templates have it; any other as it is."""
+    if not isinstance(message, Mapping) or "role" in message or "from" not in message:
+        return message
+    speaker = str(message["from"])
+    if speaker.lower() not in _SPEAKERS:
+        raise UsageError(f"{where} has a message from {speaker!r}; known are {', '.join(sorted(_SPEAKERS))}")
+    return {"role": _SPEAKERS[speaker.lower()], "content": message.get("value")}
 
 
 def _fields() -> str:

@@ -58,6 +58,11 @@ def _find(model: str, revision: str | None) -> Location:
             location = Location(str(path), model, path)
             if (path / RUN_FILE).exists():
                 raise UsageError(f"{model} holds an unfinished attnedit run; finish it with the same compile command")
+            if (path / "adapter_config.json").exists():
+                raise UsageError(
+                    f"{model} holds an adapter of PEFT; merge it into its model first: "
+                    "AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload().save_pretrained(...)"
+                )
             if not (path / "config.json").exists():
                 raise UsageError(f"{model} has no config.json; give the directory of a saved transformers model")
         elif path.is_file() and path.suffix == ".gguf":

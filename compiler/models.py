@@ -40,6 +40,9 @@ from attnedit.compiler.source_checks import (
     quantization_method,
 )
 
+_OWN_CONVERSIONS = "transformers.core_model_loading"
+"""Where the steps are defined by which a checkpoint's tensors become a model's, quantised or not."""
+
 #: What transformers, tokenizers, safetensors and the hub client raise for an input they cannot read.
 READING_ERRORS = (
     OSError,
@@ -129,6 +132,11 @@ def load_source(
         raise
     except _errors(location) as error:
         raise _cannot_read("the weights of", location, error) from error
+    if any("_orig_mod." in key for key in info["unexpected_keys"]):
+        raise UsageError(
+            f"the tensors of {location.name} have _orig_mod. in their names: it was saved from a model that "
+            "torch.compile wraps; save model._orig_mod instead"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UsageError(
@@ -257,6 +265,19 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+    forget_quantised_storage(model)
+
+
+def forget_quantised_storage(model: PreTrainedModel) -> None:
+    """Remove conversions that a quantiser left on a model of plain weights: saving would quantise anew, or fail."""
+    live: Any = model
+    found = [
+        type(step)
+        for conversion in getattr(live, "_weight_conversions", None) or ()
+        for step in getattr(conversion, "operations", None) or ()
+    ]
+    if any(kind.__module__ != _OWN_CONVERSIONS for kind in found):
+        live._weight_conversions = None  # saving then takes those of the class
 
 
 def _errors(location: Location) -> tuple[type[Exception], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,12 +24,12 @@ LENGTH = 48
 
 
 def check_tokens(
-    windows: Tensor | None, model: PreTrainedModel, window: int = 0, device: torch.device | None = None
+    windows: Sequence[Tensor] | None, model: PreTrainedModel, window: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """A short prompt [1, T], longer than `window`: the start of the calibration data, or token ids 0, 1, 2, ..."""
+    """A short prompt [1, T], longer than `window`: the start of a longest calibration window, or made-up ids."""
     device = device or next(model.parameters()).device
     if windows is not None:
-        return windows[:1, : LENGTH + window].to(device)
+        return windows[0][:1, : LENGTH + window].to(device)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids: Tensor = (torch.arange(LENGTH, device=device) * 7919 % vocabulary)[None]
     return ids

@@ -203,8 +203,8 @@ def test_a_result_is_not_compiled_again(saved_llama: Path, workplace: Path, refu
         ("a.jsonl", b'{"prompt": "x"}', "has no field text or messages"),
         ("a.parquet", b"PAR2", "cannot read a.parquet as parquet"),
         ("gone.txt", None, "gone.txt does not exist"),
-        (".", None, "is a directory; give a text, jsonl or parquet file"),
-        ("", None, "is named; give a text, jsonl or parquet file"),
+        (".", None, "is a directory; give a text, jsonl, json or parquet file"),
+        ("", None, "is named; give a text, jsonl, json or parquet file"),
     ],
 )
 def test_a_text_that_cannot_be_read(

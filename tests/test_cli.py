@@ -6,8 +6,10 @@ import importlib.util
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -255,3 +257,15 @@ def test_commands_leave_the_source_as_it_is(saved_llama: Path, compiled: Path) -
     model = LlamaForCausalLM.from_pretrained(saved_llama)
     expected = make_llama().state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.2, 2.5])
+def test_an_interrupt_while_libraries_are_imported(seconds: float) -> None:
+    command = [sys.executable, "-m", "attnedit.cli", "generate", "smollm2", "--prompt", "a"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "attnedit: interrupted"
+    assert "Traceback" not in err

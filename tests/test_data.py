@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from attnedit.compiler.data import demo_text, text_tokens, token_windows
+from attnedit.compiler.documents import read_documents
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.evaluate import kv_usage, perplexity
 
@@ -101,6 +102,51 @@ def test_parquet(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, llama: Llam
     assert windows(file, tokenizer, llama, tokens=300, window=100).shape == (3, 100)
 
 
+EXCHANGE = {"instruction": "Say why.", "input": "A cache.", "output": "It is read."}
+SHARED = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]}
+RECORDS: dict[str, tuple[object, str]] = {
+    "strings": (["one", "two"], "one|two"),
+    "texts": ([{"text": "one"}, {"content": "two"}], "one|two"),
+    "alpaca": (
+        [EXCHANGE, {**EXCHANGE, "input": ""}],
+        "<user>Say why.\n\nA cache.<assistant>It is read.|<user>Say why.<assistant>It is read.",
+    ),
+    "sharegpt": ([SHARED], "<user>Why?<assistant>Because."),
+    "prompts": ([{"prompt": "Why?", "completion": "Because."}], "<user>Why?<assistant>Because."),
+    "in a field": ({"version": "1", "data": [{"text": "one"}]}, "one"),
+    "one record": ({"text": "one"}, "one"),
+    "null beside a chat": ([{"text": None, **SHARED}], "<user>Why?<assistant>Because."),
+}
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize(("records", "expected"), RECORDS.values(), ids=RECORDS)
+def test_json_is_read_as_records(records: object, expected: str, mark: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    file = tmp_path / "data.json"
+    file.write_text(mark + json.dumps(records, indent=1), encoding="utf-8")
+    assert list(read_documents(file, tokenizer)) == expected.split("|")
+    if isinstance(records, list):
+        lines = tmp_path / "data.jsonl"
+        lines.write_text(mark + ("\n" + mark).join(map(json.dumps, records)), encoding="utf-8")
+        assert list(read_documents(lines, tokenizer)) == expected.split("|")
+        lines.rename(file)  # lines in spite of the name
+        assert list(read_documents(file, tokenizer)) == expected.split("|")
+
+
+def test_an_exchange_without_a_chat_template_is_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file = tmp_path / "data.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([EXCHANGE]), file)
+    assert list(read_documents(file, tokenizer)) == ["Say why.\n\nA cache.\n\nIt is read."]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffText", encoding="utf-8")
+    assert list(read_documents(tmp_path / "a.txt", tokenizer)) == ["Text"]
+
+
 def test_tensors_of_ids(llama: LlamaForCausalLM) -> None:
     ids = torch.arange(200).remainder(250)
     assert torch.equal(windows([ids, ids], None, llama, tokens=400, window=100).flatten(), torch.cat([ids, ids]))
@@ -150,6 +196,16 @@ def test_bad_data_is_refused(
         ("a.jsonl", b'{"title": "only"}', "no field text or messages"),
         ("a.jsonl", b"[1, 2]", "holds a list"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "no chat template"),
+        ("a.jsonl", b'"fine"\n{"text": null, "id": 1}', "a.jsonl line 2: text is null, where text is expected"),
+        ("a.jsonl", b'{"messages": {}, "text": 3}', "text is a int and messages is a dict"),
+        ("a.json", b'[{"text": "fine"}, {"text": null}]', "a.json record 2: text is null"),
+        ("a.json", b'[{"title": "only"}]', "record 1 has no field text or messages"),
+        ("a.json", b'{"a": [1], "b": [2]}', "has no field text or messages"),
+        ("a.json", b'[{"text": ', "a.json is not JSON"),
+        ("a.json", b'{"text": "fine"}\n{"text": ', "a.json line 2 is not JSON"),
+        ("a.json", b'[{"conversations": [{"from": "x", "value": "y"}]}]', "no chat template"),
+        ("a.json", b"[3]", "holds a int"),
+        ("a.csv", b"text\nfine", "is a table"),
         ("a.parquet", b"not parquet", "as parquet"),
     ],
 )
@@ -204,7 +260,7 @@ def test_evaluation_refuses_what_makes_no_sense(llama: LlamaForCausalLM) -> None
     tokens = torch.zeros(200, dtype=torch.int64)
     with pytest.raises(UsageError, match="at most 3 windows"):
         perplexity(llama, tokens, seq_len=64, windows=4)
-    with pytest.raises(UsageError, match="at least 2, 1 and 1"):
+    with pytest.raises(UsageError, match="at least 2 and 1"):
         perplexity(llama, tokens, seq_len=1, windows=4)
     with pytest.raises(UsageError, match="token id 300"):
         perplexity(llama, tokens + 300, seq_len=64, windows=2)

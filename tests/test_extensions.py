@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from commands import Captured, answer, refusal
 from compiled import logits, tokens
 from conftest import make_llama
+from transformers import PreTrainedModel
 
 import attnedit
 from attnedit.result import find_runtime
@@ -127,6 +131,62 @@ def test_a_target_a_pass_and_a_runtime_of_another_package(saved_llama: Path, tmp
     assert "no target 'mla+damped'" in refusal(
         capsys, "compile", saved_llama, "--target", "mla+damped", "-o", tmp_path / "other"
     )
+
+
+IGNORED: list[tuple[dict[str, Any], str]] = [
+    ({"kv_budget": 0.25}, "kv_budget is for the targets mla, gateswa, gateswa+mla, not for {}"),
+    ({"window": 8}, "window is for the targets gateswa and gateswa+mla, not for {}"),
+    ({"full_layers": 1}, "full_layers is for the targets gateswa"),
+    ({"gate": "head"}, "gate is for the targets gateswa"),
+    ({"sinks": "none"}, "sinks is for the targets gateswa"),
+    ({"profile": "deepseek_v3"}, "profile is for the targets mla"),
+    ({"kernel_dims": True}, "kernel_dims is for the targets mla"),
+    ({"allocation": "loss"}, "allocation is for the targets mla"),
+    ({"alternations": 1}, "alternations is for the targets mla"),
+]
+
+
+@pytest.mark.usefixtures("damping")
+@pytest.mark.parametrize(("options", "message"), IGNORED, ids=[next(iter(options)) for options, _ in IGNORED])
+def test_options_that_a_target_of_others_does_not_read_are_refused(
+    options: dict[str, Any], message: str, llama: PreTrainedModel
+) -> None:
+    damping = importlib.import_module("damping")
+    for target, name in ((damping.DAMPED, "damped"), ("damped", "damped"), ("swapped+damped", "swapped+damped")):
+        with pytest.raises(attnedit.UsageError) as caught:
+            attnedit.compile(llama, target, **options)
+        assert message.format(name) in str(caught.value)
+    # A Target is no target of ours, even by a name of ours.
+    with pytest.raises(attnedit.UsageError, match=next(iter(options))):
+        attnedit.compile(llama, attnedit.Target("mla", damping.DAMPED.rewrites, ""), **options)
+
+
+@pytest.mark.usefixtures("damping")
+def test_in_place_holds_for_a_target_of_others(llama: PreTrainedModel) -> None:
+    damping = importlib.import_module("damping")
+    ids = tokens(1, 7)
+    expected = attnedit.compile(llama, damping.DAMPED)
+    assert expected.model is not llama
+    for target in (damping.DAMPED, "damped"):
+        model = copy.deepcopy(llama)
+        result = attnedit.compile(model, target, in_place=True)
+        assert result.model is model
+        assert torch.equal(result.model(ids).logits, expected.model(ids).logits)
+
+
+@pytest.mark.usefixtures("damping")
+def test_a_sweep_checks_its_smallest_budget_with_the_targets_own_plan(
+    saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    asked = ("--text", text_file, "--calibration", text_file, "-o", tmp_path / "out", "--kv-budgets", "0.5,0.01")
+    for target, message in (
+        ("gateswa", "with a window in every layer that can have one the cache still needs"),
+        ("gateswa+mla", "other layers and one slot per latent layer need"),
+        ("damped", "kv_budget is for the targets mla"),
+    ):
+        # Said before anything is measured.
+        with mock.patch.object(importlib.import_module("attnedit.cli.sweep"), "measure", side_effect=AssertionError):
+            assert message in refusal(capsys, "sweep", saved_llama, "--target", target, *asked)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -76,6 +77,23 @@ def test_same_as_the_source_under_a_window_mask(family: str) -> None:
     expected = eager_source(family)(**arguments, attention_mask=additive, use_cache=False).logits
     out = model(**arguments, attention_mask=inputs["attention_mask"], use_cache=False).logits
     assert_close(out, expected, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral", "phi"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_documents_are_as_they_are_alone(family: str, implementation: str) -> None:
+    """Position ids that restart, as training without padding gives them."""
+    model = copy.deepcopy(rewrite(family, sink_tokens=2))
+    if implementation == "sdpa" and not model._supports_sdpa:
+        implementation = "eager"
+    model.set_attn_implementation(implementation)
+    ids = torch.arange(40).remainder(50)[None] + 3
+    edges = [0, 11, 12, 27, 40]
+    parts = [ids[:, a:b] for a, b in pairwise(edges)]
+    packed = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    found = model(ids, position_ids=packed, use_cache=False).logits
+    expected = torch.cat([model(part, use_cache=False).logits for part in parts], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_masks_of_later_sliding_layers() -> None:

@@ -4,17 +4,30 @@ import copy
 import math
 import pickle
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
-from gateswa_modules import FULL, assert_equal_where_real, cases, causal, in_pieces, inputs, make, reference, span
+from gateswa_modules import (
+    FULL,
+    assert_equal_where_real,
+    cases,
+    causal,
+    given_mask,
+    in_pieces,
+    inputs,
+    make,
+    reference,
+    span,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention import GateSWA, GateSWAConfig, attention_cost, gateswa_cost
-from attnedit.targets.attention.gateswa_cache import EMPTY, GateSWALayer
+from attnedit.targets.attention.gateswa_cache import GateSWALayer
+from attnedit.targets.attention.gateswa_documents import EMPTY
 
 
 @settings(max_examples=150, deadline=None)
@@ -104,14 +117,40 @@ def test_masks_of_a_source_with_a_window() -> None:
     assert_equal_where_real(module(*arguments, mask), expected, [0, 3])
 
 
-def test_packed_sequences_do_not_see_each_other() -> None:
-    """What the mask hides stays hidden, the first sequence's sinks included."""
-    module = make(sliding_window=3, sink_tokens=2)
-    arguments = inputs(module, 1, 12)
-    mask = causal(12, [0])
-    mask[:, :, 7:, :7] = False
-    expected = torch.cat((reference(module, span(arguments, 0, 7), [0]), module(*span(arguments, 7, 10))), 1)
-    torch.testing.assert_close(module(*arguments, mask)[:, :10], expected, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("form", ["bool", "lowest"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_packed_documents_have_sinks_of_their_own(form: str, compiled: bool) -> None:
+    """What the mask hides stays hidden, and past the window each document sees its own first tokens."""
+    module = make(**{**FULL, "sliding_window": 3})
+    arguments = inputs(module, 2, 70)
+    cuts = [[0, 7, 30, 31, 70], [0, 40, 70]]
+    mask = causal(70, [0, 0])
+    for row, edges in enumerate(cuts):
+        for edge in edges[1:-1]:
+            mask[row, :, edge:, :edge] = False
+    parts = []
+    for row, edges in enumerate(cuts):
+        alone = tuple(x[row : row + 1] for x in arguments)
+        parts.append(torch.cat([reference(module, span(alone, a, b), [0]) for a, b in pairwise(edges)], 1))
+    given = given_mask(form, mask, 0, 70)
+    if compiled:
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            found = module(*arguments, given)
+    else:
+        found = module(*arguments, given)
+    torch.testing.assert_close(found, torch.cat(parts), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_packed_documents_under_a_window_of_the_source(compiled: bool) -> None:
+    """A mask of a window shows nothing of a document's start."""
+    module = make(sliding_window=3, sink_tokens=2, source_window=5)
+    arguments = inputs(module, 1, 24)
+    mask = causal(24, [0]) & torch.ones(24, 24).triu(-4).bool()
+    mask[:, :, 9:, :9] = False
+    expected = torch.cat([reference(module, span(arguments, a, b), [0]) for a, b in ((0, 9), (9, 24))], 1)
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=compiled):
+        torch.testing.assert_close(module(*arguments, mask), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_no_weight_no_change() -> None:

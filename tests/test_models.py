@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_llama
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     Gemma3Config,
@@ -21,6 +23,7 @@ from transformers import (
     T5Config,
 )
 
+import attnedit
 from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_config_only, load_source
@@ -206,7 +209,7 @@ def test_a_model_with_code_of_its_own(copied: Path) -> None:
     assert "trust_remote_code" in refusal(copied)
 
 
-def test_a_quantised_source_is_refused_unless_dequantised(copied: Path) -> None:
+def test_a_quantised_source_is_refused_unless_dequantised(copied: Path, tmp_path: Path) -> None:
     weight = "model.layers.0.self_attn.k_proj.weight"
 
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
@@ -225,6 +228,18 @@ def test_a_quantised_source_is_refused_unless_dequantised(copied: Path) -> None:
     torch.testing.assert_close(loaded, original, rtol=0.07, atol=1e-3)
     assert getattr(source.model.config, "quantization_config", None) is None
     assert load_config_only(str(copied)).num_parameters() == source.model.num_parameters()
+    # Nothing of the quantiser is left that would quantise what is saved.
+    result = attnedit.compile(source.model, kv_budget=1.0, in_place=True)
+    saved = load_file(result.save(tmp_path / "result") / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        expected = result.model(ids).logits
+        torch.testing.assert_close(attnedit.load(tmp_path / "result").model(ids).logits, expected)
+        result.export("hf", tmp_path / "remote", profile="remote")
+        auto: Any = AutoModelForCausalLM
+        exported = auto.from_pretrained(tmp_path / "remote", trust_remote_code=True)
+        torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_unknown_dtypes_and_devices() -> None:

@@ -12,6 +12,13 @@ from __future__ import annotations
 if __name__ != "attnedit":
     raise ImportError(f"this package is installed as attnedit; write 'import attnedit', not {__name__!r}")
 
+from contextlib import suppress
+
+from attnedit.compiler.interrupts import quiet_while_importing
+
+with suppress(ValueError):  # only the main thread may
+    quiet_while_importing()
+
 # Registers model_type "attnedit" with transformers' auto classes, so that a saved result loads like any model.
 import attnedit.targets.runtime.eager  # noqa: F401
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.calibrate import START_DIRECTORY, calibrate
+from attnedit.calibrate import START_DIRECTORY, calibrate, check_length
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.devices import device_failures, resolve_device
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.fuel import Fuel
+from attnedit.compiler.lengths import record_lengths
+from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Target
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
@@ -31,6 +34,7 @@ from attnedit.figures import linear_notes, site_graphs
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import FullLayers
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
+from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import Latent, latent_layers, single_losses
 from attnedit.planning import (
@@ -50,6 +54,9 @@ from attnedit.targets.attention.kinds import config_of, kind_of
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.hf.towards import check_form
 
+FITS_DIRECTORY = "fits"
+"""In a run directory: closed-form fits."""
+
 
 def compile(
     model: PreTrainedModel,
@@ -66,6 +73,7 @@ def compile(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
+    calibration_length: int | None = None,
     alternations: int = FitOptions.alternations,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -103,7 +111,10 @@ def compile(
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
-        calibration_tokens: how many to use: 65,536 of given data and 8,192 of own samples unless told.
+        calibration_tokens: how many to use: of given data 16 windows of `calibration_length` and 32 of 1,024 (65,536
+            tokens where the context is no longer than that), and 8,192 of own samples, unless told.
+        calibration_length: of the longest windows of the closed form, in tokens: at most the model's context, and as
+            long as what is to be served. The context unless told, up to 32,768 on an accelerator and 8,192 elsewhere.
         alternations: rounds of least squares per layer after the analytic start. 0 and 1 are quick jobs on few
             sampled queries; 2 is nearly converged.
         seed: of sampled text and sampled queries.
@@ -113,8 +124,8 @@ def compile(
         fuel: rewrite so many layers at most, to find the one that breaks something by bisecting; the environment
             variable ATTNEDIT_FUEL unless given, else all.
         dump_graphs: a directory for the graphs before and after, as text and SVG.
-        run_directory: where training keeps its checkpoints and log. The same call with the same directory goes on
-            where an earlier one stopped.
+        run_directory: where fits are kept, and training keeps its checkpoints and log. The same call with the same
+            directory goes on where an earlier one stopped.
         progress: see `attnedit.compiler.progress`.
         **training: `fit_steps`, `distill_steps` (both 0: no training) and the other fields of
             `attnedit.passes.calibration.options.CalibrationOptions`.
@@ -142,6 +153,7 @@ def compile(
         "calibration": calibration,
         "tokenizer": tokenizer,
         "calibration_tokens": calibration_tokens,
+        "calibration_length": calibration_length,
         "alternations": alternations,
         "seed": seed,
         "device": device,
@@ -153,10 +165,14 @@ def compile(
         "dump_graphs": dump_graphs,
     }
     check_numbers(arguments)
-    if custom is None:
-        check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims, allocation)
-    if not CalibrationOptions.of(**training).steps:
-        return _with_recipe(_one_shot(model, **arguments), arguments, training)
+    shared = {name: arguments[name] for name in inspect.signature(check_arguments).parameters if name != "target"}
+    check_arguments(custom or target, **shared)
+    options = CalibrationOptions.of(**training)
+    kept = None if run_directory is None else KeptFits(Path(run_directory).expanduser() / FITS_DIRECTORY)
+    if not options.steps:
+        return _with_recipe(_one_shot(model, **arguments, kept=kept), arguments, training)
+    model_name(model)  # refuses what is no model
+    check_length(options, model)
     if in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
     if device is not None:
@@ -169,7 +185,7 @@ def compile(
         start = Path(run_directory) / START_DIRECTORY
         with processes().main_first():  # whose result the others read
             if not start.is_dir():
-                _one_shot(model, **arguments).save(start)
+                _one_shot(model, **arguments, kept=kept).save(start)
         result = load(start, trust_remote_code=is_own_class(type(model)))
         result.tokenizer = tokenizer
     result = calibrate(
@@ -188,7 +204,8 @@ def compile(
 
 def _with_recipe(result: CompileResult, arguments: Mapping[str, Any], training: Mapping[str, Any]) -> CompileResult:
     """Put into the report what was asked for."""
-    recipe = Recipe.of(arguments, result.report.full_layers, training)
+    asked = {**arguments, "calibration_length": result.report.calibration_length}
+    recipe = Recipe.of(asked, result.report.full_layers, training)
     report = result.report.model_copy(update={"recipe": recipe.model_dump(exclude_defaults=True)})
     return dataclasses.replace(result, report=report)
 
@@ -212,6 +229,7 @@ def _one_shot(
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration_tokens: int | None,
+    calibration_length: int | None,
     alternations: int,
     seed: int,
     device: str | torch.device | None,
@@ -221,18 +239,21 @@ def _one_shot(
     custom: Target | None,
     fuel: int | None,
     dump_graphs: str | PathLike[str] | None,
+    kept: KeptFits | None = None,
 ) -> CompileResult:
     """`compile` without training."""
     if custom is not None or names_of(target, TARGETS):
         own = {"calibration": calibration, "tokenizer": tokenizer, "calibration_tokens": calibration_tokens}
-        own |= {"seed": seed, "device": device, "verify": verify, "progress": progress}
+        own |= {"seed": seed, "device": device, "in_place": in_place, "verify": verify, "progress": progress}
         return rewrite(model, custom or target, fuel=fuel, dump_graphs=dump_graphs, **own)
     limit, dump = Fuel(fuel), Dump(dump_graphs)
     windowing, form = check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
     options = FitOptions.of(alternations)
     name = model_name(model)
     check_fresh(model, name)
+    check_live(model, name)
     check_config(model.config, name, trust_remote_code=True)  # what is live has run already
+    check_in_memory(model, name)
     check_weights(model, name)
     if device is not None:
         moved = model if in_place else share_copy(model)
@@ -249,31 +270,35 @@ def _one_shot(
             # Which layers are latent need not be known yet to refuse a budget that cannot be met.
             shapes = plan.shapes(plan.latent_sites())
         exact = windowing is None and all(shape.exact for shape in shapes.values())
-        windows = None
+        data = windows = None
         if not exact:
             with timed(seconds, "data"):
-                data: dict[str, Any] = {"tokens": calibration_tokens, "seed": seed, "progress": progress}
-                windows = calibration_windows(calibration, tokenizer, model, windowing, **data)
+                asked: dict[str, Any] = {"tokens": calibration_tokens, "length": calibration_length}
+                asked |= {"seed": seed, "progress": progress}
+                data = calibration_windows(calibration, tokenizer, model, windowing, **asked)
+            windows = data.parts
+            plan.notes.extend(data.notes)
         result = model if in_place else share_copy(model)
         work: dict[str, Any] = {"seed": seed, "progress": progress}
         windowed = Windowed({}, {}, [])
         if windowing is not None:
             assert windows is not None
             with timed(seconds, "windows"):
-                windowed = window_layers(model, result, plan.chosen, windowing, plan.full, windows, **work)
+                windowed = window_layers(model, result, plan.chosen, windowing, plan.full, windows, kept=kept, **work)
             if windowed.loss_increases:
                 plan.notes.append(_choice_note(windowed.full))
         latent, losses = Latent({}, {}), dict(windowed.loss_increases)
         if plan.latent:
-            kept = plan.latent_sites(list(windowed.graphs))
-            if kept:
-                shapes = plan.shapes(kept)
+            latent_sites = plan.latent_sites(list(windowed.graphs))
+            if latent_sites:
+                shapes = plan.shapes(latent_sites)
                 if allocation == "loss" and windows is not None:
                     with timed(seconds, "allocation"):
-                        alone = single_losses(model, result, kept, shapes, windows, **work)
-                    shapes, losses = plan.shapes(kept, alone), {**losses, **alone}
+                        alone = single_losses(model, result, latent_sites, shapes, windows, **work)
+                    shapes, losses = plan.shapes(latent_sites, alone), {**losses, **alone}
                 with timed(seconds, "fit"):
-                    latent = latent_layers(model, result, kept, shapes, options, windows, linear=plan.linear, **work)
+                    form_of_work: dict[str, Any] = {"linear": plan.linear, "kept": kept, **work}
+                    latent = latent_layers(model, result, latent_sites, shapes, options, windows, **form_of_work)
         made = {**windowed.graphs, **latent.graphs}
         graphs = limit.limit(made, [site.name for site in plan.chosen])
         for site in (site for site in plan.chosen if site.name in graphs):
@@ -285,6 +310,7 @@ def _one_shot(
         drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
+        record_lengths(result, calibration=None if data is None else data.length)
         if form is not None:
             check_form(result, form)
         checks: list[Verification] = []
@@ -309,7 +335,7 @@ def _one_shot(
         output_error={name: fit.output_error for fits in (windowed.fits, latent.fits) for name, fit in fits.items()},
         loss_increase=losses,
         calibration=calibration,
-        windows=windows,
+        windows=data,
         source=name,
         target=target,
         verification=checks,

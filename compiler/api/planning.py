@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, get_args
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_WINDOW_TOKENS
-from attnedit.compiler.data import context_length, position_limit, token_windows
+from attnedit.compiler.calibration_windows import CalibrationWindows
+from attnedit.compiler.calibration_windows import calibration_windows as cut_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage
+from attnedit.compiler.pipeline import Target
 from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
 from attnedit.compiler.registry import TARGETS as REGISTERED_TARGETS
 from attnedit.compiler.registry import names_of, registered
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.passes.gateswa.options import (
     DEFAULT_GATE,
     DEFAULT_SINKS,
@@ -29,6 +30,7 @@ from attnedit.passes.gateswa.options import (
     full_layers_of,
 )
 from attnedit.passes.mla.budget import Allocation, Shape, common_shapes, fixed_shapes, least_values, plan
+from attnedit.passes.mla.fit import FitOptions
 from attnedit.targets.attention.cost import gateswa_values
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
 from attnedit.targets.runtime.hf.towards import (
@@ -43,7 +45,7 @@ from attnedit.targets.runtime.hf.towards import (
 TARGETS = ("mla", "gateswa", "gateswa+mla")
 DEFAULT_BUDGET = 0.5
 """Of the layers that become latent."""
-WHOLE = ("window", "calibration_tokens", "alternations", "seed")
+WHOLE = ("window", "calibration_tokens", "calibration_length", "alternations", "seed")
 """Arguments that are whole numbers."""
 
 
@@ -179,7 +181,7 @@ def plan_sites(
 
 
 def check_arguments(
-    target: str,
+    target: str | Target,
     kv_budget: float | None = None,
     window: int | None = None,
     full_layers: FullLayers = None,
@@ -188,6 +190,7 @@ def check_arguments(
     profile: str | None = None,
     kernel_dims: bool = False,
     allocation: str = "even",
+    alternations: int = FitOptions.alternations,
 ) -> tuple[GateSWAOptions | None, Form | None]:
     """Refuse arguments that contradict each other, whatever the model; see `attnedit.compile`.
 
@@ -197,11 +200,13 @@ def check_arguments(
     Raises:
         UsageError: one line that names the argument.
     """
-    if target not in TARGETS and names_of(target, TARGETS) is None:
-        others = sorted({*registered(REGISTERED_TARGETS), *registered(REGISTERED_PASSES)})
-        raise UsageError(f"no target {target!r}; there is {', '.join((*TARGETS, *others))}")
-    if target not in TARGETS and kv_budget is not None:
-        raise UsageError(f"kv_budget is for the targets {', '.join(TARGETS)}, not for {target}")
+    windowing = {"window": window, "full_layers": full_layers, "gate": gate, "sinks": sinks}
+    if isinstance(target, Target) or target not in TARGETS:
+        own: dict[str, Any] = {"profile": profile, "kernel_dims": kernel_dims or None}
+        own["allocation"] = None if allocation == "even" else allocation
+        own["alternations"] = None if alternations == FitOptions.alternations else alternations
+        _check_registered(target, {"kv_budget": kv_budget, **own}, windowing)
+        return None, None
     if kv_budget is not None and not 0 < kv_budget <= 1:
         raise UsageError(
             f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"
@@ -209,9 +214,7 @@ def check_arguments(
     _check_allocation(allocation, target, profile, kernel_dims)
     form = form_for(profile, kernel_dims, target, kv_budget, gate, sinks)
     if not target.startswith("gateswa"):
-        given = {"window": window, "full_layers": full_layers, "gate": gate, "sinks": sinks}
-        if needless := [name for name, value in given.items() if value is not None]:
-            raise UsageError(f"{needless[0]} is for the targets gateswa and gateswa+mla, not for {target}")
+        _refuse_given(windowing, "gateswa and gateswa+mla", target)
         return None, form
     if target == "gateswa" and kv_budget is not None and full_layers is not None:
         raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
@@ -222,6 +225,22 @@ def check_arguments(
         sinks=Sinks.parse(default_sinks if sinks is None else sinks),
     )
     return options, form
+
+
+def _check_registered(target: str | Target, own: Mapping[str, Any], windowing: Mapping[str, Any]) -> None:
+    """Refuse a target that nobody made, and arguments that a target of others does not read."""
+    name = target.name if isinstance(target, Target) else target
+    if not isinstance(target, Target) and names_of(target, TARGETS) is None:
+        others = sorted({*registered(REGISTERED_TARGETS), *registered(REGISTERED_PASSES)})
+        raise UsageError(f"no target {target!r}; there is {', '.join((*TARGETS, *others))}")
+    _refuse_given(own, ", ".join(TARGETS), name)
+    _refuse_given(windowing, "gateswa and gateswa+mla", name)
+
+
+def _refuse_given(arguments: Mapping[str, Any], targets: str, target: str) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise UsageError(f"{name} is for the targets {targets}, not for {target}")
 
 
 def check_numbers(arguments: Mapping[str, Any]) -> None:
@@ -245,7 +264,7 @@ def _check_allocation(allocation: str, target: str, profile: str | None, kernel_
         raise UsageError(f"no allocation {allocation!r}; there is {', '.join(get_args(Allocation))}")
     if allocation == "even":
         return
-    if target not in TARGETS or not target.endswith("mla"):
+    if not target.endswith("mla"):
         raise UsageError(f"allocation is of a latent cache: for the targets mla and gateswa+mla, not for {target}")
     if profile is not None or kernel_dims:
         raise UsageError("a profile's class has one size for all layers; leave allocation out, or the profile")
@@ -257,13 +276,10 @@ def calibration_windows(
     model: PreTrainedModel,
     windowing: GateSWAOptions | None,
     **options: Any,
-) -> Tensor:
-    """`token_windows`; for windowed layers each is as long as several of the attention's windows."""
-    length = None
-    if windowing is not None:
-        wanted = max(DEFAULT_WINDOW_TOKENS, 4 * windowing.cached_tokens)
-        length = min(wanted, context_length(model), position_limit(model) or wanted)
-    return token_windows(calibration, tokenizer, model, window=length, **options)
+) -> CalibrationWindows:
+    """Windows of the data; for windowed layers the short ones too are as long as several of the attention's windows."""
+    least = SHORT_LENGTH if windowing is None else max(SHORT_LENGTH, 4 * windowing.cached_tokens)
+    return cut_windows(calibration, tokenizer, model, least=least, **options)
 
 
 def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[str]]:

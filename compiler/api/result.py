@@ -68,7 +68,8 @@ class CompileResult:
         """
         report, texts = with_license(self.report)
         files: dict[str, str | Path] = {**{file.name: file for file in self.files}, **texts}
-        return save(self.model, directory, self.tokenizer, overwrite=overwrite, report=report.to_json(), files=files)
+        given: dict[str, Any] = {"overwrite": overwrite, "report": report.to_json(), "files": files}
+        return save(self.model, directory, self.tokenizer, **given)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
         """Lower to another runtime: "onnx", "hf", "npu", or a name among the entry points `attnedit.runtimes`.

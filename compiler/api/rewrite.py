@@ -21,6 +21,7 @@ from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
 from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import SiteGraph
+from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Inputs, SiteRecord, Target, run_pipeline
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.registry import PASSES, TARGETS, load, registered
@@ -45,6 +46,7 @@ def rewrite(
     calibration_tokens: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    in_place: bool = False,
     partial: bool = False,
     fuel: int | None = None,
     dump_graphs: str | PathLike[str] | None = None,
@@ -54,7 +56,7 @@ def rewrite(
     """Apply rewrites to the attention of a trained model, and hold each to its contract.
 
     Args:
-        model: a transformers causal language model, or one that this function made; not changed.
+        model: a transformers causal language model, or one that this function made; not changed unless `in_place`.
         rewrites: in order: rewrites, or names of targets and passes that packages register. A `Target`, or names with
             "+" between, are a sequence too.
         calibration: for rewrites with `fit`; as for `attnedit.compile`.
@@ -62,6 +64,7 @@ def rewrite(
         calibration_tokens: how many to use.
         seed: of sampled text.
         device: where to work; where the model is unless told.
+        in_place: rewrite `model` itself instead of a copy that shares its tensors.
         partial: let attention sites be that no rewrite matches. Otherwise they are an error.
         fuel: stop after so many rewrites, to find the one that breaks something by bisecting; the environment variable
             ATTNEDIT_FUEL unless given, else no limit.
@@ -82,7 +85,8 @@ def rewrite(
     name = model_name(model)
     _check_source(model, name)
     if device is not None:
-        model = share_copy(model).to(resolve_device(device))  # type: ignore[arg-type]  # transformers wraps it
+        moved = model if in_place else share_copy(model)
+        model = moved.to(resolve_device(device))  # type: ignore[arg-type]  # transformers wraps it
     seconds: dict[str, float] = {}
     modes = {part: module.training for part, module in model.named_modules()}
     model.eval()
@@ -101,7 +105,7 @@ def rewrite(
             records = _records(model)
             sites = [record.site for record in records]
             implementation.enter_context(as_captured(model, sites))
-        result = share_copy(model)
+        result = model if in_place else share_copy(model)
         needs_data = any(one.fit is not None for one in chosen)
         prompt = _prompt(model, windows() if needs_data else None) if verify else None
         inputs = Inputs(model, prompt, windows)
@@ -126,7 +130,7 @@ def rewrite(
                 if expected is not None:
                     checks.append(same_logits(expected, result, prompt))
                 rounding = max(one.contract.atol + one.contract.rtol for one in chosen)
-                checks.append(same_decode(result, check_tokens(used[0] if used else None, model), rounding))
+                checks.append(same_decode(result, check_tokens(used or None, model), rounding))
     finally:
         implementation.close()
         _restore(model, modes)
@@ -189,6 +193,8 @@ def _named(name: str) -> list[Rewrite]:
 
 
 def _check_source(model: PreTrainedModel, name: str) -> None:
+    check_live(model, name)
+    check_in_memory(model, name)
     record = getattr(model.config, "attnedit", None)
     if record is None:
         check_config(model.config, name, trust_remote_code=True)  # what is live has run already
@@ -238,7 +244,7 @@ def _own(record: SiteRecord, result: PreTrainedModel) -> torch.fx.GraphModule:
 
 def _prompt(model: PreTrainedModel, windows: Tensor | None) -> Tensor:
     """Two rows of tokens [2, T], of the calibration data where there is some."""
-    ids = check_tokens(windows, model)
+    ids = check_tokens(None if windows is None else [windows], model)
     return torch.cat((ids, ids.roll(LENGTH // 3, 1)))
 
 

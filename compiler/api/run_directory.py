@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,25 @@ def check_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> bo
                 f"{recipe.get(name)!r} here); give its arguments to go on, another directory, or --overwrite"
             )
     return True
+
+
+@contextmanager
+def run_with_fits(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+    """A run directory for the block; one that fails before there is a fit to keep leaves no directory behind.
+
+    Raises:
+        UsageError: see `open_run`.
+    """
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
+    open_run(output, recipe, overwrite=overwrite)
+    try:
+        yield
+    except BaseException:
+        if [file.name for file in output.iterdir()] == [RUN_FILE]:
+            (output / RUN_FILE).unlink()
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:

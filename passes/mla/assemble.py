@@ -12,9 +12,9 @@ from attnedit.compiler.dataflow import sources
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.linear import LinearSite
-from attnedit.passes.mla.solve import thin
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.site_sample import output_weight, part_of
+from attnedit.passes.solve import thin
 from attnedit.targets.attention.mla import MLA, MLAConfig
 from attnedit.targets.attention.mla_graph import QUERY_MODULE, mla_graph, without_bias
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from attnedit.passes.mla.weights import Factors
-from attnedit.passes.sample import LayerSample, Rotation
+from attnedit.passes.sample import LayerSample, Rotation, query_moment, token_shares, weighted_moment
+from attnedit.passes.solve import ROUNDING, root_and_inverse, second_moment, spectrum
 
-EXPECTED_DISTANCES = (0.1, 512.0, 200)
-"""Log-spaced distances over which the rotation of components that lose it is averaged: from, to, count."""
+NEAREST_DISTANCE, DISTANCES = 0.1, 200
+"""Distances over which the rotation of components that lose it is averaged: so many, log-spaced from the nearest to the
+context that the model is served with."""
 QUERY_FLOOR = 1e-3
 """Floor of the query energy of a component, relative to the largest of its fold."""
 PSEUDO_INVERSE_FLOOR = 1e-10
@@ -40,29 +42,30 @@ class Components:
 
 
 def expected_rotation(rotation: Rotation) -> Tensor:
-    """E[exp(i t theta)] over `EXPECTED_DISTANCES` times the squared attention scaling [n], complex128."""
-    low, high, count = EXPECTED_DISTANCES
-    distance = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
+    """E[exp(i t theta)] over the distances of the context times the squared attention scaling [n], complex128."""
+    far = math.log10(max(1, rotation.context))
+    distance = torch.logspace(math.log10(NEAREST_DISTANCE), far, DISTANCES, dtype=torch.float64)
     phase = rotation.frequency.cpu()[:, None] * distance
     mean = torch.complex(phase.cos(), phase.sin()).mean(1)
     return mean.to(rotation.frequency.device) * rotation.scaling**2
 
 
-def mix_components(sample: LayerSample, fold: int, columns: Sequence[int] | None = None) -> Components:
+def mix_components(samples: Sequence[LayerSample], fold: int, columns: Sequence[int] | None = None) -> Components:
     """Mix the complex keys of `fold` neighbouring frequencies and all groups (docs/method.md, step 1).
 
     Those of `columns`, one for each, come first.
 
     With S = E[z z^H], W = diag(sqrt(query energy)) and U the eigenvectors of W S W: y = U^H W z, z = W^-1 U y.
     """
-    rotation = sample.rotation
+    rotation = samples[0].rotation
     assert rotation is not None
-    groups, planes = sample.groups, len(rotation.real)
-    keys = sample.key.transpose(1, 2).flatten(0, 1)
+    groups, planes = samples[0].groups, len(rotation.real)
+    keys = torch.cat([sample.key.transpose(1, 2).flatten(0, 1) for sample in samples])
     z = torch.complex(keys[..., rotation.real], keys[..., rotation.imaginary])
-    weight = (sample.token_weight.flatten() / sample.token_weight.sum()).to(z.dtype)
-    energy = sample.query[..., rotation.real].square() + sample.query[..., rotation.imaginary].square()
-    energy = energy.double().mean((0, 2)).view(groups, -1, planes).sum(1)
+    weight = torch.cat([share.flatten() for share in token_shares(samples)])
+    square = query_moment(samples).diagonal(dim1=-2, dim2=-1)
+    energy = square[:, rotation.real] + square[:, rotation.imaginary]
+    energy = energy.view(groups, -1, planes).sum(1)
     rho = expected_rotation(rotation)
     order = rotation.frequency.argsort(descending=True)
     worth: list[Tensor] = []
@@ -76,10 +79,10 @@ def mix_components(sample: LayerSample, fold: int, columns: Sequence[int] | None
         if not members.numel():
             continue
         states = z[:, :, members].permute(2, 0, 1, 3).reshape(count, len(z), size)
-        second = ((states * weight[:, None]).mT @ states.conj()).to(torch.complex128)
+        second = second_moment(states, weight)
         root = energy[:, members].transpose(0, 1).reshape(count, size).sqrt()
         root = root.clamp(min=root.amax(1, keepdim=True) * QUERY_FLOOR + 1e-30)
-        values, vectors = torch.linalg.eigh(root[:, :, None] * second * root[:, None])
+        values, vectors = spectrum(root[:, :, None] * second * root[:, None])
         lead = members[:, 0]
         loss = 1 - (rho[lead] / rotation.scaling**2).abs().square()
         worth.append((values * loss[:, None]).flatten())
@@ -108,18 +111,21 @@ def real_rows(states: Tensor, rotation: Rotation, head_dim: int) -> Tensor:
     return torch.cat([top, bottom], -2)
 
 
-def _root_and_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its pseudo-inverse with a floor."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=float(values.max()) * PSEUDO_INVERSE_FLOOR + 1e-300)
-    return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT
+def _worth(varying: float, common: float) -> float:
+    """Energy for the balance of keys and values.
+
+    What all tokens have in common, a bias say, counts no more than what varies, unless nothing does.
+    """
+    return varying + min(varying, common) if varying > ROUNDING * common else common
 
 
-def analytic(sample: LayerSample, components: Components | None, slots: int, rank: int) -> tuple[Factors, float]:
+def analytic(
+    samples: Sequence[LayerSample], components: Components | None, slots: int, rank: int
+) -> tuple[Factors, float]:
     """Closed-form MLA weights with `slots` rotary slots and a latent of size `rank`.
 
     Args:
-        sample: calibration tensors of the site.
+        samples: calibration tensors of the site.
         components: from `mix_components`; None for a layer without rope.
         slots: how many components keep their rotation (the first of `components`).
         rank: latent size; at most the number of remaining key components (real) plus G e values.
@@ -127,6 +133,7 @@ def analytic(sample: LayerSample, components: Components | None, slots: int, ran
     Returns:
         The weights, and the share of the weighted second moment of what is projected that the latent keeps.
     """
+    sample = samples[0]
     heads, groups, d, e = sample.heads, sample.groups, sample.key.shape[-1], sample.value.shape[-1]
     share, device = heads // groups, sample.key.device
     rotation = sample.rotation
@@ -155,24 +162,30 @@ def analytic(sample: LayerSample, components: Components | None, slots: int, ran
     maps.append(torch.einsum("hg,id->hgid", own, fixed).flatten(1, 2))
     row, query_map = torch.cat(rows), torch.cat(maps, 1)
 
-    query = sample.query.transpose(0, 1).flatten(1, 2)
-    moment = (query.mT @ query).double() / query.shape[1]
+    moment = query_moment(samples)
     key_metric = torch.einsum("hki,hij,hlj->kl", query_map, moment, query_map) * sample.scale**2
     weight = sample.output_weight.double()
     value_metric = (weight.mT @ weight).view(groups, share, e, e).sum(1)
-    pairs = [_root_and_inverse(block) for block in value_metric]
+    pairs = [root_and_inverse(block, PSEUDO_INVERSE_FLOOR) for block in value_metric]
     value_root, value_inverse = (torch.block_diag(*[pair[i] for pair in pairs]) for i in (0, 1))
-    key_root, key_inverse = _root_and_inverse(key_metric) if len(row) else (key_metric, key_metric)
+    key_root, key_inverse = root_and_inverse(key_metric, PSEUDO_INVERSE_FLOOR)
 
-    source = sample.source.flatten(0, 1)
-    token = (sample.token_weight.flatten() / sample.token_weight.sum())[:, None]
-    second = ((source * token).mT @ source).double()
+    token = token_shares(samples)
+    second = weighted_moment([sample.source for sample in samples], token)
     lift = torch.block_diag(key_root @ row, value_root)
-    spread = lift @ second @ lift.mT
     k = len(row)
-    balance = float((spread[:k, :k].trace() / spread[k:, k:].trace().clamp(min=1e-300)).sqrt()) if k else 1.0
+    means = [
+        each.source.flatten(0, 1).mT.double() @ weights.flatten().double()
+        for each, weights in zip(samples, token, strict=True)
+    ]
+    common = (lift @ torch.stack(means).sum(0)).square()
+    varying = ((lift @ second @ lift.mT).diagonal() - common).clamp(min=0)
+    keys, values = (
+        _worth(float(varying[part].sum()), float(common[part].sum())) for part in (slice(k), slice(k, None))
+    )
+    balance = math.sqrt(keys / max(values, 1e-300)) if k else 1.0
     lift[k:] *= balance if balance > 0 else 1.0
-    energy, vectors = torch.linalg.eigh(lift @ second @ lift.mT)
+    energy, vectors = spectrum(lift @ second @ lift.mT)
     basis = vectors.flip(1)[:, :rank]
     kept = float(energy.flip(0)[:rank].sum() / energy.sum().clamp(min=1e-300))
     latent = basis.mT @ lift

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import GateSWAConfig
 from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks
+from attnedit.targets.attention.gateswa_documents import Documents
 from attnedit.targets.attention.gateswa_layers import bounded_layer
 from attnedit.targets.attention.gateswa_ring import RingLayer
 from attnedit.targets.attention.kernels import kernel_for, shown, with_virtual_keys
@@ -33,7 +34,7 @@ class GateSWA(nn.Module):
     """Sliding-window attention with kept sink tokens, a sink logit and an output gate, each of them optional.
 
     Query t of head h (key/value head g) sees the last ``sliding_window`` tokens, itself included, and the first
-    ``sink_tokens`` real tokens of its sequence, less what the mask hides. With their logits l, and b and v_s of the
+    ``sink_tokens`` real tokens of its document, less what the mask hides. With their logits l, and b and v_s of the
     virtual key::
 
         output = (sum e^l v + e^b v_s) / (sum e^l + e^b) * sigmoid(g_proj hidden)
@@ -51,7 +52,10 @@ class GateSWA(nn.Module):
 
     Attributes:
         blocks: attend in blocks of queries. A tracer always gets one block, since its lengths may be symbolic.
+        attention_dropout: rate at which attention weights are dropped in training.
     """
+
+    attention_dropout: float = 0.0
 
     g_proj: nn.Linear | None
     sink_logit: nn.Parameter | None
@@ -178,10 +182,24 @@ class GateSWA(nn.Module):
         if mask is not None:
             mask = self._fit(mask, key.shape[2], longer_cache=cache is not None)
         real = None if mask is None else _real(mask)
+        position = torch.arange(key.shape[2], device=key.device)
+        if mask is not None and real is not None and self._may_hold_documents(mask, length, cache):
+            documents = Documents.of(mask, real.expand(mask.shape[0], -1), config.sink_tokens)
+            if torch.compiler.is_compiling():  # how many there are is not to be read
+                slots = position.new_zeros((key.shape[0], 0))
+                return _View(key, value, slots, position, past, past, mask, mask, documents=documents)
+            if documents.several():
+                slots = documents.slots().expand(key.shape[0], -1)
+                keys, values = (torch.cat((_at(x, slots), x), dim=2) for x in (key, value))
+                return _View(keys, values, slots, position, past, past, mask, mask, documents=documents)
         sinks = Sinks.empty(key, value, config.sink_tokens).extended(key, value, real, 0)
         keys, values = torch.cat((sinks.keys, key), dim=2), torch.cat((sinks.values, value), dim=2)
-        position = torch.arange(key.shape[2], device=key.device)
         return _View(keys, values, sinks.positions, position, past, past, mask, mask)
+
+    def _may_hold_documents(self, mask: Tensor, length: int, cache: Any) -> bool:
+        """Whether rows of tokens may be packed documents: transformers tells them apart where nothing is cached."""
+        square = cache is None and length > 1 and mask.shape[-2] == mask.shape[-1]
+        return bool(self.config.sink_tokens) and square and not torch.compiler.is_exporting()
 
     def _attend(self, query: Tensor, view: _View, sinks: Tensor | None) -> Tensor:
         """Attend in blocks of queries [B, H, T, d], each to the slots and the columns that some of them sees."""
@@ -218,8 +236,12 @@ class GateSWA(nn.Module):
             near = _restrict(near, rows.index_select(-1, index) if view.by_position else rows[..., low:high])
         if not config.sink_tokens:
             return near
+        if view.documents is not None and not view.slots.shape[1]:
+            return self._with_kept(view, near, behind, first, last, low, high)
         # A sink inside the window is among the columns, so its slot shows only once it has left.
         far = (position[:, None] - view.slots[:, None, None, :]) >= config.sliding_window
+        if view.documents is not None:
+            far = far & view.documents.same(first, last, view.slots)
         if view.far is not None and config.source_window is None:
             rows = view.far[:, :, first:last].expand(far.shape[0], -1, -1, -1)
             index = view.slots.clamp(max=rows.shape[-1] - 1)[:, None, None]
@@ -229,12 +251,27 @@ class GateSWA(nn.Module):
         shape = torch.broadcast_shapes(far.shape[:3], near.shape[:3])
         return torch.cat((far.expand(*shape, -1), near.expand(*shape, -1)), dim=-1)
 
+    def _with_kept(
+        self, view: _View, near: Tensor, behind: Tensor, first: int, last: int, low: int, high: int
+    ) -> Tensor:
+        """A mask `near` over columns, with each document's kept tokens in it where they stand; see `_bias`."""
+        if view.documents is None or view.near is None:
+            raise AssertionError("documents are read off a mask")
+        columns = view.columns[low:high].expand(view.documents.start.shape[0], -1)
+        kept = view.documents.kept[:, None, None, low:high] & view.documents.same(first, last, columns)
+        kept = kept & (behind >= self.config.sliding_window)
+        if self.config.source_window is None:
+            return _restrict(kept | (behind < self.config.sliding_window) & (behind >= 0), view.near[:, :, first:last])
+        return near | kept if near.dtype == torch.bool else torch.where(kept, 0.0, near)
+
     def _attend_block(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
         """Attend with queries [B, H, t, d] to keys [B, G, S, d] under a mask; returns [B, t, H, dv]."""
         config = self.config
         batch, heads, length, _ = query.shape
         groups = config.num_key_value_heads
-        if (kernel := kernel_for(query, mask)) is not None and config.softcap is None:
+        dropout = self.attention_dropout if self.training else 0.0
+        kernel = None if dropout else kernel_for(query, mask)
+        if kernel is not None and config.softcap is None:
             more: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
             if self.sink_logit is not None:
                 more.append((self.sink_logit, self.sink_value))
@@ -264,6 +301,8 @@ class GateSWA(nn.Module):
             extra = torch.stack(virtual, dim=-1).to(logits.dtype)[None, :, None]
             logits = torch.cat((logits, extra.expand(batch, -1, length, -1)), dim=-1)
         weights = logits.softmax(dim=-1)
+        if dropout:
+            weights = F.dropout(weights, dropout)
         seen = weights[..., :count].to(values.dtype).reshape(batch, groups, -1, count)
         out = torch.matmul(seen, values).view(batch, heads, length, config.v_head_dim)
         if self.sink_value is not None:
@@ -311,6 +350,8 @@ class _View:
         near: the given mask at the columns, [B, 1 or H, T, C]; like `far` if `by_position`.
         far: the given mask by position, [B, 1 or H, T, past + T or more]; None where it does not reach back so far.
         by_position: `near` has a column per position.
+        documents: packed into each row, of which every one has slots of its own; without slots, a mask of all columns
+            shows them. None where rows are one document.
     """
 
     keys: Tensor
@@ -322,6 +363,7 @@ class _View:
     near: Tensor | None
     far: Tensor | None
     by_position: bool = False
+    documents: Documents | None = None
 
 
 def _real(mask: Tensor) -> Tensor:
@@ -335,6 +377,12 @@ def _restrict(visible: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return visible & mask
     return torch.where(visible, mask, torch.finfo(mask.dtype).min)
+
+
+def _at(x: Tensor, positions: Tensor) -> Tensor:
+    """Take positions [B, m] of [B, G, T, .]; anything where they are none."""
+    index = positions.clamp(max=x.shape[2] - 1)[:, None, :, None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _cut(x: Tensor, slots: int, low: int, high: int) -> Tensor:

@@ -17,9 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from attnedit.compiler.errors import UsageError
-
-EMPTY = 2**31 - 1
-"""Position of a slot without token: later than every query."""
+from attnedit.targets.attention.gateswa_documents import EMPTY
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from attnedit.compiler.compatibility.live import keep_in_place
-from attnedit.targets.attention.gateswa_cache import EMPTY, Sinks
+from attnedit.targets.attention.gateswa_cache import Sinks
+from attnedit.targets.attention.gateswa_documents import EMPTY
 
 
 class RingLayer(StaticLayer):

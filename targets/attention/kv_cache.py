@@ -61,6 +61,7 @@ class Attend(nn.Module):
     """
 
     is_causal = True
+    attention_dropout: float = 0.0
 
     def __init__(
         self, config: Any, layer_idx: int, scale: float, softcap: float | None = None, window: int | None = None
@@ -91,7 +92,8 @@ class Attend(nn.Module):
         given = {"softcap": self.softcap, "sliding_window": self.window, "s_aux": sinks}
         settings = {name: setting for name, setting in given.items() if setting is not None}
         attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self.config), _eager)
-        output: Tensor = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scale, **settings)[0]
+        settings["dropout"] = self.attention_dropout if self.training else 0.0
+        output: Tensor = attend(self, query, key, value, attention_mask, scaling=self.scale, **settings)[0]
         return output
 
 
@@ -105,9 +107,10 @@ def _eager(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    output = reference_attention(query, key, value, attention_mask, scaling, softcap, s_aux, sliding_window)
+    output = reference_attention(query, key, value, attention_mask, scaling, softcap, s_aux, sliding_window, dropout)
     return output, None
 
 

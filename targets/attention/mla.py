@@ -80,7 +80,10 @@ class MLA(nn.Module):
     Attributes:
         path: "auto" leaves the choice to `choose_path`; an exporter whose lengths are symbolic fixes it.
         columns: `config.rope_columns` as a tensor, for compilers: constants would make every layer's code its own.
+        attention_dropout: rate at which attention weights are dropped in training.
     """
+
+    attention_dropout: float = 0.0
 
     q_rope_proj: nn.Parameter | None
     sinks: nn.Parameter | None
@@ -207,7 +210,9 @@ class MLA(nn.Module):
             query = torch.cat((query, query_rope), dim=-1) if nope else query_rope
             key = torch.cat((key, rotated), dim=-1) if nope else rotated
         causal = mask is None and length > 1
-        if (kernel := kernel_for(query, mask)) is not None and config.softcap is None and (causal or mask is not None):
+        dropout = self.attention_dropout if self.training else 0.0
+        kernel = None if dropout else kernel_for(query, mask)
+        if kernel is not None and config.softcap is None and (causal or mask is not None):
             visible = None if mask is None else shown(mask)
             if self.sinks is not None:
                 visible = _causal(length, key.shape[2], 0, config.window, query.device) if visible is None else visible
@@ -225,7 +230,7 @@ class MLA(nn.Module):
         query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=config.scale)
+        out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal, scale=config.scale)
         return out[..., : config.v_head_dim].transpose(1, 2)
 
     def _absorbed(
@@ -244,7 +249,8 @@ class MLA(nn.Module):
         # The scale goes in first: fp16 overflows later that way.
         down = torch.einsum("bhtd,hdr->bhtr", query * config.scale, weight[:, :nope]) if nope else None
         rotary = None if query_rope is None else query_rope * config.scale
-        if config.softcap is None and self.sinks is None and decodes_fused(down, rotary, latent, mask):
+        plain = config.softcap is None and self.sinks is None and not (self.training and self.attention_dropout)
+        if plain and decodes_fused(down, rotary, latent, mask):
             row = None if mask is None else mask[:, 0, 0]
             one, turned = (None if x is None else x[:, :, 0] for x in (down, rotary))
             context = latent_decode(one, turned, latent, slots, row, _filled(cache, config.layer_idx)).unsqueeze(2)
@@ -272,7 +278,7 @@ class MLA(nn.Module):
         return torch.bmm(weights.flatten(1, 2), latent).view(*logits.shape[:3], -1)
 
     def _probabilities(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Cap, mask and normalise logits [B, H, T, S] in at least fp32; the sink's share is left out."""
+        """Cap, mask and normalise logits [B, H, T, S] in at least fp32, then drop; the sink's share is left out."""
         logits = _upcast(logits)
         softcap = self.config.softcap
         if softcap is not None:
@@ -285,9 +291,11 @@ class MLA(nn.Module):
                 # A row of -inf only would be 0 / 0.
                 logits = (logits + mask.to(logits.dtype)).clamp(min=lowest)
         if self.sinks is None:
-            return logits.softmax(dim=-1)
-        sinks = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
-        return torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+            weights = logits.softmax(dim=-1)
+        else:
+            sinks = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
+            weights = torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+        return F.dropout(weights, self.attention_dropout) if self.training and self.attention_dropout else weights
 
     def _up_weight(self, like: Tensor) -> Tensor:
         """Weight of ``kv_b_proj`` [H (nope + dv), r], read off its output where something wraps it.

@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from attnedit.cli import calibrate, compile, demo, evaluate, export, generate, inspect, sweep
 from attnedit.cli.terminal import debugging, fail, quiet_libraries
 from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.interrupts import as_usual
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +35,7 @@ app.command("demo")(demo.demo)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; no exception leaves this function."""
+    as_usual()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from attnedit.cli.terminal import (
     AllowPickleOption,
     AlternationsOption,
     BudgetOption,
+    CalibrationLengthOption,
     CalibrationOption,
     CalibrationTokensOption,
     DequantizeOption,
@@ -64,6 +66,7 @@ from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.planning import check_arguments
 from attnedit.recipe import RECIPE_FILE, Recipe
+from attnedit.run_directory import check_run, run_with_fits
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, RUN_FILE, check_free
 
 OptionalModelArgument = Annotated[
@@ -130,6 +133,7 @@ def compile_model(
     allocation: AllocationOption = "even",
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
+    calibration_length: CalibrationLengthOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
     fit_steps: FitStepsOption = 0,
     distill_steps: DistillStepsOption = 0,
@@ -185,12 +189,19 @@ def compile_model(
             json=json,
         )
         return
+    run = {"command": "compile", **wanted.model_dump(mode="json")}
+    unfinished = (output.expanduser() / RUN_FILE).exists()
     if trained:
-        open_run(output, {"command": "compile", **wanted.model_dump(mode="json")}, overwrite=overwrite)
+        open_run(output, run, overwrite=overwrite)
+    elif unfinished:
+        check_run(output.expanduser(), run, overwrite=overwrite)
     else:
         check_output(output, overwrite=overwrite)
         check_free(output.expanduser(), overwrite)
-    with ProgressBars() as progress:
+    place = output.expanduser()
+    # An earlier result stays until the new one is whole, so there is no place beside it to keep fits.
+    keeps = trained or unfinished or not place.exists() or not any(place.iterdir())
+    with ProgressBars() as progress, contextlib.ExitStack() as closing:
         with stage("load model", progress):
             source = load_source(
                 wanted.model,
@@ -203,6 +214,8 @@ def compile_model(
             )
         if wanted.calibration is not None:
             check_tokenizer_there(source, "calibration text")
+        if keeps and not trained:
+            closing.enter_context(run_with_fits(place, run, overwrite=overwrite))
         result = attnedit.compile(
             source.model,
             **arguments,
@@ -211,7 +224,7 @@ def compile_model(
             in_place=not trained,
             fuel=fuel,
             dump_graphs=dump_graphs,
-            run_directory=output.expanduser() if trained else None,
+            run_directory=place if keeps else None,
             progress=progress,
         )
         if not processes().main:
@@ -219,7 +232,7 @@ def compile_model(
         named = wanted.model_dump(include={"model", "revision", "dtype"}, exclude_defaults=True)
         result.report = result.report.model_copy(update={"recipe": {**result.report.recipe, **named}})
         with stage("save", progress):
-            result.save(output, overwrite=overwrite or trained)
+            result.save(output, overwrite=overwrite or keeps)
     _show(output, result.report, json=json)
 
 

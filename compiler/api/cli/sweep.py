@@ -19,6 +19,7 @@ from attnedit.cli.terminal import (
     AllocationOption,
     AllowPickleOption,
     AlternationsOption,
+    CalibrationLengthOption,
     CalibrationOption,
     CalibrationTokensOption,
     DequantizeOption,
@@ -39,16 +40,17 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
+from attnedit.compiler.calibration_windows import calibration_windows
 from attnedit.compiler.capture import capture
-from attnedit.compiler.data import text_tokens, token_windows
+from attnedit.compiler.data import text_tokens
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.compiler.source_checks import model_name
-from attnedit.passes.mla.budget import plan
+from attnedit.passes.gateswa.options import GateSWAOptions
 from attnedit.passes.mla.fit import FitOptions
-from attnedit.planning import check_arguments, check_fresh, choose_sites
+from attnedit.planning import check_arguments, check_fresh, plan_sites
 
 
 def sweep(
@@ -60,6 +62,7 @@ def sweep(
     allocation: AllocationOption = "even",
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
+    calibration_length: CalibrationLengthOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
     seq_len: SeqLenOption = 1024,
     windows: WindowsOption = 40,
@@ -75,7 +78,7 @@ def sweep(
 ) -> None:
     """Compile at several budgets, evaluate each, and write sweep.json and sweep.png."""
     budgets = parse_budgets(kv_budgets)
-    check_arguments(target, allocation=allocation)
+    windowing, _ = check_arguments(target, min(budgets), allocation=allocation)
     check_output(output, overwrite=overwrite)
     check_readable(text, "evaluation text")
     texts = calibration_source(calibration)
@@ -95,9 +98,17 @@ def sweep(
         with stage("tokenise", progress):
             tokens = text_tokens(text, tokenizer)
         with stage("capture", progress):
-            check_smallest(source.model, min(budgets))
+            check_smallest(source.model, target, windowing, min(budgets))
         # Once for all budgets: samples take long to make, and equal data is what makes the rows comparable.
-        data = token_windows(texts, tokenizer, source.model, tokens=calibration_tokens, seed=seed, progress=progress)
+        data = calibration_windows(
+            texts,
+            tokenizer,
+            source.model,
+            tokens=calibration_tokens,
+            length=calibration_length,
+            seed=seed,
+            progress=progress,
+        )
         figures = measure(source.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
         rows.append({"kv_budget": None, "kv_budget_achieved": 1.0, "seconds": 0.0, **figures})
         for budget in budgets:
@@ -107,9 +118,8 @@ def sweep(
                 target=target,
                 kv_budget=budget,
                 allocation=allocation,
-                calibration=data,
+                calibration=data.parts,
                 tokenizer=tokenizer,
-                calibration_tokens=data.numel(),
                 alternations=alternations,
                 seed=seed,
                 progress=progress,
@@ -123,7 +133,8 @@ def sweep(
         "target": target,
         "allocation": allocation,
         "text": text,
-        "calibration_tokens": data.numel(),
+        "calibration_tokens": data.tokens,
+        "calibration_length": data.length,
         "rows": rows,
     }
     picture = plot(rows, title=f"{model} to {target}")
@@ -155,15 +166,15 @@ def parse_budgets(text: str) -> list[float]:
     return budgets
 
 
-def check_smallest(model: PreTrainedModel, kv_budget: float) -> None:
+def check_smallest(model: PreTrainedModel, target: str, windowing: GateSWAOptions | None, kv_budget: float) -> None:
     """Refuse a model or a budget that cannot be done before the others have taken their time.
 
     Raises:
         UsageError: no attention that can be rewritten, or a budget that cannot be met.
     """
     check_fresh(model, model_name(model))
-    sites = capture(model)
-    plan(sites, dict(enumerate(kv_usage(model).per_layer)), choose_sites(sites)[0], kv_budget)
+    planned = plan_sites(model, capture(model), kv_usage(model), target, windowing, kv_budget, None)
+    planned.shapes(planned.latent_sites())
 
 
 def plot(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.compiler.models import READING_ERRORS
-from attnedit.compiler.remote_code import copy_code, trusting
+from attnedit.compiler.remote_code import copy_code, is_own_class, trusting
 from attnedit.compiler.source_checks import check_sizes, check_weight_files
+from attnedit.targets.runtime.eager.adapters import adapters_of, read_adapters, without_adapters, write_adapters
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_classes
 
 CONFIG_FILE = "config.json"
@@ -37,6 +38,9 @@ def save(
 ) -> Path:
     """Write model, configuration, tokenizer and report; the directory appears complete or not at all.
 
+    It is put in place only after it was read back, unless that takes a class inside a function. Adapters of PEFT go
+    into folders of their own, beside the model as it is without them.
+
     Args:
         model: a model that `to_attnedit` made.
         directory: where to; made with its parents.
@@ -50,7 +54,7 @@ def save(
 
     Raises:
         UsageError: the model is no attnedit model, or the directory is not free.
-        AttneditError: writing failed; what was there before still is.
+        AttneditError: writing failed, or reading back; what was there before still is.
     """
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; use its own save_pretrained")
@@ -65,9 +69,14 @@ def save(
         raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
     try:
         _set_usual_mode(staging)
-        model.save_pretrained(staging)
+        adapters = adapters_of(model)
+        model.save_pretrained(staging, state_dict=without_adapters(model) if adapters else None)
+        write_adapters(model, adapters, staging)
         copy_code(source_classes(model), staging)
         write_beside(staging, tokenizer, report, files)
+        if _can_be_imported(model):
+            own = any(is_own_class(kind) for kind in source_classes(model).values())
+            _read_back(staging, target, trust_remote_code=own)
         _put_in_place(staging, target)
     except (OSError, SafetensorError) as error:
         raise AttneditError(f"could not write {target}: {error}") from error
@@ -77,6 +86,24 @@ def save(
             for folder in made:
                 folder.rmdir()
     return target
+
+
+def _can_be_imported(model: PreTrainedModel) -> bool:
+    """Whether the rewrites that a model went through are classes that can be imported; the report says if not."""
+    record: Any = model.config
+    entries = [entry for site in record.attnedit["sites"].values() for entry in site.get("rewrites", ())]
+    return not any("<locals>" in str(entry.get("rewrite")) for entry in entries)
+
+
+def _read_back(staging: Path, target: Path, *, trust_remote_code: bool) -> None:
+    """Read what was written, its weights by name, shape and dtype only."""
+    try:
+        load_model(staging, device_map="meta", trust_remote_code=trust_remote_code)
+    except AttneditError as error:
+        reason = str(error).replace(str(staging), "the copy")
+        raise AttneditError(
+            f"what was written for {target} does not load, so it was not put there: {reason}"
+        ) from error
 
 
 def write_beside(
@@ -151,6 +178,9 @@ def load_model(
                 "configuration's"
             )
     result: PreTrainedModel = model.eval()
+    if next(result.parameters()).is_meta:
+        return result
+    read_adapters(result, path)
     return result
 
 

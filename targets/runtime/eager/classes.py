@@ -28,6 +28,7 @@ from attnedit.compiler.compatibility.transformers_names import (
     set_implementations,
 )
 from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.models import forget_quantised_storage
 from attnedit.compiler.remote_code import class_references, own_class
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
@@ -38,6 +39,11 @@ from attnedit.targets.runtime.eager.splice import splice
 MODEL_TYPE = "attnedit"
 FORMAT_VERSION = 1
 PREFIX = "Attnedit"
+
+NO_WEIGHTS = (
+    "output_attentions: rewritten attention computes no weights that could be given out; leave it out, "
+    "and set it to false in the configuration"
+)
 
 ConfigClass = type[PreTrainedConfig]
 ModelClass = type[PreTrainedModel]
@@ -88,6 +94,19 @@ class _Rewritten(BoundedGeneration, LoadingHook):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _rebuild(cast(PreTrainedModel, self))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Raises:
+            UsageError: attention weights are asked for, which new attention does not give.
+        """
+        parent: Any = super()
+        asked = kwargs.get("output_attentions")
+        config: Any = cast(PreTrainedModel, self).config
+        if asked or (asked is None and getattr(config, "output_attentions", False)):
+            raise UsageError(NO_WEIGHTS)
+        return parent.__call__(*args, **kwargs)
 
     def missing_keys_filled(self) -> None:
         """Fill the tables of the new graphs, which loading has just emptied; the source's class knows its own only."""
@@ -153,6 +172,7 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, AnyConfig]) -
         quantizer.remove_quantization_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    forget_quantised_storage(model)
     for name in ("model_type", "auto_map"):
         config.__dict__.pop(name, None)
     share_class(config, config_class)

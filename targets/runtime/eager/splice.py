@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from attnedit.compiler.errors import UsageError
+
+_DROPOUT = ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout")
+"""What transformers' attention modules call their dropout of attention weights, the plainest name first."""
 
 
 def splice(model: nn.Module, graphs: Mapping[str, nn.Module]) -> None:
     """Put each graph in place of the attention module of its name, in place.
 
     Whatever the replaced module had and the graph does not use is gone, from ``state_dict`` too. Plain attributes
-    (``layer_idx``, ``is_sliding``, ``config``) are carried over, since decoder layers read them.
+    (``layer_idx``, ``is_sliding``, ``config``) are carried over, since decoder layers read them. So is the dropout of
+    attention weights, which new attention applies in training as the source does.
 
     Args:
         model: the live model.
@@ -30,5 +35,20 @@ def splice(model: nn.Module, graphs: Mapping[str, nn.Module]) -> None:
         for attribute, value in vars(replaced).items():
             if not attribute.startswith("_") and not hasattr(graph, attribute):
                 setattr(graph, attribute, value)
+        rate = dropout_rate(replaced)
+        parts: list[Any] = [part for part in graph.modules() if hasattr(type(part), "attention_dropout")]
+        for part in (graph, *parts):
+            part.attention_dropout = rate
         graph.train(replaced.training)
         model.set_submodule(name, graph)
+
+
+def dropout_rate(attention: nn.Module) -> float:
+    """Rate at which an attention module of a source drops attention weights in training, whether it trains or not."""
+    for name in _DROPOUT:
+        value = getattr(attention, name, None)
+        if isinstance(value, nn.Dropout):
+            return float(value.p)
+        if isinstance(value, int | float):
+            return float(value)
+    return 0.0

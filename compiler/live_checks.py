@@ -1,0 +1,93 @@
+"""What a live model must be before attnedit works on it, beyond its configuration: each refusal is one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from attnedit.compiler.errors import UsageError
+
+_QUANTISED = {
+    "torch.ao.nn.quantized": "torch's dynamic quantisation",
+    "torch.ao.nn.intrinsic.quantized": "torch's quantisation",
+    "optimum.quanto": "quanto",
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+}
+"""Packages whose modules or tensors stand for quantised weights."""
+
+
+def check_live(model: PreTrainedModel, name: str) -> None:
+    """Refuse a live model that could not be rewritten, saved or measured, before any work is done.
+
+    Args:
+        model: of transformers; looked at only.
+        name: what messages call it.
+
+    Raises:
+        UsageError: it is compiled, has adapters that are not merged, is quantised, has weights that are not in memory,
+            has no language-model head, or is to give out attention weights.
+    """
+    for place, module in model.named_modules():
+        where = f"{name}: {place or type(module).__name__}"
+        if hasattr(module, "_orig_mod"):
+            raise UsageError(f"{where} is compiled by torch.compile; give the model before that (its _orig_mod)")
+        if is_adapter(module):
+            raise UsageError(
+                f"{where} has an adapter ({type(module).__name__}) that is not merged; merge it first: "
+                "model = peft_model.merge_and_unload()"
+            )
+        _check_plain(module, where)
+    if any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
+        raise UsageError(f"{name} is a {type(model).__name__}; give the model in it, merged: merge_and_unload()")
+    if not model.can_generate():
+        raise UsageError(
+            f"{name} is a {type(model).__name__}, which has no language-model head; load it with AutoModelForCausalLM"
+        )
+    if getattr(model.config, "output_attentions", False):
+        raise UsageError(
+            f"the configuration of {name} has output_attentions, and rewritten attention computes no weights that "
+            "could be given out; set it to false"
+        )
+
+
+def check_in_memory(model: nn.Module, name: str) -> None:
+    """Refuse a model some of whose weights are elsewhere.
+
+    Raises:
+        UsageError: with the first such weight.
+    """
+    for key, value in model.named_parameters():
+        if value.is_meta:
+            raise UsageError(
+                f"{name}: {key} is not in memory (offloaded by device_map, or on meta); load the model whole on one "
+                "device, or go layer by layer: attnedit compile --low-memory, attnedit.compile_checkpoint"
+            )
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one that PEFT has put an adapter into."""
+    return any(
+        kind.__name__ == "BaseTunerLayer" and kind.__module__.startswith("peft.") for kind in type(module).__mro__
+    )
+
+
+def _check_plain(module: nn.Module, where: str) -> None:
+    things: list[tuple[str, Any]] = [("", module), *module.named_parameters(recurse=False)]
+    for key, thing in things:
+        for tensor in (thing, getattr(thing, "data", thing)):
+            kind = type(tensor).__module__
+            found = next((what for package, what in _QUANTISED.items() if _within(kind, package)), None)
+            if found is not None:
+                place = f"{where}.{key}" if key else where
+                raise UsageError(f"{place} is quantised by {found}; give the model before that, or dequantise it first")
+    for key, value in module.named_parameters(recurse=False):
+        if not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool:
+            raise UsageError(f"{where}.{key} is of {value.dtype}, a quantised weight; give the unquantised model")
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
