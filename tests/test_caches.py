@@ -79,7 +79,7 @@ def test_a_compiled_model_takes_what_it_was_made_from_takes() -> None:
 
 def test_a_model_without_a_cache_is_refused() -> None:
     assert cache_parameter(nn.Linear(1, 1)) is None
-    with pytest.raises(UsageError, match="Linear takes no cache"):
+    with pytest.raises(UsageError, match="Linear keeps no key-value cache"):
         with_cache(nn.Linear(1, 1), DynamicCache())
 
 

@@ -54,8 +54,8 @@ def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
     name = cache_parameter(model)
     if name is None:
         raise UsageError(
-            f"{type(model).__name__} takes no cache: its forward has no argument {', '.join(CACHE_NAMES)}; "
-            "give a causal language model with a key-value cache"
+            f"{type(model).__name__} keeps no key-value cache: its forward has no argument {', '.join(CACHE_NAMES)}; "
+            "give a causal language model that has one"
         )
     return {name: cache, "use_cache": True}
 
