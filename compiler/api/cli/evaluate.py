@@ -33,7 +33,7 @@ from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.retrieval import LENGTHS, OPTIONS, TRIALS, RetrievalScore, retrieval
 
-TextOption = Annotated[str, typer.Option(help="Text, jsonl or parquet file to evaluate on.")]
+TextOption = Annotated[str, typer.Option(help="Text, jsonl, json or parquet file to evaluate on.")]
 SeqLenOption = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 WindowsOption = Annotated[int, typer.Option(min=1, help="How many windows, from the start of the text.")]
 
@@ -41,7 +41,7 @@ WindowsOption = Annotated[int, typer.Option(min=1, help="How many windows, from 
 def evaluate(
     model: ModelArgument,
     text: Annotated[
-        str | None, typer.Option(help="Text, jsonl or parquet file to evaluate on; --retrieval can do without.")
+        str | None, typer.Option(help="Text, jsonl, json or parquet file to evaluate on; --retrieval can do without.")
     ] = None,
     seq_len: SeqLenOption = 1024,
     windows: WindowsOption = 40,
