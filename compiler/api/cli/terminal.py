@@ -54,8 +54,8 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 CalibrationOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text, jsonl, json or parquet file, or a dataset's name; without it the model's own samples. Several times "
-        "for a mixture, each NAME or NAME=WEIGHT."
+        help="Text, jsonl, json or parquet file, or a dataset's name; without it the model's own samples. Several "
+        "times for a mixture, each NAME or NAME=WEIGHT."
     ),
 ]
 CalibrationTokensOption = Annotated[int | None, typer.Option(min=2, help="How many calibration tokens to use.")]
