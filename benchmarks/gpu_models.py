@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnedit.compiler.capture import capture
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention import MLAConfig
 from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
@@ -175,7 +176,7 @@ class Models:
 def full_cache(model: PreTrainedModel, batch: int, length: int) -> StaticCache:
     """A static cache of `length` random tokens, the last of them still to come."""
     cache: StaticCache = bind_cache(model, StaticCache(model.config, length))
-    model(torch.ones((batch, 1), dtype=torch.long, device=model.device), past_key_values=cache, logits_to_keep=1)
+    model(torch.ones((batch, 1), dtype=torch.long, device=model.device), **with_cache(model, cache), logits_to_keep=1)
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
@@ -197,6 +198,6 @@ def step_seconds(model: PreTrainedModel, batch: int, length: int) -> float:
     def step() -> None:
         for layer in cache.layers:
             layer.cumulative_length.fill_(length - 1)
-        model(ids, past_key_values=cache, position_ids=positions)
+        model(ids, **with_cache(model, cache), position_ids=positions)
 
     return median_seconds(step, model.device.type, repeats=7)

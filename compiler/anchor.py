@@ -15,6 +15,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from attnedit.compiler.compatibility.caches import CACHE_NAMES
+from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD, EXPERTS_FIELD
 from attnedit.compiler.errors import CaptureError
 
 PROBE = "attnedit_probe"
@@ -29,7 +31,7 @@ _IGNORED = frozenset(
             "position_ids",
             "cache_position",
             "use_cache",
-            "past_key_values",
+            *CACHE_NAMES,
             "position_embeddings",
             "layer_idx",
         ),
@@ -310,7 +312,7 @@ def _configs(model: torch.nn.Module) -> list[Any]:
     waiting = [getattr(module, "config", None) for module in model.modules()]
     while waiting:
         config = waiting.pop()
-        if hasattr(config, "_attn_implementation_internal") and id(config) not in found:
+        if hasattr(config, ATTENTION_FIELD) and id(config) not in found:
             found[id(config)] = config
             waiting.extend(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
     return list(found.values())
@@ -330,10 +332,9 @@ def _configured(model: torch.nn.Module, field: str, name: str) -> Iterator[None]
 
 def attention_implementation(model: torch.nn.Module, name: str) -> contextlib.AbstractContextManager[None]:
     """Inside the block every configuration of `model` names the attention implementation `name`; restored always."""
-    # The private field: the setter checks the name against what the class supports and touches sub-configurations.
-    return _configured(model, "_attn_implementation_internal", name)
+    return _configured(model, ATTENTION_FIELD, name)
 
 
 def experts_implementation(model: torch.nn.Module, name: str) -> contextlib.AbstractContextManager[None]:
     """The same for the implementation of mixtures of experts."""
-    return _configured(model, "_experts_implementation_internal", name)
+    return _configured(model, EXPERTS_FIELD, name)

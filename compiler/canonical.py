@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attnedit.compiler.compatibility.torch_names import OpOverload, hint_of, schema_of
 from attnedit.compiler.dataflow import aten, is_size
 from attnedit.compiler.export import PROBE_DTYPE
 from attnedit.compiler.tracing import HINTS
@@ -51,7 +52,7 @@ def arguments_of(node: fx.Node, root: fx.GraphModule) -> dict[str, Any]:
         child, name = _child(node, root), str(node.target)
         bias = Weight(f"{name}.bias") if getattr(child, "bias", None) is not None else None
         return {"input": node.args[0], "weight": Weight(f"{name}.weight"), "bias": bias}
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
     result: dict[str, Any] = {}
@@ -72,7 +73,7 @@ def size_of(value: Any) -> Any:
     if isinstance(value, fx.Node) and is_size(value):
         value = value.meta["val"]
     if isinstance(value, torch.SymInt):
-        hint = value.node.hint
+        hint = hint_of(value)
         return HINTS.get(hint, hint)
     return value
 
@@ -88,7 +89,7 @@ def called(node: fx.Node) -> str:
     """What a node is, for messages."""
     if node.op == "placeholder":
         return f"the argument {node.target}"
-    if isinstance(node.target, str | torch._ops.OpOverload):
+    if isinstance(node.target, str | OpOverload):
         return str(node.target)
     return str(getattr(node.target, "__name__", node.target))
 

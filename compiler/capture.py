@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from attnedit.compiler.anchor import ANCHOR, attention_implementation
+from attnedit.compiler.compatibility.torch_names import pytree, temporary_buffers
 from attnedit.compiler.dataflow import anchors, structure_hash
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.export import Exported, export_attention, export_program, shadow
@@ -209,11 +209,11 @@ def _assemble(module: torch.nn.Module, graph: fx.Graph, constants: Any, layer: i
             # A model that is about to be loaded has its tables on meta, and nobody but the source's class fills them.
             known = value is not None and not (value.is_meta and node.target in constants)
             targets[node.target] = value if known else constants[node.target]
-            if value is None or name in holder._non_persistent_buffers_set:
+            if value is None or name in temporary_buffers(holder):
                 temporary.append((owner, name))
     result = fx.GraphModule(targets, copied, class_name=type(module).__name__)
     for owner, name in temporary:
-        result.get_submodule(owner)._non_persistent_buffers_set.add(name)
+        temporary_buffers(result.get_submodule(owner)).add(name)
     # Decoder layers and caches read plain attributes such as layer_idx or is_causal.
     plain = (bool, int, float, str, type(None))
     for name, value in vars(module).items():
@@ -262,7 +262,7 @@ def capture_model(model: torch.nn.Module) -> fx.GraphModule:
     for name, _ in list(result.named_buffers()):
         if name not in persistent:
             owner, _, attribute = name.rpartition(".")
-            result.get_submodule(owner)._non_persistent_buffers_set.add(attribute)
+            temporary_buffers(result.get_submodule(owner)).add(attribute)
     result.graph.lint()
     return result
 

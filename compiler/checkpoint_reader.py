@@ -18,16 +18,17 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+from transformers.utils import logging as transformers_logging
+
+from attnedit.compiler.compatibility.transformers_names import (
+    LoadStateDictConfig,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dtype_plan,
+    get_model_conversion_mapping,
     rename_source_key,
 )
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
-
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.source_checks import check_weights
 
@@ -79,7 +80,7 @@ class CheckpointReader:
         self._config = LoadStateDictConfig(
             device_map={"": device},
             dtype=model.dtype,
-            dtype_plan=model._get_dtype_plan(model.dtype),
+            dtype_plan=dtype_plan(model),
             weight_mapping=mapping,
         )
         self._untie_what_differs()

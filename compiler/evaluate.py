@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import given_cache, with_cache
 from attnedit.compiler.data import context_length, position_limit
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.forwards import evaluation_mode
+from attnedit.compiler.intervals import Interval, exponential, interval_of_exponential
+from attnedit.compiler.logits import token_losses
 from attnedit.compiler.meta import runnable_on_meta
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.source_checks import embedding_weight
-
-#: Positions whose logits are held in float32 at once.
-_LOSS_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,16 @@ class Perplexity:
         loss: mean negative log-likelihood in nats.
         tokens: how many were predicted.
         windows: how many windows they come from.
+        interval: 95 % bootstrap interval of ``perplexity`` over the windows; None for one window.
     """
 
     perplexity: float
     loss: float
     tokens: int
     windows: int
+    interval: Interval
 
 
-@torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,
     tokens: torch.Tensor,
@@ -57,15 +57,32 @@ def perplexity(
         tokens: int64 [number of tokens], the whole text in order.
         seq_len: window length, at least 2.
         windows: how many; the text must be long enough for all.
-        batch: windows per forward pass; more than one costs memory for their logits.
+        batch: windows per forward pass; more than one costs memory for their hidden states.
         progress: told after every forward pass.
 
     Raises:
         UsageError: the text is too short, the windows too long for the model, or an argument makes no sense.
         AttneditError: the model's loss is not finite.
     """
-    if seq_len < 2 or windows < 1 or batch < 1:
-        raise UsageError(f"seq_len {seq_len}, windows {windows}, batch {batch}: at least 2, 1 and 1 are needed")
+    rows = text_windows(model, tokens, seq_len=seq_len, windows=windows)
+    return mean_perplexity(window_losses(model, rows, batch=batch, progress=progress))
+
+
+def mean_perplexity(losses: Tensor) -> Perplexity:
+    """Perplexity of what `window_losses` returned, float32 [N, T - 1]."""
+    means = losses.to(torch.float64).mean(1)
+    loss = float(means.mean())
+    return Perplexity(exponential(loss), loss, losses.numel(), len(losses), interval_of_exponential(means))
+
+
+def text_windows(model: PreTrainedModel, tokens: Tensor, *, seq_len: int, windows: int) -> Tensor:
+    """The windows of `perplexity`, int64 [N, T]: N is ``windows``, T ``seq_len``.
+
+    Raises:
+        UsageError: the text is too short, the windows too long for the model, or an argument makes no sense.
+    """
+    if seq_len < 2 or windows < 1:
+        raise UsageError(f"seq_len {seq_len}, windows {windows}: at least 2 and 1 are needed")
     limit = position_limit(model)
     if limit is not None and seq_len > limit:
         raise UsageError(
@@ -78,29 +95,38 @@ def perplexity(
             f"{windows * seq_len}; give a longer text, or ask for "
             + (f"at most {available} windows" if available else "shorter windows")
         )
-    embedding = embedding_weight(model)
+    count = len(embedding_weight(model))
     rows = tokens.flatten()[: windows * seq_len].view(windows, seq_len)
-    if int(rows.max()) >= embedding.shape[0] or int(rows.min()) < 0:
+    if int(rows.max()) >= count or int(rows.min()) < 0:
         raise UsageError(
-            f"the evaluation text holds token id {int(rows.max())}, and the model has {embedding.shape[0]} embeddings; "
+            f"the evaluation text holds token id {int(rows.max())}, and the model has {count} embeddings; "
             f"give the tokenizer the model was trained with"
         )
-    total = 0.0
-    for chunk in track(rows.split(batch), "evaluate", progress):
-        total += _loss(model, chunk.to(embedding.device))
-    count = windows * (seq_len - 1)
-    loss = total / count
-    if not math.isfinite(loss):
-        raise AttneditError(f"the model's loss on the evaluation text is {loss}; its outputs are broken")
-    return Perplexity(math.exp(min(loss, 700.0)), loss, count, windows)
+    return rows
 
 
-def _loss(model: PreTrainedModel, rows: torch.Tensor) -> float:
-    """Sum of the negative log-likelihoods of tokens 2 and on of each row, in float32."""
-    logits = model(rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-    targets = rows[:, 1:].flatten()
-    pieces = zip(logits.split(_LOSS_CHUNK), targets.split(_LOSS_CHUNK), strict=True)
-    return sum(float(functional.cross_entropy(piece.float(), goal, reduction="sum")) for piece, goal in pieces)
+def window_losses(model: PreTrainedModel, rows: Tensor, *, batch: int = 1, progress: Progress | None = None) -> Tensor:
+    """Negative log-likelihoods in nats of tokens 2 to T of windows, float32 [N, T - 1] on the CPU.
+
+    Args:
+        model: causal language model.
+        rows: token ids [N, T], of `text_windows`.
+        batch: windows per forward pass.
+        progress: told after every forward pass.
+
+    Raises:
+        UsageError: batch is less than 1.
+        AttneditError: a loss is not finite.
+    """
+    if batch < 1:
+        raise UsageError(f"batch {batch}: at least 1 window goes through the model at once")
+    device = embedding_weight(model).device
+    chunks = track(rows.split(batch), "evaluate", progress)
+    losses = torch.cat([token_losses(model, chunk.to(device)).cpu() for chunk in chunks])
+    broken = losses[~losses.isfinite()]
+    if len(broken):
+        raise AttneditError(f"the model's loss on the evaluation text is {float(broken[0])}; its outputs are broken")
+    return losses
 
 
 @dataclass(frozen=True)
@@ -143,7 +169,7 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     try:
         # In training, checkpointed layers keep no cache.
         with evaluation_mode(model), runnable_on_meta(model):
-            used = getattr(model(ids, past_key_values=cache, use_cache=True), "past_key_values", None)
+            used = given_cache(model(ids, **with_cache(model, cache)))
     except ValueError as error:  # some families accept a cache class of their own only
         raise UsageError(f"{type(model).__name__} does not work with a transformers DynamicCache: {error}") from error
     config = model.config.get_text_config(decoder=True)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
-from torch._dynamo.exc import TorchDynamoException
 from transformers import Cache
 
 from attnedit.compiler.anchor import ANCHOR
+from attnedit.compiler.compatibility.torch_names import HigherOrderOperator, TorchDynamoException, forward_hooks, pytree
+from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD
 from attnedit.compiler.dataflow import Evaluator, where
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.forwards import PAST
@@ -73,10 +73,10 @@ def shadow(
         config = getattr(child, "config", None)
         if config is not None and id(config) not in memo:
             twin = copy.copy(config)
-            if hasattr(twin, "_attn_implementation_internal"):
-                twin._attn_implementation_internal = implementation
+            if hasattr(twin, ATTENTION_FIELD):
+                setattr(twin, ATTENTION_FIELD, implementation)
             memo[id(config)] = twin
-    hooks = {id(hook): hook for child in module.modules() for hook in child._forward_hooks.values()}
+    hooks = {id(hook): hook for child in module.modules() for hook in forward_hooks(child)}
     memo.update(hooks)
     return copy.deepcopy(module, memo).eval()
 
@@ -241,7 +241,7 @@ def _assemble(
                 arguments.append(new)
         elif node.op == "output":
             graph.output(_output(structure, [values[n] for n in node.args[0]]))
-        elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
             raise CaptureError(f"{where(node)} is the higher-order op {node.target}; cannot rewrite it")
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from transformers import DynamicCache
 
 from attnedit.compiler.anchor import PROBE, attention_implementation, experts_implementation
+from attnedit.compiler.compatibility.caches import cache_parameter, with_cache
+from attnedit.compiler.compatibility.torch_names import own_buffers, pytree
+from attnedit.compiler.compatibility.transformers_names import supports_sdpa
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.recorder import BATCH, LENGTH, Frame, Recorder
 
@@ -71,7 +73,7 @@ def probe_inputs(model: torch.nn.Module, length: int = LENGTH) -> dict[str, torc
 @contextlib.contextmanager
 def probing(model: torch.nn.Module) -> Iterator[None]:
     """For forwards of a live model under the probe backend; a failure becomes a CaptureError."""
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    buffers = [(module, dict(own_buffers(module))) for module in model.modules()]
     try:
         with (
             torch.no_grad(),
@@ -81,7 +83,7 @@ def probing(model: torch.nn.Module) -> Iterator[None]:
         ):
             if next(model.parameters()).is_meta:
                 for module, tables in buffers:  # some mix them with what is computed
-                    module._buffers.update({n: b if b is None else b.to("meta") for n, b in tables.items()})
+                    own_buffers(module).update({n: b if b is None else b.to("meta") for n, b in tables.items()})
                 # The default, grouped_mm, has a meta kernel for bfloat16 only.
                 stack.enter_context(experts_implementation(model, "batched_mm"))
             yield
@@ -92,7 +94,7 @@ def probing(model: torch.nn.Module) -> Iterator[None]:
         ) from error
     finally:
         for module, before in buffers:  # some move their tables to where the tokens are
-            module._buffers.update(before)
+            own_buffers(module).update(before)
 
 
 class _RecordingCache(DynamicCache):
@@ -121,19 +123,19 @@ def cached_calls(model: torch.nn.Module) -> dict[str, CachedCall]:
 
     Empty where the model takes no cache.
     """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if cache_parameter(model) is None:
         return {}
     recorder = Recorder(model)
-    cache = _RecordingCache(recorder, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    cache = _RecordingCache(recorder, "sdpa" if supports_sdpa(model) else "eager")
     with probing(model):
         inputs = probe_inputs(model, PAST + LENGTH)
         first = {name: value[:, :PAST] for name, value in inputs.items()}
-        model(**first, past_key_values=cache, use_cache=True)
+        model(**first, **with_cache(model, cache))
         rest = {name: value[:, PAST:] for name, value in inputs.items() if name != "attention_mask"}
         if "attention_mask" in inputs:
             rest["attention_mask"] = inputs["attention_mask"]
         with recorder.watching(model):
-            model(**rest, past_key_values=cache, use_cache=True)
+            model(**rest, **with_cache(model, cache))
     return cache.calls
 
 

@@ -15,6 +15,7 @@ from torch.fx.passes.tools_common import stable_topological_sort
 
 from attnedit.compiler import provenance
 from attnedit.compiler.canonical import Weight, size_of
+from attnedit.compiler.compatibility.torch_names import hint_of
 from attnedit.compiler.dataflow import anchors, aten, is_size, value_ancestors, where
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.export import PROBE_DTYPE
@@ -76,7 +77,7 @@ def graft(
     traced = _trace(state, rewrite, match, binding, new, sources, memo)
     _check_outputs(traced, binding, where_)
     _check_settings(traced, binding, where_)
-    root = fx.GraphModule(state.root, copy.deepcopy(state.root.graph), class_name=state.root._get_name())
+    root = fx.GraphModule(state.root, copy.deepcopy(state.root.graph), class_name=type(state.root).__name__)
     # The graph is copied so that whoever holds the old root still has what was there before.
     twin = dict(zip(state.root.graph.nodes, root.graph.nodes, strict=True))
     outputs = tuple(twin[node] for node in binding.outputs)
@@ -103,7 +104,7 @@ def graft(
     # Inputs of the replacement may stand later in the graph than what it replaces.
     stable_topological_sort(root)
     root.graph.lint()
-    result_root = fx.GraphModule(root, root.graph, class_name=root._get_name())  # takes along only what is used
+    result_root = fx.GraphModule(root, root.graph, class_name=type(root).__name__)  # takes along only what is used
     result_root.train(state.root.training)
     state.root = result_root
     return tuple(result.name for result in results)
@@ -168,7 +169,7 @@ def _trace(
     dynamic: dict[str, dict[int, Any]] = {}
     for name, source in sources.items():
         value = state.module.get_parameter(source.name) if isinstance(source, Weight) else source.meta["val"]
-        shape = [size.node.hint if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
+        shape = [hint_of(size) for size in value.shape]
         free = {i: torch.export.Dim.AUTO for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
         if source is sources.get("_mask") and shape[-1] == LENGTH:
             shape[-1] += PAST  # a mask is as long as what `cache` returns

@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import fx
+
+from attnedit.compiler.compatibility.torch_names import OpOverload
 
 
 def as_text(module: fx.GraphModule) -> str:
@@ -32,7 +33,7 @@ def node_names(graph: fx.Graph) -> dict[fx.Node, str]:
 
 def target_text(target: Any) -> str:
     """What a node calls."""
-    if isinstance(target, str | torch._ops.OpOverload):
+    if isinstance(target, str | OpOverload):
         return str(target)
     return f"{target.__module__}.{target.__qualname__}".replace("_VariableFunctionsClass.", "")
 

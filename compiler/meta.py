@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from attnedit.compiler.anchor import experts_implementation
+from attnedit.compiler.compatibility.torch_names import TorchDispatchMode
 
 
 @contextmanager

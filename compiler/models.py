@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
+from attnedit.compiler.compatibility.torch_names import own_buffers, temporary_buffers
 from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.gguf_reading import shared_gguf_reader
@@ -186,8 +187,8 @@ def load_config_only(
             built = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **asked))
         built.tie_weights()  # making parameters meta has parted what was tied
         for module in built.modules():
-            for key in module._buffers.keys() - module._non_persistent_buffers_set:
-                module._buffers[key] = module.get_buffer(key).to("meta")  # a weight in all but name
+            for key in own_buffers(module).keys() - temporary_buffers(module):
+                own_buffers(module)[key] = module.get_buffer(key).to("meta")  # a weight in all but name
     except _errors(location) as error:
         raise _cannot_read("the configuration of", location, error) from error
     built.eval()

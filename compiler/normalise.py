@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
+from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.dataflow import anchors, is_tensor, sources, value_inputs
 
 aten = torch.ops.aten

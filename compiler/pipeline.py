@@ -184,7 +184,7 @@ def _fit(
             run_fit(rewrite, done.match, Batches(done, kept))
 
     sites = [record.site for record in records if record.site.name in applied]
-    stream(inputs.model, sites, inputs.windows(), visit, progress=progress, stage=f"fit {rewrite.name}")
+    stream(inputs.model, sites, [inputs.windows()], visit, progress=progress, stage=f"fit {rewrite.name}")
 
 
 def _verify(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from attnedit.compiler.anchor import (
     MaskWindow,
@@ -20,6 +19,7 @@ from attnedit.compiler.anchor import (
     mask_window,
     recording_windows,
 )
+from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.forwards import CachedCall, bound, cached_calls, probe_inputs, probing
 from attnedit.compiler.recorder import Attention, Frame, Produced, Recorder

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import fx
-from torch.fx.traceback import NodeSource, NodeSourceAction
+
+from attnedit.compiler.compatibility.torch_names import NodeSource, NodeSourceAction
 
 
 def mark(fresh: Iterable[fx.Node], replaced: fx.Node, rule: str) -> None:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnedit.compiler.anchor import InterfaceCall
+from attnedit.compiler.compatibility.torch_names import TorchDispatchMode, pytree
 
 BATCH, LENGTH = 2, 11  # two primes that no head count, group count or number of experts is likely to be at once
 

@@ -174,6 +174,9 @@ class Report(BaseModel):
         context_length: the length that layers with a window are averaged over.
         calibration: where the data came from.
         calibration_tokens: how many were used.
+        calibration_length: tokens of the longest windows that the closed form was fitted on; None where nothing was.
+        calibration_windows: how many of each length.
+        training_length: tokens of the windows that it was trained on; None where it was not.
         seconds: per stage, in order.
         peak_memory_bytes: of the process, at the end.
         full_layers: layers that kept every token in the cache, where others got a window; None elsewhere.
@@ -200,6 +203,9 @@ class Report(BaseModel):
     context_length: int
     calibration: str = ""
     calibration_tokens: int = 0
+    calibration_length: int | None = None
+    calibration_windows: str = ""
+    training_length: int | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int = 0
     full_layers: list[int] | None = None
@@ -279,7 +285,8 @@ class Report(BaseModel):
             f"budget {self.kv_budget_achieved:.4g}{asked} at {self.context_length:,} tokens"
         ]
         if self.calibration:
-            lines.append(f"calibrated {self.calibration_tokens:,} tokens of {self.calibration}")
+            windows = f" in windows: {self.calibration_windows}" if self.calibration_windows else ""
+            lines.append(f"calibrated {self.calibration_tokens:,} tokens of {self.calibration}{windows}")
         for done in self.stages:
             speed = done.tokens / max(done.seconds, 1e-9)
             rate = f" at rate {done.learning_rate:.2g}" if done.learning_rate else ""

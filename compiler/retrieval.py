@@ -5,19 +5,21 @@ Scored by which of eight words the model thinks likeliest next, so that a small 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.compiler.data import position_limit
+from attnedit.compiler.data import position_limit, served_length
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.intervals import Interval, interval_of_mean
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.source_checks import embedding_weight
 
-LENGTHS = (1024, 2048, 4096, 8192)
+LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRIALS = 4
 OPTIONS = 8
@@ -57,16 +59,64 @@ class RetrievalScore:
     trials: int
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class LengthScore:
+    """Result at one length over all depths.
+
+    Attributes:
+        length: tokens of the whole prompt.
+        accuracy: share of prompts in which the right word was the likeliest of `OPTIONS`.
+        interval: its 95 % bootstrap interval over prompts; None for one prompt.
+        prompts: how many.
+        difference: accuracy less that of the model compared with, on the same prompts; None without one.
+        difference_interval: 95 % bootstrap interval of the difference over prompts, paired.
+    """
+
+    length: int
+    accuracy: float
+    interval: Interval
+    prompts: int
+    difference: float | None = None
+    difference_interval: Interval = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question about one text.
+
+    Attributes:
+        length: tokens of the whole prompt.
+        depth: where the fact stands, as a fraction of the text before the question.
+        ids: token ids [length].
+        options: first tokens of the words to choose from [OPTIONS], the right one first.
+    """
+
+    length: int
+    depth: float
+    ids: Tensor
+    options: Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model made of a prompt: whether the right word was the likeliest, and its share among all."""
+
+    length: int
+    depth: float
+    found: bool
+    probability: float
+
+
 def retrieval(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     filler: Tensor,
     *,
-    lengths: Iterable[int] = LENGTHS,
+    lengths: Iterable[int] | None = None,
     depths: Iterable[float] = DEPTHS,
     trials: int = TRIALS,
     seed: int = 0,
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> list[RetrievalScore]:
     """Score a model at every length and depth.
@@ -75,38 +125,137 @@ def retrieval(
         model: causal language model.
         tokenizer: the model's.
         filler: token ids [M] of any text, repeated if it is short.
-        lengths: tokens per prompt.
+        lengths: tokens per prompt; of `LENGTHS` those that the model serves unless told.
         depths: places of the fact, 0 (start) to 1 (right before the question).
         trials: prompts per length and depth, each with its own fact, words and piece of the filler.
         seed: same seed, same prompts.
-        progress: told after every prompt.
+        batch: prompts of one length per forward pass.
+        progress: told after every forward pass.
 
     Raises:
         UsageError: a length is beyond the model or too short for fact and question, or the tokenizer splits words so
             that they start alike.
     """
+    lengths = default_lengths(model) if lengths is None else list(lengths)
+    check_lengths(model, lengths)
+    prompts = retrieval_prompts(tokenizer, filler, lengths=lengths, depths=depths, trials=trials, seed=seed)
+    return scores(answers(model, prompts, batch=batch, progress=progress))
+
+
+def retrieval_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Tensor,
+    *,
+    lengths: Iterable[int],
+    depths: Iterable[float] = DEPTHS,
+    trials: int = TRIALS,
+    seed: int = 0,
+) -> list[Prompt]:
+    """The prompts of `retrieval`, which has the same arguments and errors, for more than one model to answer."""
     lengths, depths = list(lengths), list(depths)
     if trials < 1 or not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
         raise UsageError("retrieval needs at least one length, one depth between 0 and 1, and one trial")
-    limit = position_limit(model)
-    if limit is not None and max(lengths) > limit:
-        raise UsageError(f"retrieval at {max(lengths)} tokens: the model has {limit} positions; ask for at most that")
+    if len(set(lengths)) < len(lengths) or len(set(depths)) < len(depths):
+        raise UsageError(f"retrieval at lengths {lengths} and depths {depths}: give each once")
     words = _distinct_words(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     cases = [(length, depth) for length in lengths for depth in depths for _ in range(trials)]
-    hits: dict[tuple[int, float], list[tuple[bool, float]]] = {}
+    return [
+        Prompt(length, depth, *_prompt(tokenizer, filler, words, length, depth, generator)) for length, depth in cases
+    ]
+
+
+def check_lengths(model: PreTrainedModel, lengths: Iterable[int]) -> None:
+    """Refuse lengths beyond a model, before prompts are made.
+
+    Raises:
+        UsageError: one has more tokens than the model has positions.
+    """
+    limit, longest = position_limit(model), max(lengths, default=0)
+    if limit is not None and longest > limit:
+        raise UsageError(f"retrieval at {longest} tokens: the model has {limit} positions; ask for at most that")
+
+
+def check_prompts(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that a model cannot answer.
+
+    Raises:
+        UsageError: a prompt is longer than the model's positions, or has tokens that it lacks.
+    """
+    check_lengths(model, (prompt.length for prompt in prompts))
+    count = len(embedding_weight(model))
+    if max(int(prompt.ids.max()) for prompt in prompts) >= count:
+        raise UsageError(
+            f"the retrieval prompts hold tokens that the model lacks: it has {count} embeddings; "
+            f"give the tokenizer the model was trained with"
+        )
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel, prompts: Sequence[Prompt], *, batch: int = 1, progress: Progress | None = None
+) -> list[Answer]:
+    """Let a model answer prompts; the answers stand in their order.
+
+    Args:
+        model: causal language model.
+        prompts: of `retrieval_prompts`.
+        batch: prompts of one length per forward pass.
+        progress: told after every forward pass.
+
+    Raises:
+        UsageError: a prompt is longer than the model's positions, or has tokens that it lacks; batch is less than 1.
+    """
+    if batch < 1:
+        raise UsageError(f"batch {batch}: at least 1 prompt goes through the model at once")
+    check_prompts(model, prompts)
     device = embedding_weight(model).device
-    for length, depth in track(cases, "retrieve", progress):
-        ids, options = _prompt(tokenizer, filler, words, length, depth, generator)
-        logits = model(ids[None].to(device), use_cache=False, logits_to_keep=1).logits[0, -1]
-        share = logits[options.to(device)].double().softmax(0)  # the right word stands first
-        hits.setdefault((length, depth), []).append((int(share.argmax()) == 0, float(share[0])))
+    alike = [list(group) for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.length)]
+    batches = [part[start : start + batch] for part in alike for start in range(0, len(part), batch)]
+    found = []
+    for part in track(batches, "retrieve", progress):
+        ids = torch.stack([prompt.ids for prompt in part]).to(device)
+        logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        options = torch.stack([prompt.options for prompt in part]).to(device)
+        for prompt, share in zip(part, logits.gather(1, options).double().softmax(1).cpu(), strict=True):
+            found.append(Answer(prompt.length, prompt.depth, int(share.argmax()) == 0, float(share[0])))
+    return found
+
+
+def scores(found: Sequence[Answer]) -> list[RetrievalScore]:
+    """Sum up answers by length and depth."""
+    cases: dict[tuple[int, float], list[Answer]] = {}
+    for answer in found:
+        cases.setdefault((answer.length, answer.depth), []).append(answer)
     return [
         RetrievalScore(
-            length, depth, sum(hit for hit, _ in found) / trials, sum(share for _, share in found) / trials, trials
+            *case, sum(a.found for a in part) / len(part), sum(a.probability for a in part) / len(part), len(part)
         )
-        for (length, depth), found in hits.items()
+        for case, part in cases.items()
     ]
+
+
+def scores_by_length(found: Sequence[Answer], against: Sequence[Answer] | None = None) -> list[LengthScore]:
+    """Sum up answers by length, beside those of another model on the same prompts if there are any."""
+    rows = []
+    for length in dict.fromkeys(answer.length for answer in found):
+        hits = _hits(found, length)
+        row = LengthScore(length, float(hits.mean()), interval_of_mean(hits), len(hits))
+        if against is not None:
+            gain = hits - _hits(against, length)
+            row = replace(row, difference=float(gain.mean()), difference_interval=interval_of_mean(gain))
+        rows.append(row)
+    return rows
+
+
+def _hits(found: Sequence[Answer], length: int) -> Tensor:
+    return torch.tensor([float(answer.found) for answer in found if answer.length == length], dtype=torch.float64)
+
+
+def default_lengths(model: PreTrainedModel) -> list[int]:
+    """Those of `LENGTHS` that a model serves where nothing else is said (`served_length`); at least one."""
+    served = served_length(model)
+    return [length for length in LENGTHS if length <= served] or [served]
 
 
 def _distinct_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
+from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.dataflow import Evaluator, aten, is_tensor, sources, value_ancestors, value_inputs, where
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.sites import AttentionSite, Rope

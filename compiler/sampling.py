@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.source_checks import embedding_weight
@@ -50,7 +51,7 @@ def sample_windows(
     of at least 256 tokens when that fills the batch.
 
     Args:
-        model: any causal language model that takes ``past_key_values``.
+        model: any causal language model that takes a cache.
         tokenizer: for the first token, where the configuration names none.
         count: N windows.
         length: L tokens each, the first token counted.
@@ -83,7 +84,7 @@ def sample_windows(
         for position in range(length - 1):
             report("sample calibration text", done, total)
             call = {**keep, **position_ids(model, tokens, position)}
-            logits = sampled(tokens, past_key_values=cache, use_cache=True, **call).logits[:, -1].float()
+            logits = sampled(tokens, **with_cache(sampled, cache), **call).logits[:, -1].float()
             if not bool(torch.isfinite(logits.sum())):
                 raise UsageError("the model's logits are not finite, so it cannot be sampled; give calibration text")
             tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.sites import AttentionSite
@@ -71,7 +71,7 @@ class Stream:
     Args:
         model: live model in eval mode; left as it was.
         layers: its decoder layers. Apart from those that run, their weights may be on meta.
-        windows: token ids [N, T], int64, no padding.
+        windows: token ids [N, T] of each length T, int64, no padding.
         exact: compute hidden states in the model's dtype. If not, matrix products of the layers are in bfloat16 on a
             processor that is faster so; attention modules still get the same arguments as their layer's.
 
@@ -80,25 +80,31 @@ class Stream:
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, *, exact: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: nn.ModuleList, windows: Sequence[Tensor], *, exact: bool = True
+    ) -> None:
         device = embedding_weight(model).device
         self._model, self._layers = model, layers
-        self._batches = _enter(model, layers, windows)
+        self._parts = [_enter(model, layers, rows) for rows in windows]
         fast = not exact and device.type == "cpu" and fast_bfloat16()
-        self._probe = _enter(model, layers, windows[:1, :2])[0] if fast else None
+        self._probe = _enter(model, layers, windows[0][:1, :2])[0] if fast else None
 
     @property
-    def hidden(self) -> Tensor:
-        """Hidden states [N, T, D] before the next layer."""
-        return torch.cat([batch.hidden for batch in self._batches])
+    def hidden(self) -> list[Tensor]:
+        """Hidden states [N, T, D] before the next layer, of each length."""
+        return [torch.cat([batch.hidden for batch in part]) for part in self._parts]
 
-    def skip_to(self, index: int, hidden: Tensor) -> None:
-        """Go on before layer `index` with the hidden states [N, T, D] known from an earlier stream."""
-        sizes = [len(batch.hidden) for batch in self._batches]
-        for batch, part in zip(self._batches, hidden.split(sizes), strict=True):
-            # A copy: where a tensor begins in memory may decide how its products are rounded.
-            batch.hidden = part.to(batch.hidden.device, copy=True)
-            batch.calls = {layer: call for layer, call in batch.calls.items() if layer >= index}
+    def skip_to(self, index: int, hidden: Sequence[Tensor]) -> None:
+        """Go on before layer `index` with the hidden states [N, T, D] of each length known from an earlier stream."""
+        for part, states in zip(self._parts, hidden, strict=True):
+            for batch, rows in zip(part, states.split([len(batch.hidden) for batch in part]), strict=True):
+                # A copy: where a tensor begins in memory may decide how its products are rounded.
+                batch.hidden = rows.to(batch.hidden.device, copy=True)
+                batch.calls = {layer: call for layer, call in batch.calls.items() if layer >= index}
+
+    @property
+    def _batches(self) -> list[_Batch]:
+        return [batch for part in self._parts for batch in part]
 
     def advance(self, index: int) -> None:
         """Go through layer `index`, the next one."""
@@ -135,7 +141,7 @@ class Stream:
 def stream(
     model: PreTrainedModel,
     sites: list[AttentionSite],
-    windows: Tensor,
+    windows: Sequence[Tensor],
     visit: Visit,
     *,
     progress: Progress | None = None,
@@ -147,7 +153,7 @@ def stream(
     Args:
         model: live source model in eval mode; left as it was.
         sites: sites to visit, all in one list of decoder layers.
-        windows: token ids [N, T], int64, no padding.
+        windows: token ids [N, T] of each length T, int64, no padding.
         visit: must consume `inputs`; while it iterates, each batch's layer runs once.
         progress: told of every layer.
         stage: name under which progress is told.

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from attnedit.compiler.anchor import ANCHOR
+from attnedit.compiler.compatibility.torch_names import FakeTensor, HigherOrderOperator, pytree
 from attnedit.compiler.errors import CaptureError, RewriteError
 from attnedit.compiler.export import PROBE_DTYPE, export_program, record_children, shadow
 from attnedit.compiler.forwards import PAST as PROBED_PAST
@@ -267,7 +266,7 @@ def _assemble(
         elif node.op == "output":
             outputs = [values[n] for n in node.args[0]]
             graph.output(tuple(outputs))
-        elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
             raise RewriteError(f"{where}: {node.target} cannot be part of a graph; write plain torch code")
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])

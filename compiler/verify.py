@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import VerificationError
 from attnedit.compiler.report import Verification
 from attnedit.compiler.sampling import position_ids
@@ -22,12 +24,12 @@ LENGTH = 48
 
 
 def check_tokens(
-    windows: Tensor | None, model: PreTrainedModel, window: int = 0, device: torch.device | None = None
+    windows: Sequence[Tensor] | None, model: PreTrainedModel, window: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """A short prompt [1, T], longer than `window`: the start of the calibration data, or token ids 0, 1, 2, ..."""
+    """A short prompt [1, T], longer than `window`: the start of a longest calibration window, or made-up ids."""
     device = device or next(model.parameters()).device
     if windows is not None:
-        return windows[:1, : LENGTH + window].to(device)
+        return windows[0][:1, : LENGTH + window].to(device)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids: Tensor = (torch.arange(LENGTH, device=device) * 7919 % vocabulary)[None]
     return ids
@@ -105,7 +107,7 @@ def _decoded(model: PreTrainedModel, ids: Tensor, few_passes: bool) -> tuple[Ten
     ends = [first, ids.shape[1] - 1, ids.shape[1]] if few_passes else range(first, ids.shape[1] + 1)
     for start, stop in itertools.pairwise([0, *ends]):
         part = ids[:, start:stop]
-        call = {"past_key_values": cache, "use_cache": True, **position_ids(model, part, start)}
+        call = {**with_cache(model, cache), **position_ids(model, part, start)}
         steps.append(model(part, **call).logits)
     return prefill, torch.cat(steps, 1)
 

@@ -6,7 +6,7 @@ not change with it, so only the layers from there on are run again: L layers cos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import Walk, decoder_layers, replaced_forward
+from attnedit.passes.repeats import with_repeats
 
-SEQUENCES = 4
-"""Calibration windows that the loss is measured on."""
+MEASURED_LONG, MEASURED = 1, 8
+"""Windows that losses are measured on: of each longer length, and of the shortest."""
 _CHUNK = 128
 """Positions whose distributions are held in float32 at once."""
 
@@ -27,9 +28,8 @@ def loss_increases(
     model: PreTrainedModel,
     sites: list[AttentionSite],
     graphs: Mapping[str, fx.GraphModule],
-    windows: Tensor,
+    rows: Sequence[Tensor],
     *,
-    sequences: int = SEQUENCES,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Mean divergence per token, in nats, of the model with one layer's attention replaced.
@@ -38,8 +38,7 @@ def loss_increases(
         model: the live source in eval mode; left as it was.
         sites: the attention sites to try.
         graphs: the replacement of each, by the site's name.
-        windows: token ids [N, T], int64, no padding; the first `sequences` are used.
-        sequences: how many to measure on.
+        rows: windows to measure on, token ids [1, T] of any lengths, int64, no padding; see `measured_rows`.
         progress: told of every layer of every sequence.
 
     Returns:
@@ -49,22 +48,47 @@ def loss_increases(
         CaptureError: the layers exchange more than hidden states.
     """
     layers, by_layer = decoder_layers(model, sites)
-    windows = windows[:sequences]
     report = progress or silent
     total = dict.fromkeys((site.name for site in sites), 0.0)
-    steps, done = len(windows) * len(sites), 0
+    steps, done = len(rows) * len(sites), 0
     report("measure layers", done, steps)
-    for row in windows.split(1):
+    for row in rows:
         walk = Walk(model, layers, row)
         expected = walk.logits()[0]
         for index in range(max(by_layer) + 1):
             if site := by_layer.get(index):
                 with replaced_forward(model.get_submodule(site.name), graphs[site.name].forward):
-                    total[site.name] += _divergence(expected, walk.logits()[0]) / len(windows)
+                    total[site.name] += _divergence(expected, walk.logits()[0]) / len(rows)
                 done += 1
                 report("measure layers", done, steps)
             walk.advance()
     return total
+
+
+def measured_rows(windows: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Split calibration windows into those that layers are fitted on and those that their losses are measured on.
+
+    Passages come again in the measured long windows, thousands of tokens later, and in every second short one: a few
+    layers do what copying takes (induction heads, arXiv 2209.11895), and ordinary text hardly shows what it costs to
+    lose them.
+
+    Args:
+        windows: token ids [N, T] of each length T, longest first.
+        seed: of the repeated passages.
+
+    Returns:
+        What is left for fitting, of each length; rows [1, T] to measure on. Of a length with one window both have it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    left, rows = [], []
+    for part in windows:
+        long = len(windows) > 1 and part is not windows[-1]
+        held = min(MEASURED_LONG if long else MEASURED, max(1, len(part) // 3))
+        left.append(part[: len(part) - held] if len(part) > held else part)
+        for index, row in enumerate(part[len(part) - held :].split(1)):
+            repeated = long or index % 2 == 1
+            rows.append(with_repeats(row.cpu(), generator).to(row.device) if repeated else row)
+    return left, rows
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:

@@ -1,5 +1,7 @@
 """What one attention site shows on calibration text: the tensors that every closed-form fit works on.
 
+Calibration windows may have several lengths; a site then has one `LayerSample` for each, and fits take them all.
+
 Shape letters: N sequences, T positions, Q sampled queries per sequence, H query heads, G key-value groups,
 d query/key head_dim, e value head_dim, D hidden size, n rotary frequencies.
 """
@@ -8,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from attnedit.passes.solve import second_moment
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once by the chunked loops (elements): bounds memory, keeps matrix products large."""
@@ -32,6 +37,7 @@ class Rotation:
         columns: last-dim column of cos/sin that each plane uses [n].
         frequency: radians per position [n], float64.
         scaling: factor that cos and sin carry (yarn, longrope), 1.0 elsewhere.
+        context: positions that the model is to be served with: no two tokens are further apart.
     """
 
     real: Tensor
@@ -39,6 +45,7 @@ class Rotation:
     columns: Tensor
     frequency: Tensor
     scaling: float
+    context: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Chunk:
 
 @dataclass
 class LayerSample:
-    """Calibration tensors of one attention site, on one device, float32 unless said otherwise.
+    """Calibration tensors of one attention site in windows of one length, on one device, float32 unless said otherwise.
 
     Attributes:
         query: sampled queries before rope, after bias and norm [N, H, Q, d].
@@ -220,3 +227,22 @@ class LayerSample:
             target[chunk.sequences, chunk.queries] = self.project(self.mix_values(weights, chunk))
         received = mass / seen.clamp(min=1)
         return target, received / received.mean()
+
+
+def query_moment(samples: Sequence[LayerSample]) -> Tensor:
+    """Second moment of the queries of each head [H, d, d], float64."""
+    rows = sum(sample.query.shape[0] * sample.query.shape[2] for sample in samples)
+    moments = [second_moment(sample.query.transpose(0, 1).flatten(1, 2)) for sample in samples]
+    return torch.stack(moments).sum(0) / rows
+
+
+def token_shares(samples: Sequence[LayerSample]) -> list[Tensor]:
+    """Weight of each token by the attention that it receives, [N, T] for each sample, summing to 1 over all."""
+    total = sum(float(sample.token_weight.sum()) for sample in samples)
+    return [sample.token_weight / total for sample in samples]
+
+
+def weighted_moment(states: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Second moment [k, k] of all rows of states [N, T, k], with weights [N, T], float64."""
+    pairs = zip(states, weights, strict=True)
+    return torch.stack([second_moment(rows.flatten(0, 1), weight.flatten()) for rows, weight in pairs]).sum(0)

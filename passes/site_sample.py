@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
 
 from attnedit.compiler.capture import graph_module
+from attnedit.compiler.data import context_length
 from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs
 from attnedit.passes.sample import FIRST_POSITIONS, LayerSample, Rotation
+
+NEAR = 1024
+"""Positions up to which a long sequence's queries are sampled evenly."""
+SHORT_WORK, LONG_WORK = 0.5, 1.0
+"""Work on windows up to `NEAR` tokens and on longer ones, where there are both; see `sampled_queries`."""
 
 
 def part_of(model: nn.Module, site: AttentionSite, names: tuple[str, ...]) -> fx.GraphModule:
@@ -27,23 +36,38 @@ def part_of(model: nn.Module, site: AttentionSite, names: tuple[str, ...]) -> fx
     return fx.GraphModule(whole, graph)
 
 
-def take_sample(
-    model: nn.Module,
+@dataclass
+class _Taken:
+    """What was taken of the batches of one length."""
+
+    positions: Tensor
+    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    bias: Tensor | None = None
+    tables: tuple[Tensor, Tensor] | None = None
+
+
+def take_samples(
+    model: PreTrainedModel,
     site: AttentionSite,
-    inputs: Iterator[AttentionInputs],
-    queries: int,
+    inputs: Iterable[AttentionInputs],
+    queries: Callable[[int], int],
     seed: int,
     hidden: bool = False,
-) -> LayerSample:
+) -> list[LayerSample]:
     """Run the site's own queries, keys and values on the calibration stream.
 
     Args:
         model: the live source model.
         site: its attention site.
         inputs: batches of the attention module's arguments.
-        queries: sampled queries per sequence, all positions where there are fewer; the same in all sequences.
+        queries: how many to sample of each sequence, by its length; all positions where there are fewer. They are the
+            same in all sequences of one length.
         seed: of the sampled positions.
         hidden: whether to keep the hidden states.
+
+    Returns:
+        A sample for each length of sequences.
 
     Raises:
         AttneditError: there are numbers among them that are not finite.
@@ -52,65 +76,110 @@ def take_sample(
     rope = site.rope
     graph = part_of(model, site, names + ((rope.cos, rope.sin) if rope else ()))
     biased = part_of(model, site, (site.mask,)) if site.bias and site.mask else None
-    bias: Tensor | None = None
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    states: list[Tensor] = []
-    tables: tuple[Tensor, Tensor] | None = None
-    positions = torch.zeros(0)
+    taken: dict[int, _Taken] = {}
     for batch in inputs:
         query, key, value, before, *angles = graph(*batch.args, **batch.kwargs)
-        if not parts:
-            positions = _positions(query.shape[2], queries, seed + site.layer_idx).to(query.device)
-        parts.append((query[:, :, positions].float(), key.float(), value.float()))
-        states += [before.float()] if hidden else []
-        if biased is not None and bias is None:
+        length = query.shape[2]
+        if length not in taken:
+            positions = _positions(length, queries(length), seed + site.layer_idx).to(query.device)
+            taken[length] = part = _Taken(positions)
+            if angles:
+                cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
+                part.tables = cos, sin
             # Windows have no padding, so that it is the same for all.
-            added = biased(*batch.args, **batch.kwargs)[0]
-            if added is not None:  # a mask of nothing but causality
+            added = None if biased is None else biased(*batch.args, **batch.kwargs)[0]
+            if added is not None:  # otherwise a mask of nothing but causality
                 bias = added[0, :, positions].float()
-                bias = bias - bias.amax(-1, keepdim=True)
-        if angles and tables is None:
-            cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
-            tables = cos, sin
-    query, key, value = (torch.cat(column) for column in zip(*parts, strict=True))
-    for what, tensor in (("queries", query), ("keys", key), ("values", value)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise AttneditError(
-                f"{site.name}: {what} are not finite on the calibration data; load the model in bfloat16 or float32"
-            )
+                part.bias = bias - bias.amax(-1, keepdim=True)
+        part = taken[length]
+        part.parts.append((query[:, :, part.positions].float(), key.float(), value.float()))
+        part.hidden += [before.float()] if hidden else []
     weight, _ = output_weight(model, site)
     sinks = model.get_submodule(site.name).get_parameter(site.sinks).float() if site.sinks else None
-    return LayerSample(
-        query=query,
-        positions=positions,
-        key=key,
-        value=value,
-        cos=tables[0] if tables else None,
-        sin=tables[1] if tables else None,
-        rotation=_rotation(model, site, query.device),
-        output_weight=weight,
-        scale=site.scale,
-        softcap=site.softcap,
-        window=site.window,
-        sinks=sinks,
-        bias=bias,
-        fixed_output=site.output_gate,
-        hidden=torch.cat(states) if hidden else None,
-    )
+    samples = []
+    for part in taken.values():
+        query, key, value = (torch.cat(column) for column in zip(*part.parts, strict=True))
+        part.parts.clear()
+        for what, tensor in (("queries", query), ("keys", key), ("values", value)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise AttneditError(
+                    f"{site.name}: {what} are not finite on the calibration data; load the model in bfloat16 or float32"
+                )
+        samples.append(
+            LayerSample(
+                query=query,
+                positions=part.positions,
+                key=key,
+                value=value,
+                cos=part.tables[0] if part.tables else None,
+                sin=part.tables[1] if part.tables else None,
+                rotation=_rotation(model, site, query.device),
+                output_weight=weight,
+                scale=site.scale,
+                softcap=site.softcap,
+                window=site.window,
+                sinks=sinks,
+                bias=part.bias,
+                fixed_output=site.output_gate,
+                hidden=torch.cat(part.hidden) if hidden else None,
+            )
+        )
+    return samples
+
+
+def sampled_queries(windows: Sequence[Tensor], total: int) -> Callable[[int], int]:
+    """How many queries to sample of each window, by its length.
+
+    A query of a long window meets more keys, so it is more work: that of `total` queries in windows of `NEAR` tokens is
+    what there is for windows of one kind, short or long; where there are both, `SHORT_WORK` and `LONG_WORK` of it.
+
+    Args:
+        windows: token ids [N, T] of each length T.
+        total: queries over all windows, if none were longer than `NEAR`.
+    """
+    tokens = [sum(part.numel() for part in windows if (part.shape[1] > NEAR) == long) for long in (False, True)]
+    work = (SHORT_WORK, LONG_WORK) if all(tokens) else (1.0, 1.0)
+
+    def count(length: int) -> int:
+        """Of each window of a length: by tokens among those of its kind."""
+        long = length > NEAR
+        queries = total * work[long] * min(1.0, _mean_position(NEAR) / _mean_position(length))
+        return max(1, int(queries * length / tokens[long]))
+
+    return count
+
+
+def _mean_position(length: int) -> float:
+    """Mean of the positions that `_positions` samples; where they are not many."""
+    near = min(NEAR, length)
+    return (near**2 / 2 + NEAR * (length - near)) / (near + NEAR * math.log(length / near))
 
 
 def _positions(length: int, count: int, seed: int) -> Tensor:
-    """The first few positions and one random position of equal strata of the rest, ascending [count].
+    """The first few positions and one random position of each of `count` strata of the rest, ascending [count].
 
     Every position where there are fewer. The first tokens become attention sinks, whose states all others depend on.
+    Strata are of one length up to `NEAR`, and grow in proportion to their position from there on: each doubling of the
+    context counts alike.
     """
     if count >= length:
         return torch.arange(length)
     first = min(FIRST_POSITIONS, count)
     offset = torch.rand(count - first, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    width = (length - first) / max(count - first, 1)
-    rest = first + ((torch.arange(count - first) + offset) * width).long()
-    return torch.cat([torch.arange(first), rest.clamp(max=length - 1)])
+    place = (torch.arange(count - first) + offset) / max(count - first, 1)
+    near = min(NEAR, length) - first
+    far = NEAR * math.log(max(1.0, length / NEAR))
+    along = place * (near + far)
+    spread = torch.where(along < near, along, near + NEAR * ((along - near) / NEAR).clamp(min=0).expm1())
+    rest = (first + spread).long().clamp(max=length - 1)
+    return torch.cat([torch.arange(first), _distinct(rest, first, length)])
+
+
+def _distinct(positions: Tensor, least: int, end: int) -> Tensor:
+    """Ascending positions in `least` to `end` - 1, moved by as little as makes them all different."""
+    steps = torch.arange(len(positions))
+    up = (positions - steps).cummax(0).values + steps
+    return torch.minimum(up, end - len(positions) + steps).clamp(min=least)
 
 
 def output_weight(model: nn.Module, site: AttentionSite) -> tuple[Tensor, nn.Module]:
@@ -123,7 +192,7 @@ def output_weight(model: nn.Module, site: AttentionSite) -> tuple[Tensor, nn.Mod
     return (by_head * site.o_proj.scale).contiguous(), attention.get_submodule(site.o_proj.module)
 
 
-def _rotation(model: nn.Module, site: AttentionSite, device: torch.device) -> Rotation | None:
+def _rotation(model: PreTrainedModel, site: AttentionSite, device: torch.device) -> Rotation | None:
     found = rope_angles(model, site)
     if site.rope is None or found is None:
         return None
@@ -135,4 +204,5 @@ def _rotation(model: nn.Module, site: AttentionSite, device: torch.device) -> Ro
         columns=torch.tensor(site.rope.columns, device=device),
         frequency=frequency.to(device),
         scaling=scaling,
+        context=context_length(model),
     )

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import attnedit
 from attnedit.compiler.capture import capture
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.sites import AttentionSite
 
 torch.set_num_threads(1)
@@ -77,8 +78,8 @@ def in_pieces(model: PreTrainedModel, ids: Tensor, mask: Tensor, sizes: Iterable
         span = slice(seen, seen + size)
         seen += size
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, span]
-        call = {"attention_mask": mask[:, :seen], "position_ids": positions, "past_key_values": cache}
-        parts.append(model(ids[:, span], use_cache=True, **call).logits)
+        call = {"attention_mask": mask[:, :seen], "position_ids": positions, **with_cache(model, cache)}
+        parts.append(model(ids[:, span], **call).logits)
     assert seen == ids.shape[1]
     return torch.cat(parts, 1), cache
 

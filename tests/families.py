@@ -250,9 +250,11 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **option
     """A fresh tiny model of a family, in evaluation mode, with weights large enough that attention matters."""
     family = (FAMILIES | REFUSED)[name]
     config = CONFIG_MAPPING[family.model_type](**{**_COMMON, **family.options, **options})
+    # Older transformers let these take SDPA, which leaves the softcap out.
+    given = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **given)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if parameter.dim() > 1:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnedit.compiler.capture import capture
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention import GateSWA
 from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
@@ -132,7 +133,7 @@ def in_pieces(model: PreTrainedModel, inputs: dict[str, Tensor], sizes: list[int
             ids[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions(mask)[:, start:stop],
-            past_key_values=cache,
+            **with_cache(model, cache),
         )
         parts.append(out.logits)
     return torch.cat(parts, 1)

@@ -45,7 +45,7 @@ def layer_sample(
         angle = torch.arange(length)[:, None] * frequency
         cos, sin = angle.cos().float(), angle.sin().float()
         index = torch.arange(planes)
-        rotation = Rotation(index, index + planes, index, frequency, 1.0)
+        rotation = Rotation(index, index + planes, index, frequency, 1.0, 512)
     return LayerSample(
         query=normal(sequences, heads, count, head_dim),
         positions=positions,

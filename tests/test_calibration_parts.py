@@ -146,7 +146,7 @@ def test_layer_losses_and_gradients_are_those_of_each_module_alone(family: str, 
                 assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "opt"])
 def test_divergence_and_its_gradient_are_those_of_whole_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks that do not divide the positions; through whatever the model does to its logits."""
     monkeypatch.setattr("attnedit.passes.calibration.distillation.POSITIONS", 7)

@@ -19,6 +19,7 @@ from attnedit.compiler.capture import (
     captured_implementation,
     graph_module,
 )
+from attnedit.compiler.compatibility.caches import cache_parameter
 from attnedit.compiler.dataflow import anchors
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.rope import rope_angles
@@ -181,7 +182,8 @@ def test_site_graphs_have_the_signature_of_their_module() -> None:
     module = graph_module(model, sites_of("qwen3")[1])
     assert module.layer_idx == 1
     assert anchors(module.graph)[0].args[8] == 1
-    assert "hidden_states, position_embeddings, attention_mask, past_key_values = None, **kwargs" in module.code
+    cache = cache_parameter(model.get_submodule("model.layers.1.self_attn"))
+    assert f"hidden_states, position_embeddings, attention_mask, {cache} = None, **kwargs" in module.code
     called = [node.target for node in module.graph.nodes if node.op == "call_module"]
     assert sorted(called) == ["k_norm", "k_proj", "o_proj", "q_norm", "q_proj", "v_proj"]
     assert module.q_proj is model.get_submodule("model.layers.1.self_attn.q_proj")

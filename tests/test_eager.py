@@ -11,6 +11,7 @@ from transformers import (
     set_seed,
 )
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.targets.attention import MLA, MLAConfig, mla_values
 from attnedit.targets.attention.mla_graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice
@@ -82,7 +83,7 @@ def test_cache_holds_latent_and_slots_only(family: str) -> None:
     model, configs = rewrite(family)
     inputs = batch()
     cache = DynamicCache(config=model.config)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **with_cache(model, cache))
     length = inputs["input_ids"].shape[1]
     for config in configs.values():
         layer = cache.layers[config.layer_idx]
@@ -107,7 +108,9 @@ def test_prefill_equals_decoding_in_pieces(family: str, sizes: list[int]) -> Non
         seen += size
         mask = inputs["attention_mask"][:, :seen]
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, span]
-        out = model(inputs["input_ids"][:, span], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        out = model(
+            inputs["input_ids"][:, span], attention_mask=mask, position_ids=positions, **with_cache(model, cache)
+        )
         parts.append(out.logits)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     expected = model(**inputs, position_ids=positions, use_cache=False).logits
@@ -153,9 +156,9 @@ def test_static_cache(family: str) -> None:
     cache = StaticCache(config=model.config, max_cache_len=20)
     ids = batch()["input_ids"]
     full = model(ids, use_cache=False).logits
-    first = model(ids[:, :8], past_key_values=cache).logits
+    first = model(ids[:, :8], **with_cache(model, cache)).logits
     mask = torch.ones(2, 11, dtype=torch.long)
-    rest = model(ids[:, 8:], attention_mask=mask, past_key_values=cache).logits
+    rest = model(ids[:, 8:], attention_mask=mask, **with_cache(model, cache)).logits
     assert_close(torch.cat((first, rest), 1), full)
 
 

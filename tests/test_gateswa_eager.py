@@ -24,6 +24,7 @@ from gateswa_models import (
 from transformers import DynamicCache, StaticCache, set_seed
 
 from attnedit.compiler.capture import capture
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention import GateSWA
 from attnedit.targets.attention.gateswa_cache import GateSWALayer
@@ -173,12 +174,12 @@ def test_taking_back_tokens_by_hand() -> None:
     expected = model(ids, use_cache=False).logits[:, -4:]
     cache = bounded_cache(model)
     cache.activate_past_recording()
-    model(ids[:, :9], past_key_values=cache)
-    model(ids[:, :3], past_key_values=cache)
+    model(ids[:, :9], **with_cache(model, cache))
+    model(ids[:, :3], **with_cache(model, cache))
     cache.crop(-3)
-    assert_close(model(ids[:, 9:], past_key_values=cache).logits, expected)
+    assert_close(model(ids[:, 9:], **with_cache(model, cache)).logits, expected)
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **with_cache(model, cache))
     with pytest.raises(UsageError, match="activate_past_recording"):
         cache.crop(-1)
 
@@ -188,9 +189,9 @@ def test_recording_is_a_whole_caches() -> None:
     model, ids = shared_rewrite("gemma3_text", "last"), batch()["input_ids"][1:]
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, :9], **with_cache(model, cache))
     cache.crop(-2)
-    out = model(ids[:, 7:], past_key_values=cache).logits
+    out = model(ids[:, 7:], **with_cache(model, cache)).logits
     assert_close(out, model(ids, use_cache=False).logits[:, 7:])
 
 

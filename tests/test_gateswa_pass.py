@@ -22,7 +22,7 @@ from attnedit.compiler.stream import Walk, decoder_layers
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions, Sinks, full_count, full_layers_of
-from attnedit.passes.layer_loss import SEQUENCES, loss_increases
+from attnedit.passes.layer_loss import MEASURED, MEASURED_LONG, loss_increases, measured_rows
 from attnedit.passes.sample import LayerSample
 from attnedit.targets.attention import GateSWAConfig
 from attnedit.targets.runtime.eager import share_copy, splice
@@ -94,14 +94,14 @@ def test_reported_error_is_the_one_of_the_definition(
     sample = layer_sample(queries=queries, rotary_dims=rotary)
     logit, value = virtual != "none", virtual == "value"
     config = config_for(sample, window, sink_tokens=sink_tokens, sink_logit=logit, sink_value=value)
-    fit = fit_window(sample, config, refit)
+    fit = fit_window([sample], config, refit)
     assert fit.output_error == pytest.approx(error(sample, config, fit), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("form", [{}, {"sink_tokens": 2}, {"sink_logit": True}])
 def test_a_window_that_cuts_nothing_changes_nothing(form: dict[str, Any]) -> None:
     sample = layer_sample()
-    fit = fit_window(sample, config_for(sample, 12, **form))
+    fit = fit_window([sample], config_for(sample, 12, **form))
     assert fit.output_weight is not None
     assert torch.allclose(fit.output_weight, sample.output_weight, atol=1e-3)
     assert fit.output_error < 1e-6  # a sink logit can be low, not absent
@@ -110,8 +110,8 @@ def test_a_window_that_cuts_nothing_changes_nothing(form: dict[str, Any]) -> Non
 def test_each_step_of_the_fit_lowers_the_error() -> None:
     sample = layer_sample(sequences=6, length=24)
     forms = [{}, {"sink_logit": True}, {"sink_logit": True, "sink_value": True}]
-    raw = [fit_window(sample, config_for(sample, 3, **form), refit=False).output_error for form in forms]
-    refit = [fit_window(sample, config_for(sample, 3, **form)).output_error for form in forms]
+    raw = [fit_window([sample], config_for(sample, 3, **form), refit=False).output_error for form in forms]
+    refit = [fit_window([sample], config_for(sample, 3, **form)).output_error for form in forms]
     assert raw[0] > raw[2]
     assert all(after < before for before, after in zip(raw, refit, strict=True))
 
@@ -121,7 +121,7 @@ def test_no_other_sink_of_a_head_is_better(with_value: bool) -> None:
     """The errors of heads add up in the fit, so each head is checked alone: the others write nothing."""
     sample = layer_sample(sequences=5, length=20, heads=2, groups=2)
     config = config_for(sample, 3, sink_logit=True, sink_value=with_value)
-    fit = fit_window(sample, config, refit=False)
+    fit = fit_window([sample], config, refit=False)
     assert fit.sink_logit is not None
     for head in range(2):
         weight = sample.output_weight.clone()
@@ -157,20 +157,39 @@ def test_walk_ends_where_the_model_ends(family: str) -> None:
 @torch.no_grad()
 def test_losses_are_those_of_models_with_one_layer_replaced(family: str) -> None:
     model = source(family)
-    sites, ids = [site for site in capture(model) if site.window is None], tokens(SEQUENCES + 1, 20)
+    sites = [site for site in capture(model) if site.window is None]
+    rows = [*tokens(2, 20).split(1), tokens(1, 33)]
     graphs = {
         site.name: build(model, site, GateSWAOptions(2, "none", Sinks()).config(site), WindowFit(None, None, None, 0.0))
         for site in sites
     }
-    found = loss_increases(model, sites, graphs, ids)
-    expected = logits(model, ids[:SEQUENCES]).double().log_softmax(-1)
+    found = loss_increases(model, sites, graphs, rows)
+    expected = [logits(model, row).double().log_softmax(-1) for row in rows]
     for site in sites:
         changed = share_copy(model)
         splice(changed, {site.name: copy.copy(graphs[site.name])})
-        other = logits(changed, ids[:SEQUENCES]).double().log_softmax(-1)
-        divergence = (expected.exp() * (expected - other)).sum(-1).mean()
-        assert found[site.name] == pytest.approx(float(divergence), rel=1e-3, abs=1e-7)
+        others = [logits(changed, row).double().log_softmax(-1) for row in rows]
+        divergences = [
+            float((wanted.exp() * (wanted - other)).sum(-1).mean())
+            for wanted, other in zip(expected, others, strict=True)
+        ]
+        assert found[site.name] == pytest.approx(sum(divergences) / len(rows), rel=1e-3, abs=1e-7)
         assert found[site.name] > 0
+
+
+def test_losses_are_measured_far_back_and_on_what_was_not_fitted() -> None:
+    windows = [tokens(4, 256), tokens(30, 64)]
+    left, rows = measured_rows(windows, seed=0)
+    assert [part.shape for part in left] == [(4 - MEASURED_LONG, 256), (30 - MEASURED, 64)]
+    assert [row.shape[1] for row in rows] == [256] * MEASURED_LONG + [64] * MEASURED
+    given = {tuple(row) for part in windows for row in part.tolist()}
+    untouched = [row for row in rows if tuple(row[0].tolist()) in given]
+    # Passages come again in the long ones and in every second short one.
+    assert [row.shape[1] for row in untouched] == [64] * (MEASURED // 2)
+    only = tokens(1, 64)
+    left, rows = measured_rows([only], seed=0)
+    assert torch.equal(left[0], only)
+    assert torch.equal(rows[0], only)
 
 
 @pytest.mark.parametrize("form", FORMS)

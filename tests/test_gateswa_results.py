@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from attnedit.compiler.capture import capture_model
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.targets.attention import GateSWAConfig, MLAConfig
@@ -146,14 +147,14 @@ def check_memory(length: int, chunk: int) -> None:
     ids = torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(3))
     cache = DynamicCache(config=model.config)
     for part in ids.split(chunk, 1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, **with_cache(model, cache), logits_to_keep=1)
     width = 32
     for step in range(3):
         bounded, full = values_alive(cache)
         assert bounded <= width * (16 + 4)
         assert full == width * (length + step)
         assert cache.get_seq_length(0) == cache.get_seq_length(1) == length + step
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **with_cache(model, cache))
 
 
 @pytest.mark.parametrize("chunk", [2000, 300])

@@ -103,10 +103,10 @@ def all_finite(factors: Factors) -> bool:
 def test_a_latent_fit_holds(plant: Callable[[LayerSample], None], fixed_output: bool, rotary_dims: int) -> None:
     sample = sample_with(plant, fixed_output=fixed_output, rotary_dims=rotary_dims)
     shape = SHAPE if rotary_dims else Shape(rank=8, slots=0)
-    start, fit = (fit_layer(sample, shape, FitOptions(n, output_queries=288, logit_queries=288)) for n in (0, 2))
+    start, fit = (fit_layer([sample], shape, FitOptions(n, output_queries=288, logit_queries=288)) for n in (0, 2))
     assert all_finite(fit.factors)
     assert fit.output_error <= start.output_error * 1.01 + 1e-6
-    assert fit.output_error == pytest.approx(output_error(sample, fit.factors), rel=1e-2, abs=1e-5)
+    assert fit.output_error == pytest.approx(output_error([sample], fit.factors), rel=1e-2, abs=1e-5)
 
 
 @planted
@@ -126,7 +126,7 @@ def test_a_window_fit_holds(plant: Callable[[LayerSample], None], fixed_output: 
         sink_value=True,
         scale=sample.scale,
     )
-    start, fit = fit_window(sample, config, refit=False), fit_window(sample, config)
+    start, fit = fit_window([sample], config, refit=False), fit_window([sample], config)
     for value in (fit.sink_logit, fit.sink_value, fit.output_weight):
         assert value is None or bool(torch.isfinite(value).all())
     assert fit.output_error <= start.output_error * 1.01 + 1e-6
@@ -142,7 +142,7 @@ def test_the_fit_does_not_depend_on_the_scales_of_channels() -> None:
     scaled.value[..., 2] *= LARGE
     scaled.output_weight[..., 2] /= LARGE
     options = FitOptions(2, output_queries=288, logit_queries=288)
-    expected, found = (fit_layer(sample, SHAPE, options).output_error for sample in (plain, scaled))
+    expected, found = (fit_layer([sample], SHAPE, options).output_error for sample in (plain, scaled))
     assert found == pytest.approx(expected, rel=0.1)
 
 
@@ -153,16 +153,16 @@ def test_a_bias_on_values_costs_little_more_than_a_latent() -> None:
     options = FitOptions(2, output_queries=288, logit_queries=288)
     errors = []
     for sample, rank in ((plain, 8), (biased, 9)):
-        fit = fit_layer(sample, dataclasses.replace(SHAPE, rank=rank), options)
+        fit = fit_layer([sample], dataclasses.replace(SHAPE, rank=rank), options)
         energy = float(sample.target.double().square().sum())
-        errors.append(output_error(sample, fit.factors) * energy)
+        errors.append(output_error([sample], fit.factors) * energy)
     assert errors[1] < 2 * errors[0]
 
 
 def test_weights_of_the_logits_do_not_see_a_bias_on_values() -> None:
     plain, biased = layer_sample(), layer_sample()
     biased.value += LARGE * constant(biased.value)
-    expected, found = logit_target(plain), logit_target(biased)
+    expected, found = logit_target([plain]), logit_target([biased])
     for a, b in zip(expected.chunks, found.chunks, strict=True):
         torch.testing.assert_close(b.weight, a.weight, rtol=2e-3, atol=2e-3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from compiled import deviation, half, logits, source
 from families import FAMILIES, SUPPORTED
 from hf_exports import IDS, alone, greedy, windowed, written
+from torch import fx
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import attnedit
+from attnedit.compiler.compatibility.caches import cache_parameter
 from attnedit.targets.runtime.eager.checkpoint import load_model
 from attnedit.targets.runtime.hf.check import check_same
 from attnedit.targets.runtime.hf.remote import copied_modules, load_code
@@ -34,6 +37,22 @@ def test_remote_code_needs_nothing_of_ours() -> None:
     for text in modules.values():
         assert "from attnedit." not in text.replace("from attnedit.targets.runtime.hf import", "")
         assert "import attnedit" not in text
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "mla"), ("gpt_neo", "gateswa+mla")])
+def test_a_transformers_that_calls_the_cache_otherwise_runs_it(family: str, kind: str, tmp_path: Path) -> None:
+    model = made(family, kind)
+    written(model, tmp_path / "out", "remote")
+    file = tmp_path / "out" / "modeling_attnedit.py"
+    layer = next(module for module in model.modules() if isinstance(module, fx.GraphModule))
+    name = str(cache_parameter(layer))
+    other = "past_key_values" if name == "cache" else "cache"
+    file.write_text(re.sub(rf"\b{name}\b", other, file.read_text()))
+    loaded = load_code(tmp_path / "out")
+    assert {cache_parameter(module) for module in loaded.modules() if hasattr(module, "parts")} == {other}
+    check_same(model, loaded)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(loaded.generate(IDS, **options), model.generate(IDS, **options))
 
 
 FORMS: dict[str, dict[str, Any]] = {

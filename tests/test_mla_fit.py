@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from attnedit.passes.mla.initialise import analytic, expected_rotation, mix_comp
 from attnedit.passes.mla.least_squares import (
     OUTPUT_RIDGE,
     OUTPUT_SHARE,
+    STUDENT_SHARE,
     logit_target,
     refit_latent,
     refit_output,
@@ -28,7 +30,7 @@ from attnedit.passes.mla.least_squares import (
 )
 from attnedit.passes.mla.weights import Factors, latent_reads, output_error
 from attnedit.passes.sample import LayerSample
-from attnedit.passes.site_sample import _positions
+from attnedit.passes.site_sample import LONG_WORK, SHORT_WORK, _positions, sampled_queries
 from attnedit.passes.solve import conjugate_gradients, inverse_root
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -101,20 +103,73 @@ def test_chunks_hold_every_visible_pair_once(
     assert torch.equal(seen, expected.long().expand(sequences, -1, -1))
 
 
-@given(length=st.integers(1, 300), count=st.integers(1, 300), seed=st.integers(0, 5))
+@given(length=st.integers(1, 300) | st.integers(1025, 3000), count=st.integers(1, 3000), seed=st.integers(0, 5))
 def test_sampled_positions(length: int, count: int, seed: int) -> None:
     positions = _positions(length, count, seed)
     assert len(positions) == min(count, length)
     assert torch.equal(positions[:4], torch.arange(min(4, length, count)))
-    assert torch.equal(positions, positions.sort().values)
+    assert bool((positions.diff() > 0).all())
     assert int(positions[-1]) < length
+
+
+def test_each_doubling_of_a_long_context_has_as_many_queries() -> None:
+    positions = _positions(16384, 600, 0)
+    counts = [int(((positions >= low) & (positions < 2 * low)).sum()) for low in (1024, 2048, 4096, 8192)]
+    assert max(counts) - min(counts) <= 2
+    assert int((positions < 1024).sum()) == pytest.approx(600 / (1 + math.log(16)), abs=3)
+
+
+def test_queries_of_long_windows_are_fewer_for_the_same_work() -> None:
+    def windows(count: int, length: int) -> Tensor:
+        return torch.zeros(count, length, dtype=torch.int64)
+
+    alone = sampled_queries([windows(64, 1024)], 16384)
+    assert alone(1024) == 256
+    both = sampled_queries([windows(16, 8192), windows(32, 1024)], 16384)
+    assert both(1024) == SHORT_WORK * 16384 / 32
+    keys = float(_positions(8192, 2000, 0).float().mean())
+    assert both(8192) * keys * 16 == pytest.approx(LONG_WORK * 16384 * 512, rel=0.05)
+    uneven = sampled_queries([windows(2, 4096), windows(8, 1024), windows(10, 300)], 16384)
+    assert uneven(300) / uneven(1024) == pytest.approx(300 / 1024, rel=0.02)
+
+
+def by_sequences(sample: LayerSample, *counts: int) -> list[LayerSample]:
+    """The sample in parts of so many sequences."""
+    parts = zip(*(getattr(sample, name).split(counts) for name in ("query", "key", "value")), strict=True)
+    return [dataclasses.replace(sample, query=query, key=key, value=value) for query, key, value in parts]
+
+
+@variants
+def test_samples_in_parts_are_fitted_like_one(options: dict[str, Any]) -> None:
+    sample = layer_sample(sequences=6, **options)
+    shape = Shape(rank=6, slots=0 if options.get("rotary_dims") == 0 else 2, fold=2)
+    effort = FitOptions(2, output_queries=72, logit_queries=72)
+    one, many = fit_layer([sample], shape, effort), fit_layer(by_sequences(sample, 1, 3, 2), shape, effort)
+    # Tokens are weighted to a mean of 1 within each part, so that moments differ a little.
+    assert many.output_error == pytest.approx(one.output_error, rel=0.02, abs=1e-6)
+    assert many.energy_kept == pytest.approx(one.energy_kept, rel=1e-3)
+    expected, found = (output_error([sample], fit.factors) for fit in (one, many))
+    assert found == pytest.approx(expected, rel=0.02, abs=1e-6)
+
+
+def test_a_logit_refit_of_two_lengths_weighs_both() -> None:
+    short, long = layer_sample(sequences=4), layer_sample(sequences=2, length=30, seed=1)
+    long = dataclasses.replace(long, output_weight=short.output_weight)
+    before = refit_output([short, long], start(short))[0]
+    target = logit_target([short, long])
+    assert target.total == pytest.approx(logit_target([short]).total + logit_target([long]).total, rel=1e-5)
+    after = refit_query([short, long], before, target, 300)
+    losses = [float(logit_loss(short, factors) + logit_loss(long, factors)) for factors in (before, after)]
+    alone = refit_query([short], before, logit_target([short]), 300)
+    assert losses[1] < 0.9 * losses[0]
+    assert losses[1] < float(logit_loss(short, alone) + logit_loss(long, alone))
 
 
 @pytest.mark.parametrize("fold", [1, 2, 3, 4])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_mixing_is_undone_by_its_dual(fold: int, groups: int) -> None:
     sample = layer_sample(groups=groups)
-    parts = mix_components(sample, fold)
+    parts = mix_components([sample], fold)
     total = torch.einsum("mgf,mhk->gfhk", parts.synthesis, parts.analysis)
     size = groups * 4
     eye = torch.eye(size, dtype=total.dtype)
@@ -135,21 +190,21 @@ def test_the_analytic_start_is_exact_with_every_slot_and_full_rank(options: dict
     sample = layer_sample(**options)
     rotary = options.get("rotary_dims", 8)
     slots, rank = sample.groups * rotary // 2, sample.groups * (8 - rotary + 6)
-    factors, kept = analytic(sample, mix_components(sample, 1) if rotary else None, slots, rank)
-    assert output_error(sample, factors) < 1e-8
+    factors, kept = analytic([sample], mix_components([sample], 1) if rotary else None, slots, rank)
+    assert output_error([sample], factors) < 1e-8
     assert kept == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_latent_finds_few_causes() -> None:
     """Without rotation, keys and values that come from five causes need five latents."""
     sample = layer_sample(rotary_dims=0, latents=5)
-    errors = [output_error(sample, analytic(sample, None, 0, rank)[0]) for rank in (2, 4, 5)]
+    errors = [output_error([sample], analytic([sample], None, 0, rank)[0]) for rank in (2, 4, 5)]
     assert errors[0] > errors[1] > 1e-4 > 1e-8 > errors[2]
 
 
 def start(sample: LayerSample, rank: int = 6, slots: int = 2) -> Factors:
     rotary = sample.rotation is not None
-    return analytic(sample, mix_components(sample, 2) if rotary else None, slots if rotary else 0, rank)[0]
+    return analytic([sample], mix_components([sample], 2) if rotary else None, slots if rotary else 0, rank)[0]
 
 
 @variants
@@ -157,9 +212,9 @@ def start(sample: LayerSample, rank: int = 6, slots: int = 2) -> Factors:
 def test_the_output_refit_is_ridge_regression(options: dict[str, Any], sequences: int) -> None:
     sample = layer_sample(sequences=sequences, **options)
     before = start(sample)
-    after, error = refit_output(sample, before)
+    after, error = refit_output([sample], before)
     features, target = torch.zeros(sequences, len(sample.positions), 24).double(), sample.target.double().flatten(0, 1)
-    for chunk, reads in latent_reads(sample, before):
+    for _, chunk, reads in latent_reads([sample], before):
         features[chunk.sequences, chunk.queries] = reads.transpose(1, 2).flatten(2).double()
     features = features.flatten(0, 1)
     level = OUTPUT_RIDGE * 24 / len(features) * features.square().sum(0).mean()
@@ -169,8 +224,8 @@ def test_the_output_refit_is_ridge_regression(options: dict[str, Any], sequences
     expected = torch.linalg.lstsq(stacked, wanted).solution
     found = after.output.permute(0, 2, 1).reshape(24, -1).double()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    assert error == pytest.approx(output_error(sample, after), rel=1e-3, abs=1e-6)
-    assert error <= output_error(sample, before)
+    assert error == pytest.approx(output_error([sample], after), rel=1e-3, abs=1e-6)
+    assert error <= output_error([sample], before)
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 22], ids=["by head", "at once"])
@@ -180,7 +235,7 @@ def test_few_queries_are_regressed_the_same_way(chunk: int, monkeypatch: pytest.
     sample = layer_sample(v_head_dim=3, sequences=2)
     before = start(sample, rank=10)
     (expected, wrong), (found, error) = (
-        regress(sample, before) for regress in (least_squares._regress_by_features, least_squares._regress_by_rows)
+        regress([sample], before) for regress in (least_squares._regress_by_features, least_squares._regress_by_rows)
     )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert error == pytest.approx(wrong, rel=1e-3)
@@ -188,23 +243,23 @@ def test_few_queries_are_regressed_the_same_way(chunk: int, monkeypatch: pytest.
 
 def test_the_output_keeps_the_rank_that_a_head_can_hold() -> None:
     sample = layer_sample(v_head_dim=3)
-    after, error = refit_output(sample, start(sample, rank=10))
+    after, error = refit_output([sample], start(sample, rank=10))
     assert after.output.shape[-1] == 10
     assert bool((torch.linalg.matrix_rank(after.output.double(), rtol=1e-5) == 3).all())
-    assert error == pytest.approx(output_error(sample, after), rel=1e-3)
+    assert error == pytest.approx(output_error([sample], after), rel=1e-3)
 
 
 def test_where_o_proj_is_fixed_only_values_change() -> None:
     sample = layer_sample(sequences=6, v_head_dim=3, fixed_output=True)
-    after, error = refit_output(sample, start(sample))
+    after, error = refit_output([sample], start(sample))
     projected = sample.output_weight @ torch.linalg.lstsq(sample.output_weight, after.output).solution
     torch.testing.assert_close(projected, after.output, rtol=1e-4, atol=1e-5)
-    assert error <= output_error(sample, start(sample))
+    assert error <= output_error([sample], start(sample))
 
 
 def logit_loss(sample: LayerSample, factors: Factors) -> Tensor:
     """Half the weighted variance over keys of the logits' error."""
-    target = logit_target(sample)
+    target = logit_target([sample])
     loss = torch.zeros(())
     for part, logits in zip(target.chunks, new_logits(sample, factors), strict=True):
         error = logits - part.logits
@@ -228,8 +283,8 @@ def latent_loss(sample: LayerSample, factors: Factors, at: Factors) -> Tensor:
 @pytest.mark.parametrize("side", ["query", "latent"])
 def test_a_logit_refit_ends_where_the_gradient_is_zero(options: dict[str, Any], side: str) -> None:
     sample = layer_sample(sequences=4, **options)
-    before = refit_output(sample, start(sample))[0]
-    target = logit_target(sample)
+    before = refit_output([sample], start(sample))[0]
+    target = logit_target([sample])
     names = ["query_latent", "query_slots"] if side == "query" else ["latent", "slots"]
     refit = refit_query if side == "query" else refit_latent
 
@@ -242,8 +297,8 @@ def test_a_logit_refit_ends_where_the_gradient_is_zero(options: dict[str, Any], 
         return float(loss.detach()), float(sum(g.square().sum() for g in gradients)) ** 0.5
 
     first, slope = loss_and_gradient(before)
-    few, _ = loss_and_gradient(refit(sample, before, target, 3))
-    last, rest = loss_and_gradient(refit(sample, before, target, 300))
+    few, _ = loss_and_gradient(refit([sample], before, target, 3))
+    last, rest = loss_and_gradient(refit([sample], before, target, 300))
     assert last <= few * (1 + 1e-4) < first
     assert rest < 0.02 * slope
 
@@ -255,12 +310,24 @@ def test_weights_are_attention_times_what_there_is_to_choose() -> None:
     mean = torch.einsum("nhqt,nhtD->nhqD", weights, value)
     spread = (weights * (value[:, :, None] - mean[:, :, :, None]).square().sum(-1)).sum(-1)
     expected = weights * spread[..., None]
-    target = logit_target(sample)
+    target = logit_target([sample])
     found = torch.zeros_like(expected)
     for part in target.chunks:
         found[part.chunk.sequences, :, part.chunk.queries, part.chunk.keys] = part.weight.double()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert target.total == pytest.approx(float(expected.sum()), rel=1e-4)
+
+
+def test_what_the_new_layer_attends_to_weighs_as_much_as_what_the_source_does() -> None:
+    sample = layer_sample()
+    factors = start(sample)
+    plain, both = logit_target([sample]), logit_target([sample], factors)
+    logits = zip(new_logits(sample, factors), sample.chunks(), strict=True)
+    students = [sample.probabilities(found, chunk) for found, chunk in logits]
+    for before, after, student in zip(plain.chunks, both.chunks, students, strict=True):
+        spread = before.weight.sum(-1, keepdim=True)  # attention sums to 1
+        expected = (1 - STUDENT_SHARE) * before.weight + STUDENT_SHARE * student * spread
+        torch.testing.assert_close(after.weight, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"rotary_dims": 0}, {"fixed_output": True}], ids=["rope", "nope", "gated"])
@@ -269,8 +336,8 @@ def test_alternations_lower_the_error(options: dict[str, Any]) -> None:
     shape = Shape(rank=7, slots=0 if options.get("rotary_dims") == 0 else 3, fold=2)
     errors = []
     for rounds in (0, 1, 3):
-        fit = fit_layer(sample, shape, FitOptions(rounds, output_queries=576, logit_queries=576))
-        assert fit.output_error == pytest.approx(output_error(sample, fit.factors), rel=1e-3)
+        fit = fit_layer([sample], shape, FitOptions(rounds, output_queries=576, logit_queries=576))
+        assert fit.output_error == pytest.approx(output_error([sample], fit.factors), rel=1e-3)
         errors.append(fit.output_error)
     assert errors[0] > errors[1] > errors[2]
 

@@ -22,7 +22,7 @@ from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.mla.assemble import exact_factors, kv_as_affine
 from attnedit.passes.mla.budget import EXPONENT, allocate, exact_shape, least_values, plan, shape_for, source_values
 from attnedit.passes.mla.weights import output_error
-from attnedit.passes.site_sample import output_weight, part_of, take_sample
+from attnedit.passes.site_sample import output_weight, part_of, take_samples
 
 LINEAR = ["llama", "qwen2", "granite", "phi3", "gpt2", "gpt_neox", "starcoder2"]
 
@@ -139,11 +139,11 @@ def test_streaming_shows_each_layer_what_the_model_does(family: str) -> None:
         batches = list(inputs)
         hidden = torch.cat([hidden_states(batch.args, batch.kwargs) for batch in batches])
         torch.testing.assert_close(hidden, plain[site.name], rtol=1e-5, atol=1e-6)
-        sample = take_sample(model, site, iter(batches), queries=9, seed=0)
+        (sample,) = take_samples(model, site, iter(batches), queries=lambda length: 9, seed=0)
         factors = exact_factors(site, exact_shape(site), output_weight(model, site)[0])
-        errors.append(output_error(sample, factors))
+        errors.append(output_error([sample], factors))
 
-    stream(model, found, windows, visit)
+    stream(model, found, [windows], visit)
     assert len(errors) == len(found)
     assert max(errors) < 1e-8
 

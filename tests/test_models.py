@@ -124,7 +124,7 @@ def test_a_damaged_gguf(tmp_path: Path, content: bytes) -> None:
 
 
 def test_the_embedded_model_cut_off(tmp_path: Path) -> None:
-    from attnedit.compiler.locations import embedded_gguf
+    from attnedit.compiler.demo_model import embedded_gguf
 
     file = tmp_path / "model.gguf"
     with embedded_gguf().open("rb") as whole:

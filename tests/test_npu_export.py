@@ -256,7 +256,7 @@ def test_bad_inspections(arguments: list[str], words: str, saved_llama: Path, ca
     ("family", "words"),
     [
         ("qwen3_next", "layer 0 of Qwen3NextForCausalLM keeps a"),
-        ("gptj", "does not go through transformers' attention interface"),
+        ("falcon", "does not go through transformers' attention interface"),
         ("bloom", "takes no position_ids"),
     ],
 )

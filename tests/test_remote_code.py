@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import attnedit
 from attnedit.cli import main
+from attnedit.compiler.compatibility.caches import cache_parameter
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import load_config_only, load_source
 
@@ -34,8 +35,8 @@ class OwnConfig(LlamaConfig):
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = {config}
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
-        kwargs |= {{"position_ids": position_ids, "past_key_values": past_key_values}}
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, {cache}=None, **kwargs):
+        kwargs |= {{"position_ids": position_ids, "{cache}": {cache}}}
         result = super().forward(input_ids, attention_mask, **kwargs)
         result.logits = result.logits * FACTOR
         return result
@@ -56,10 +57,12 @@ def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 def directory(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny checkpoint whose code writes a file when it is imported, and whose model is no Llama."""
     directory = tmp_path / "source"
-    make_llama().save_pretrained(directory)
+    llama = make_llama()
+    llama.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     own = request.param == "own configuration"
-    code = CODE.format(mark=str(tmp_path / "mark"), config="OwnConfig" if own else "LlamaConfig")
+    names = {"config": "OwnConfig" if own else "LlamaConfig", "cache": cache_parameter(llama)}
+    code = CODE.format(mark=str(tmp_path / "mark"), **names)
     (directory / "own_model.py").write_text(code)
     (directory / "own_parts.py").write_text("FACTOR = 2.0\n")
     config = json.loads((directory / "config.json").read_text())

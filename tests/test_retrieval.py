@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnedit.compiler import retrieval as module
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.retrieval import OPTIONS, retrieval
+from attnedit.compiler.retrieval import OPTIONS, default_lengths, retrieval
 
 SIZE = 4096
 
@@ -32,11 +32,11 @@ class Copier(nn.Module):
 
     def forward(self, ids: Tensor, use_cache: bool, logits_to_keep: int) -> Any:
         assert (use_cache, logits_to_keep) == (False, 1)
-        seen = ids[0].tolist()[-(self.window or ids.shape[1]) :]
-        logits = torch.zeros(1, 1, SIZE)
-        pairs = [i for i in range(len(seen) - 2) if seen[i : i + 2] == seen[-2:]]
-        if pairs:
-            logits[0, 0, seen[pairs[-1] + 2]] = 5.0
+        logits = torch.zeros(len(ids), 1, SIZE)
+        for row, seen in zip(logits[:, 0], ids[:, -(self.window or ids.shape[1]) :].tolist(), strict=True):
+            pairs = [i for i in range(len(seen) - 2) if seen[i : i + 2] == seen[-2:]]
+            if pairs:
+                row[seen[pairs[-1] + 2]] = 5.0
         return SimpleNamespace(logits=logits)
 
 
@@ -71,6 +71,27 @@ def test_a_window_finds_what_is_in_it() -> None:
         assert scores[300, depth].probability == pytest.approx(1 / OPTIONS)
 
 
+def test_prompts_in_batches_of_one_length() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    class Spy(Copier):
+        def forward(self, ids: Tensor, use_cache: bool, logits_to_keep: int) -> Any:
+            shapes.append(tuple(ids.shape))
+            return super().forward(ids, use_cache, logits_to_keep)
+
+    assert run(Spy(50), batch=16) == run(Copier(50))
+    assert shapes == [(16, 60), (8, 60), (16, 300), (8, 300)]
+
+
+def test_lengths_go_to_the_context_unless_told() -> None:
+    model: Any = Copier(None)
+    assert default_lengths(model) == [600]
+    model.config.max_position_embeddings = 5000
+    assert default_lengths(model) == [1024, 2048, 4096]
+    model.config.max_position_embeddings = 131_072
+    assert default_lengths(model)[-1] == 8192
+
+
 def test_prompts_have_the_length_and_the_fact_at_its_depth() -> None:
     seen: list[Tensor] = []
 
@@ -98,6 +119,8 @@ def test_refusals() -> None:
         ({"lengths": [10]}, "need"),
         ({"depths": [1.5]}, "between 0 and 1"),
         ({"trials": 0}, "one trial"),
+        ({"lengths": [60, 60]}, "give each once"),
+        ({"batch": 0}, "at least 1"),
     ]:
         with pytest.raises(UsageError, match=words):
             run(Copier(None), **options)

@@ -13,6 +13,7 @@ from torch._dynamo import lookup_backend
 from transformers import PreTrainedModel, StaticCache
 from transformers.generation import CompileConfig
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.targets.attention import MLAConfig
 from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
 from attnedit.targets.attention.gateswa_ring import RingLayer
@@ -116,13 +117,13 @@ def test_a_ring_is_as_small_as_the_window() -> None:
     model = rewritten("llama", "gateswa")
     cache = bind_cache(model, StaticCache(config=model.config, max_cache_len=40))
     inputs = batch()
-    first = model(**inputs, past_key_values=cache).logits
+    first = model(**inputs, **with_cache(model, cache)).logits
     for layer in cache.layers:
         assert isinstance(layer, RingLayer)
         assert layer.keys.shape[2] == layer.values.shape[2] == WINDOW + 2
     places = [layer.keys.data_ptr() for layer in cache.layers]
     cache.reset()
-    assert torch.equal(model(**inputs, past_key_values=cache).logits, first)
+    assert torch.equal(model(**inputs, **with_cache(model, cache)).logits, first)
     assert places == [layer.keys.data_ptr() for layer in cache.layers]
 
 
@@ -136,6 +137,6 @@ def test_pieces_of_any_size(sizes: tuple[int, ...]) -> None:
     for size in sizes:
         start, stop = stop, stop + size
         span = slice(start, stop)
-        call = {"attention_mask": mask[:, :stop], "position_ids": position[:, span], "past_key_values": cache}
+        call = {"attention_mask": mask[:, :stop], "position_ids": position[:, span], **with_cache(model, cache)}
         parts.append(model(ids[:, span], **call).logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)

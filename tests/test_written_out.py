@@ -11,20 +11,21 @@ from compiled import compile_tiny, deviation, in_pieces, logits, tokens
 from families import build, shared
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, PreTrainedModel
-from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 import attnedit
 from attnedit.compiler.capture import capture
 from attnedit.compiler.errors import CaptureError
 
+GLOBAL = {"attention_types": [[["global"], 2]]}
 Weights = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def written(weights: Weights) -> Callable[..., tuple[Tensor, Tensor]]:
-    """GPT-J's attention with other weights."""
+    """GPT-Neo's attention with other weights."""
 
     def attend(
-        self: GPTJAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+        self: GPTNeoSelfAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         given = weights(query, key, attention_mask)
         return given @ value, given
@@ -48,8 +49,8 @@ def written(weights: Weights) -> Callable[..., tuple[Tensor, Tensor]]:
     ],
 )
 def test_scales_biases_and_masks_in_any_order(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GPTJAttention, "_attn", written(weights))
-    model = build("gptj")
+    monkeypatch.setattr(GPTNeoSelfAttention, "_attn", written(weights))
+    model = build("gpt_neo", **GLOBAL)
     assert len(capture(model)) == 2  # held to the module itself
     result = attnedit.compile(model, "mla", kv_budget=1.0)
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
@@ -70,9 +71,9 @@ def test_scales_biases_and_masks_in_any_order(weights: Weights, monkeypatch: pyt
     ],
 )
 def test_what_is_no_such_attention_is_refused(weights: Weights, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GPTJAttention, "_attn", written(weights))
+    monkeypatch.setattr(GPTNeoSelfAttention, "_attn", written(weights))
     with pytest.raises(CaptureError, match=reason) as error:
-        capture(build("gptj"))
+        capture(build("gpt_neo", **GLOBAL))
     assert "transformer.h.0.attn" in str(error.value)
 
 

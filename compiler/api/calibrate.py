@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.capture import as_captured, capture
-from attnedit.compiler.data import context_length, position_limit, shares_of, token_windows
+from attnedit.compiler.data import context_length, shares_of, token_windows
 from attnedit.compiler.devices import device_failures
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
@@ -88,6 +89,7 @@ def calibrate(
     model, tokenizer = result.model, tokenizer or result.tokenizer
     names = list(model.config.attnedit["sites"])
     _check_teacher(model, teacher, names)
+    check_length(options, teacher)
     model.to(next(teacher.parameters()).device)  # type: ignore[arg-type]  # transformers wraps it
     share(model, teacher)
     directory = None if run_directory is None else Path(run_directory)
@@ -116,15 +118,18 @@ def calibrate(
         checks = list(result.report.verification)
         if verify:
             with timed(seconds, "verify"), stage("verify", progress):
-                ids = check_tokens(batches.held_out, model)
+                ids = check_tokens([batches.held_out], model)
                 own = decode_error(teacher, ids, result.report.sites_matched)
                 checks.append(same_decode(model, ids, own=own))
     finally:
         implementation.close()
         for module, training_mode in modes:
             module.training = training_mode
+    length = batches.held_out.shape[1]
+    record_lengths(model, training=length)
     report = result.report.model_copy(
         update={
+            "training_length": max(length, result.report.training_length or 0),
             "stages": [*result.report.stages, *(_stage_report(state) for state in done.stages)],
             "perplexity": done.perplexity,
             "verification": checks,
@@ -147,6 +152,19 @@ def _kernels(*models: PreTrainedModel) -> AbstractContextManager[None]:
     return training_attention(kind, *models)
 
 
+def check_length(options: CalibrationOptions, model: PreTrainedModel) -> None:
+    """Refuse training windows beyond the context; the default is shortened to it.
+
+    Raises:
+        UsageError: they are, and were asked for.
+    """
+    context = context_length(model)
+    if options.seq_len > context and options.seq_len != CalibrationOptions.seq_len:
+        raise UsageError(
+            f"seq_len {options.seq_len} is beyond the model's context of {context} tokens; ask for at most that"
+        )
+
+
 def training_batches(
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -157,7 +175,7 @@ def training_batches(
     progress: Progress | None,
 ) -> Batches:
     """Windows of the data and of the teacher's own samples, mixed."""
-    length = min(options.seq_len, context_length(teacher), position_limit(teacher) or options.seq_len)
+    length = min(options.seq_len, context_length(teacher))
     count = options.steps * options.batch_size
     fraction = 1.0 if calibration is None else options.self_generated
     sources, weights = [], []

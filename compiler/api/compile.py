@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.calibrate import START_DIRECTORY, calibrate
+from attnedit.calibrate import START_DIRECTORY, calibrate, check_length
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.devices import device_failures, resolve_device
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.fuel import Fuel
+from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Target
 from attnedit.compiler.processes import processes
@@ -72,6 +73,7 @@ def compile(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
+    calibration_length: int | None = None,
     alternations: int = FitOptions.alternations,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -109,7 +111,10 @@ def compile(
         calibration: a path (txt, jsonl, parquet), a `datasets` name, a mapping from such to weights, an iterable of
             strings or token tensors, or None for the model's own samples.
         tokenizer: for calibration text; saved with the result.
-        calibration_tokens: how many to use: 65,536 of given data and 8,192 of own samples unless told.
+        calibration_tokens: how many to use: of given data 16 windows of `calibration_length` and 32 of 1,024 (65,536
+            tokens where the context is no longer than that), and 8,192 of own samples, unless told.
+        calibration_length: of the longest windows of the closed form, in tokens: at most the model's context, and as
+            long as what is to be served. The context unless told, up to 32,768 on an accelerator and 8,192 elsewhere.
         alternations: rounds of least squares per layer after the analytic start. 0 and 1 are quick jobs on few
             sampled queries; 2 is nearly converged.
         seed: of sampled text and sampled queries.
@@ -148,6 +153,7 @@ def compile(
         "calibration": calibration,
         "tokenizer": tokenizer,
         "calibration_tokens": calibration_tokens,
+        "calibration_length": calibration_length,
         "alternations": alternations,
         "seed": seed,
         "device": device,
@@ -161,9 +167,12 @@ def compile(
     check_numbers(arguments)
     shared = {name: arguments[name] for name in inspect.signature(check_arguments).parameters if name != "target"}
     check_arguments(custom or target, **shared)
+    options = CalibrationOptions.of(**training)
     kept = None if run_directory is None else KeptFits(Path(run_directory).expanduser() / FITS_DIRECTORY)
-    if not CalibrationOptions.of(**training).steps:
+    if not options.steps:
         return _with_recipe(_one_shot(model, **arguments, kept=kept), arguments, training)
+    model_name(model)  # refuses what is no model
+    check_length(options, model)
     if in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
     if device is not None:
@@ -195,7 +204,8 @@ def compile(
 
 def _with_recipe(result: CompileResult, arguments: Mapping[str, Any], training: Mapping[str, Any]) -> CompileResult:
     """Put into the report what was asked for."""
-    recipe = Recipe.of(arguments, result.report.full_layers, training)
+    asked = {**arguments, "calibration_length": result.report.calibration_length}
+    recipe = Recipe.of(asked, result.report.full_layers, training)
     report = result.report.model_copy(update={"recipe": recipe.model_dump(exclude_defaults=True)})
     return dataclasses.replace(result, report=report)
 
@@ -219,6 +229,7 @@ def _one_shot(
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration_tokens: int | None,
+    calibration_length: int | None,
     alternations: int,
     seed: int,
     device: str | torch.device | None,
@@ -259,11 +270,14 @@ def _one_shot(
             # Which layers are latent need not be known yet to refuse a budget that cannot be met.
             shapes = plan.shapes(plan.latent_sites())
         exact = windowing is None and all(shape.exact for shape in shapes.values())
-        windows = None
+        data = windows = None
         if not exact:
             with timed(seconds, "data"):
-                data: dict[str, Any] = {"tokens": calibration_tokens, "seed": seed, "progress": progress}
-                windows = calibration_windows(calibration, tokenizer, model, windowing, **data)
+                asked: dict[str, Any] = {"tokens": calibration_tokens, "length": calibration_length}
+                asked |= {"seed": seed, "progress": progress}
+                data = calibration_windows(calibration, tokenizer, model, windowing, **asked)
+            windows = data.parts
+            plan.notes.extend(data.notes)
         result = model if in_place else share_copy(model)
         work: dict[str, Any] = {"seed": seed, "progress": progress}
         windowed = Windowed({}, {}, [])
@@ -296,6 +310,7 @@ def _one_shot(
         drawn = site_graphs(model, plan, graphs, configs)
         splice(result, graphs)
         result = to_attnedit(result, configs)
+        record_lengths(result, calibration=None if data is None else data.length)
         if form is not None:
             check_form(result, form)
         checks: list[Verification] = []
@@ -320,7 +335,7 @@ def _one_shot(
         output_error={name: fit.output_error for fits in (windowed.fits, latent.fits) for name, fit in fits.items()},
         loss_increase=losses,
         calibration=calibration,
-        windows=windows,
+        windows=data,
         source=name,
         target=target,
         verification=checks,

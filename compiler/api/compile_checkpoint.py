@@ -15,10 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
+from attnedit.compiler.compatibility.torch_names import own_buffers
+from attnedit.compiler.demo_model import SMOLLM2
 from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
-from attnedit.compiler.locations import SMOLLM2
+from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.models import load_config_only, load_tokenizer
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, stage
@@ -64,6 +66,7 @@ def compile_checkpoint(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int | None = None,
+    calibration_length: int | None = None,
     alternations: int = FitOptions.alternations,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -94,6 +97,7 @@ def compile_checkpoint(
         calibration: as for `attnedit.compile`, but given: own samples take passes through the whole model.
         tokenizer: the checkpoint's own unless given.
         calibration_tokens: as for `attnedit.compile`.
+        calibration_length: as for `attnedit.compile`.
         alternations: as for `attnedit.compile`.
         seed: as for `attnedit.compile`.
         device: where to compute; CUDA if there is one, unless told.
@@ -123,6 +127,7 @@ def compile_checkpoint(
         "sinks": sinks,
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
+        "calibration_length": calibration_length,
         "alternations": alternations,
         "seed": seed,
         "model": fspath(model),
@@ -159,11 +164,14 @@ def compile_checkpoint(
     exact = windowing is None and all(shape.exact for shape in shapes.values())
     if calibration is None and not exact:
         raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
-    windows = None
+    data = windows = None
     if not exact:
         with timed(seconds, "data"):
-            data: dict[str, Any] = {"tokens": calibration_tokens, "seed": seed, "progress": progress}
-            windows = calibration_windows(calibration, tokenizer, source, windowing, **data)
+            asked: dict[str, Any] = {"tokens": calibration_tokens, "length": calibration_length}
+            asked |= {"seed": seed, "progress": progress}
+            data = calibration_windows(calibration, tokenizer, source, windowing, **asked)
+        windows = data.parts
+        plan.notes.extend(data.notes)
         if windowing is not None:
             check_loss(windows, windowing)
     open_run(output, run, overwrite=overwrite)
@@ -186,6 +194,7 @@ def compile_checkpoint(
         drawn = site_graphs(source, plan, graphs, rewritten.configs)
         splice(source, graphs)
         result = to_attnedit(source, rewritten.configs)
+        record_lengths(result, calibration=None if data is None else data.length)
         use_captured_implementation(result, sites)
         if verify:
             written = CheckpointReader(output, result, device=where, name=str(output))
@@ -207,7 +216,7 @@ def compile_checkpoint(
         output_error=rewritten.output_error,
         loss_increase={},
         calibration=calibration,
-        windows=windows,
+        windows=data,
         source=name,
         target=target,
         verification=checks,
@@ -216,7 +225,9 @@ def compile_checkpoint(
         full_layers=full,
         notes=[*plan.notes, "read, rewritten and written layer by layer"],
         graphs=drawn,
-        recipe=Recipe.of(arguments, full).model_dump(exclude_defaults=True),
+        recipe=Recipe.of({**arguments, "calibration_length": None if data is None else data.length}, full).model_dump(
+            exclude_defaults=True
+        ),
     )
     return _finish(result, output, report, tokenizer)
 
@@ -261,9 +272,9 @@ def _capture(source: PreTrainedModel, name: str) -> list[AttentionSite]:
 def _place_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Move what no checkpoint holds; captured models have it on the CPU."""
     for module in model.modules():
-        for name, buffer in module._buffers.items():
+        for name, buffer in own_buffers(module).items():
             if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
+                own_buffers(module)[name] = buffer.to(device)
 
 
 def _full(plan: Plan) -> list[int]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from attnedit.compiler.checkpoint_reader import CheckpointReader, weights_of
+from attnedit.compiler.compatibility.transformers_names import set_conversions
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.sites import AttentionSite
@@ -24,12 +24,12 @@ from attnedit.compiler.stream import AttentionInputs, Stream, decoder_layers
 from attnedit.passes.gateswa import build as gateswa
 from attnedit.passes.gateswa.fit import fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions
-from attnedit.passes.gateswa.rewrite import queries_of
+from attnedit.passes.gateswa.rewrite import QUERIES
 from attnedit.passes.mla import assemble as mla
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import FitOptions, fit_layer
 from attnedit.passes.mla.rewrite import exact_layer
-from attnedit.passes.site_sample import take_sample
+from attnedit.passes.site_sample import sampled_queries, take_samples
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_of, config_to_dict, kind_of
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard
 
@@ -49,7 +49,8 @@ class Rewritten:
         energy_kept, output_error: of the fits, by the site's name.
         seconds: spent on all shards.
         rule_seconds: of that on layers that were rewritten, by the kind of their new attention.
-        hidden: the source's hidden states [N, T, D] before the next layer; None where they are not needed.
+        hidden: the source's hidden states [N, T, D] before the next layer, of each length; None where they are not
+            needed.
     """
 
     done: int = 0
@@ -58,14 +59,14 @@ class Rewritten:
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     rule_seconds: dict[str, float] = field(default_factory=dict)
-    hidden: Tensor | None = None
+    hidden: list[Tensor] | None = None
 
     def save(self, directory: Path) -> None:
         """Replace what an earlier `save` left there."""
         values = {name: value for name, value in vars(self).items() if name != "hidden"}
         values["configs"] = {name: config_to_dict(config) for name, config in self.configs.items()}
         part = directory / f"{_STATE_FILE}.part"
-        tensors = {} if self.hidden is None else {"hidden": self.hidden.cpu().contiguous()}
+        tensors = {f"hidden.{index}": part.cpu().contiguous() for index, part in enumerate(self.hidden or [])}
         save_file(tensors, part, metadata={"state": json.dumps(values)})
         os.replace(part, directory / _STATE_FILE)
 
@@ -82,7 +83,8 @@ class Rewritten:
         try:
             with safe_open(file, framework="pt") as content:
                 values = json.loads((content.metadata() or {})["state"])
-                hidden = content.get_tensor("hidden") if "hidden" in content.keys() else None  # noqa: SIM118
+                count = len(list(content.keys()))
+                hidden = [content.get_tensor(f"hidden.{index}") for index in range(count)] or None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise AttneditError(f"{file} cannot be read ({type(error).__name__}); start again") from error
         values["configs"] = {name: config_from_dict(config) for name, config in values["configs"].items()}
@@ -98,7 +100,7 @@ class Job:
         shapes: of those that become latent, by the site's name.
         windowing: form of the windows.
         options: of the latent fits.
-        windows: calibration token ids [N, T]; None where nothing is fitted.
+        windows: calibration token ids [N, T] of each length T; None where nothing is fitted.
         seed: of the sampled queries.
     """
 
@@ -106,7 +108,7 @@ class Job:
     shapes: Mapping[str, Shape]
     windowing: GateSWAOptions | None
     options: FitOptions
-    windows: Tensor | None
+    windows: list[Tensor] | None
     seed: int
 
     @property
@@ -158,8 +160,7 @@ class LayerwiseRewrite:
         self._state.mkdir(exist_ok=True)
         self._keep_windows()
         rewritten = Rewritten.load(self._state)
-        live: Any = self._model  # an attribute of no tensor or module, for writing shards
-        live._weight_conversions = self._reader.conversions
+        set_conversions(self._model, self._reader.conversions)  # for writing shards
         stream: Stream | None = None
         report("rewrite layers", rewritten.done, len(self.shards))
         for shard in self.shards[rewritten.done :]:
@@ -215,23 +216,23 @@ class LayerwiseRewrite:
         windows = job.windows
         assert windows is not None
         if job.windowing is not None and site in job.windowed:
-            sample = take_sample(model, site, inputs, queries_of(windows), job.seed)
+            samples = take_samples(model, site, inputs, sampled_queries(windows, QUERIES), job.seed)
             config = job.windowing.config(site)
-            window = fit_window(sample, config)
+            window = fit_window(samples, config)
             rewritten.output_error[site.name] = window.output_error
             return gateswa.build(model, site, config, window)
         shape = job.shapes[site.name]
         if shape.exact:
             return exact_layer(model, site, shape)
-        sample = take_sample(model, site, inputs, job.options.queries(len(windows)), job.seed)
-        fit = fit_layer(sample, shape, job.options)
+        samples = take_samples(model, site, inputs, sampled_queries(windows, job.options.output_queries), job.seed)
+        fit = fit_layer(samples, shape, job.options)
         rewritten.energy_kept[site.name], rewritten.output_error[site.name] = fit.energy_kept, fit.output_error
         return mla.build(model, site, shape, fit.factors)
 
     def _changes(self, site: AttentionSite) -> bool:
         return site.name in self._job.shapes or site in self._job.windowed
 
-    def _enter(self, index: int, hidden: Tensor | None) -> Stream:
+    def _enter(self, index: int, hidden: list[Tensor] | None) -> Stream:
         """The stream before layer `index`, where it has the hidden states known from an earlier run."""
         assert self._job.windows is not None
         base = self._model.base_model
@@ -249,14 +250,16 @@ class LayerwiseRewrite:
         windows, file = self._job.windows, self._state / _WINDOWS_FILE
         if windows is None:
             return
+        named = {f"windows.{index}": part.contiguous() for index, part in enumerate(windows)}
         if file.exists():
             with safe_open(file, framework="pt") as content:
-                if not torch.equal(content.get_tensor("windows"), windows):
+                there = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+                if there.keys() != named.keys() or any(not torch.equal(there[name], named[name]) for name in named):
                     raise UsageError(
                         f"the calibration data is not what the run in {self._output} began with; "
                         "give that, or --overwrite"
                     )
             return
         part = file.with_suffix(".part")
-        save_file({"windows": windows.contiguous()}, part)
+        save_file(named, part)
         os.replace(part, file)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, get_args
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.compiler.data import DEFAULT_WINDOW as DEFAULT_WINDOW_TOKENS
-from attnedit.compiler.data import context_length, position_limit, token_windows
+from attnedit.compiler.calibration_windows import CalibrationWindows
+from attnedit.compiler.calibration_windows import calibration_windows as cut_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage
 from attnedit.compiler.pipeline import Target
@@ -19,6 +18,7 @@ from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
 from attnedit.compiler.registry import TARGETS as REGISTERED_TARGETS
 from attnedit.compiler.registry import names_of, registered
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.passes.gateswa.options import (
     DEFAULT_GATE,
     DEFAULT_SINKS,
@@ -45,7 +45,7 @@ from attnedit.targets.runtime.hf.towards import (
 TARGETS = ("mla", "gateswa", "gateswa+mla")
 DEFAULT_BUDGET = 0.5
 """Of the layers that become latent."""
-WHOLE = ("window", "calibration_tokens", "alternations", "seed")
+WHOLE = ("window", "calibration_tokens", "calibration_length", "alternations", "seed")
 """Arguments that are whole numbers."""
 
 
@@ -276,13 +276,10 @@ def calibration_windows(
     model: PreTrainedModel,
     windowing: GateSWAOptions | None,
     **options: Any,
-) -> Tensor:
-    """`token_windows`; for windowed layers each is as long as several of the attention's windows."""
-    length = None
-    if windowing is not None:
-        wanted = max(DEFAULT_WINDOW_TOKENS, 4 * windowing.cached_tokens)
-        length = min(wanted, context_length(model), position_limit(model) or wanted)
-    return token_windows(calibration, tokenizer, model, window=length, **options)
+) -> CalibrationWindows:
+    """Windows of the data; for windowed layers the short ones too are as long as several of the attention's windows."""
+    least = SHORT_LENGTH if windowing is None else max(SHORT_LENGTH, 4 * windowing.cached_tokens)
+    return cut_windows(calibration, tokenizer, model, least=least, **options)
 
 
 def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[str]]:

@@ -29,6 +29,7 @@ class Recipe(BaseModel):
         allocation: how layers share the latent cache.
         profile, kernel_dims: the checkpoint that the result is to become.
         calibration, calibration_tokens: text: a path, a dataset, or a mapping from such to weights.
+        calibration_length: tokens of its longest windows.
         alternations, seed: of the closed-form fits.
         training: fields of `CalibrationOptions`; empty for none.
     """
@@ -50,6 +51,7 @@ class Recipe(BaseModel):
     allocation: str = "even"
     calibration: str | dict[str, float] | None = None
     calibration_tokens: int | None = None
+    calibration_length: int | None = None
     alternations: int = FitOptions.alternations
     seed: int = 0
     training: dict[str, int | float | bool | str | None] = Field(default_factory=dict)

@@ -130,7 +130,7 @@ def rewrite(
                 if expected is not None:
                     checks.append(same_logits(expected, result, prompt))
                 rounding = max(one.contract.atol + one.contract.rtol for one in chosen)
-                checks.append(same_decode(result, check_tokens(used[0] if used else None, model), rounding))
+                checks.append(same_decode(result, check_tokens(used or None, model), rounding))
     finally:
         implementation.close()
         _restore(model, modes)
@@ -244,7 +244,7 @@ def _own(record: SiteRecord, result: PreTrainedModel) -> torch.fx.GraphModule:
 
 def _prompt(model: PreTrainedModel, windows: Tensor | None) -> Tensor:
     """Two rows of tokens [2, T], of the calibration data where there is some."""
-    ids = check_tokens(windows, model)
+    ids = check_tokens(None if windows is None else [windows], model)
     return torch.cat((ids, ids.roll(LENGTH // 3, 1)))
 
 

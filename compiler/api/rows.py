@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnedit.calibrate import calibration_name
+from attnedit.compiler.calibration_windows import CalibrationWindows
 from attnedit.compiler.evaluate import KVUsage, kv_usage
 from attnedit.compiler.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes
 from attnedit.figures import memory_curve
@@ -29,7 +29,7 @@ def compile_report(
     output_error: Mapping[str, float],
     loss_increase: Mapping[str, float],
     calibration: Any,
-    windows: Tensor | None,
+    windows: CalibrationWindows | None,
     **facts: Any,
 ) -> Report:
     """What there is to report of a compilation, whether of a live model or of a checkpoint in parts.
@@ -45,7 +45,7 @@ def compile_report(
         output_error: the same.
         loss_increase: the same.
         calibration: as it was given.
-        windows: its token ids; None where nothing was fitted.
+        windows: cut from it; None where nothing was fitted.
         **facts: the other fields of `Report`.
     """
     after = kv_usage(result)
@@ -67,7 +67,9 @@ def compile_report(
             if matched.get(kind)
         ],
         calibration="" if windows is None else calibration_name(calibration),
-        calibration_tokens=0 if windows is None else windows.numel(),
+        calibration_tokens=0 if windows is None else windows.tokens,
+        calibration_length=None if windows is None else windows.length,
+        calibration_windows="" if windows is None else str(windows),
         peak_memory_bytes=peak_memory_bytes(),
         kv_curve=memory_curve(result, plan, configs),
         **kv_fields(plan.before, after),

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
+from attnedit.compiler.compatibility.torch_names import compiler_limits, share_class
 from attnedit.compiler.stream import replaced_forwards
 from attnedit.targets.attention.mla import MLA
 
@@ -46,7 +47,7 @@ def compiled(modules: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
         return
     limits = {"recompile_limit": COMPILATIONS, "accumulated_recompile_limit": 8 * COMPILATIONS}
     modules = list(dict.fromkeys(modules))
-    with _alike(modules), torch._dynamo.config.patch(limits):
+    with _alike(modules), compiler_limits(**limits):
         forwards = [torch.compile(module.forward, dynamic=False) for module in modules]
         with replaced_forwards(modules, forwards):
             yield
@@ -60,7 +61,7 @@ def _alike(modules: Sequence[nn.Module]) -> Iterator[None]:
     latent = [module for module in inner if isinstance(module, MLA)]
     classes: dict[str, type] = {}
     for graph, own in graphs:
-        graph.__class__ = classes.setdefault(graph.code, own)
+        share_class(graph, classes.setdefault(graph.code, own))
     for attention in latent:
         attention.columns = torch.tensor(attention.config.rope_columns, device=attention.kv_b_proj.weight.device)
     try:
@@ -69,4 +70,4 @@ def _alike(modules: Sequence[nn.Module]) -> Iterator[None]:
         for attention in latent:
             attention.columns = None
         for graph, own in graphs:
-            graph.__class__ = own
+            share_class(graph, own)

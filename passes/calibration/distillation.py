@@ -9,7 +9,6 @@ Letters in shapes: B windows, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from attnedit.compiler.stream import replaced_forward
+from attnedit.compiler.logits import body, head
 from attnedit.passes.calibration.optimiser import suggested_rate
 
 POSITIONS = 2048
@@ -74,8 +73,8 @@ class Distillation:
         for mine, other in zip(*rows, strict=True):
             with torch.set_grad_enabled(scale is not None):
                 with torch.no_grad():
-                    expected = _head(self._teacher, wanted, other)
-                divergence = self._divergence(_head(self._student, found, mine), expected) / ids.numel()
+                    expected = head(self._teacher, wanted, other)
+                divergence = self._divergence(head(self._student, found, mine), expected) / ids.numel()
                 if scale is not None:
                     (divergence * scale).backward()
             total = total + divergence.detach()
@@ -111,22 +110,8 @@ def _run(model: PreTrainedModel, ids: Tensor, layers: Sequence[str]) -> tuple[An
 
     handles = [model.get_submodule(name).register_forward_hook(keep) for name in layers]
     try:
-        output = _body(model)(input_ids=ids, use_cache=False)
+        output = body(model)(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return output, features
-
-
-def _head(model: PreTrainedModel, output: Any, hidden: Tensor) -> Tensor:
-    """Logits [P, V] of last hidden states [P, D], through the model's own forward: it may scale or cap them."""
-    part = copy.copy(output)
-    part.last_hidden_state = hidden[None]
-    ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-    with replaced_forward(_body(model), lambda *_, **__: part):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[0]
-
-
-def _body(model: PreTrainedModel) -> nn.Module:
-    return model.base_model

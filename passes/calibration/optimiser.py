@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from attnedit.compiler.compatibility.torch_names import foreach_lerp, foreach_lerp_
+
 FRESH_SIZE = 2**-5.5
 """Root mean square that a weight of zeros is taken to have."""
 LOWEST_RATE = 0.0001
@@ -103,8 +105,8 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        updates = orthogonalised(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))
+        foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates = orthogonalised(torch.stack(foreach_lerp(gradients, momenta, MOMENTUM)))
         size = 0.2 * math.sqrt(max(updates.shape[1:]))
         for parameter, update, rate in zip(parameters, updates, rates, strict=True):
             parameter.sub_(update, alpha=rate * size)

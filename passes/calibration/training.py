@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnedit.compiler.compatibility.torch_names import foreach_mul_
 from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, silent
@@ -236,7 +237,7 @@ class _Run:
                 squares["parts"] = processes().add({"parts": squares["parts"]})["parts"]
             norm = math.sqrt(squares["whole"] + squares["parts"])
             if norm > CLIP:
-                torch._foreach_mul_([*whole, *parts], CLIP / norm)
+                foreach_mul_([*whole, *parts], CLIP / norm)
             norms.append(norm)
         return norms
 

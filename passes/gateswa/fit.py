@@ -5,11 +5,12 @@ is left and z_in its softmax denominator, the new output is (1 - s) o_in + s v w
 b minimises the error of the output in the metric of the output projection, v is the least-squares solution given b,
 and the two alternate. The output projection is then regressed on the new outputs (docs/method.md, GateSWA).
 
-Shape letters as in `attnedit.passes.sample`.
+Shape letters as in `attnedit.passes.sample`, and M sampled queries of all sequences.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ SINK_ROUNDS = 4
 GRID = 33
 """Sink logits tried at once per head; each of `GRID_ROUNDS` looks between the neighbours of the best one."""
 GRID_ROUNDS = 3
+ROWS = 1024
+"""Queries at once of the output regression."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ class _Heads:
     """Outputs of every head on the sampled queries.
 
     Attributes:
-        whole: the source's [N, H, Q, e].
-        inside: with the window and kept sinks only [N, H, Q, e].
-        logsumexp: of the logits that `inside` sees, the source's own sinks with them [N, H, Q].
-        cut: share of the source's attention that the window takes away [N, H, Q].
+        whole: the source's [H, M, e].
+        inside: with the window and kept sinks only [H, M, e].
+        logsumexp: of the logits that `inside` sees, the source's own sinks with them [H, M].
+        cut: share of the source's attention that the window takes away [H, M].
     """
 
     whole: Tensor
@@ -65,15 +68,16 @@ class _Heads:
     cut: Tensor
 
 
-def fit_window(sample: LayerSample, config: GateSWAConfig, refit: bool = True) -> WindowFit:
+def fit_window(samples: Sequence[LayerSample], config: GateSWAConfig, refit: bool = True) -> WindowFit:
     """Fit what a windowed layer has beside the source's weights.
 
     Args:
-        sample: the source's queries, keys and values on calibration data.
+        samples: the source's queries, keys and values on calibration data.
         config: shape of the windowed attention.
         refit: regress the output projection, unless a gate of the source keeps it fixed.
     """
-    heads = _head_outputs(sample, config)
+    sample = samples[0]
+    heads = _head_outputs(samples, config)
     logit = value = None
     output = heads.inside
     if config.sink_logit:
@@ -85,12 +89,27 @@ def fit_window(sample: LayerSample, config: GateSWAConfig, refit: bool = True) -
     if refit and not sample.fixed_output:
         weight, error = _refit_output(sample, heads.whole, output)
         return WindowFit(logit, value, weight, error)
-    wrong = sample.project(output - heads.whole).double().square().sum()
-    energy = sample.project(heads.whole).double().square().sum().clamp(min=1e-30)
+    wrong = _project(sample, output - heads.whole).double().square().sum()
+    energy = _project(sample, heads.whole).double().square().sum().clamp(min=1e-30)
     return WindowFit(logit, value, None, float(wrong / energy))
 
 
-def _head_outputs(sample: LayerSample, config: GateSWAConfig) -> _Heads:
+def _head_outputs(samples: Sequence[LayerSample], config: GateSWAConfig) -> _Heads:
+    parts = [_outputs_of_length(sample, config) for sample in samples]
+    whole, inside, logsumexp, cut = (
+        torch.cat([part[name].transpose(0, 1).flatten(1, 2) for part in parts], 1)
+        for name in ("whole", "inside", "logsumexp", "cut")
+    )
+    return _Heads(whole, inside, logsumexp, cut)
+
+
+def _project(sample: LayerSample, heads: Tensor) -> Tensor:
+    """Apply o_proj without its bias: [H, M, e] -> [M, D]."""
+    return sample.project(heads[None])[0]
+
+
+def _outputs_of_length(sample: LayerSample, config: GateSWAConfig) -> dict[str, Tensor]:
+    """The fields of `_Heads` in windows of one length, [N, H, Q, e] or [N, H, Q]."""
     n, h, q = sample.query.shape[:3]
     whole, inside = (sample.value.new_empty(n, h, q, sample.value.shape[-1]) for _ in range(2))
     logsumexp, cut = (sample.value.new_empty(n, h, q) for _ in range(2))
@@ -109,7 +128,7 @@ def _head_outputs(sample: LayerSample, config: GateSWAConfig) -> _Heads:
         if sample.sinks is not None:
             seen = torch.logaddexp(seen, sample.sinks.view(1, -1, 1))
         logsumexp[at] = seen
-    return _Heads(whole, inside, logsumexp, cut)
+    return {"whole": whole, "inside": inside, "logsumexp": logsumexp, "cut": cut}
 
 
 def _fit_sink(sample: LayerSample, heads: _Heads, with_value: bool) -> tuple[Tensor, Tensor | None]:
@@ -133,15 +152,15 @@ def _best_logit(metric: Tensor, heads: _Heads, value: Tensor) -> Tensor:
     pulled = toward @ metric
     linear = 2 * ((heads.inside - heads.whole) * pulled).sum(-1)
     square = (toward * pulled).sum(-1)
-    low = heads.logsumexp.amin((0, 2)) - 12.0  # a share of 6e-6: none
-    high = heads.logsumexp.amax((0, 2)) + 12.0
+    low = heads.logsumexp.amin(1) - 12.0  # a share of 6e-6: none
+    high = heads.logsumexp.amax(1) + 12.0
     steps = torch.linspace(0, 1, GRID, device=low.device)
     index = torch.arange(len(low), device=low.device)
     best = low
     for _ in range(GRID_ROUNDS):
         tried = low + steps[:, None] * (high - low)  # [GRID, H]
         share = (torch.sigmoid(row[:, None] - heads.logsumexp) for row in tried)
-        cost = torch.stack([(s * (linear + s * square)).double().sum((0, 2)) for s in share])
+        cost = torch.stack([(s * (linear + s * square)).double().sum(1) for s in share])
         at = cost.argmin(0)
         best = tried[at, index]
         low, high = tried[(at - 1).clamp(min=0), index], tried[(at + 1).clamp(max=GRID - 1), index]
@@ -151,8 +170,8 @@ def _best_logit(metric: Tensor, heads: _Heads, value: Tensor) -> Tensor:
 def _best_value(metric: Tensor, heads: _Heads, share: Tensor, groups: int) -> Tensor:
     """The v of each key/value head with the least error, given its share of the attention [G, e]."""
     wanted = heads.whole - (1 - share)[..., None] * heads.inside
-    amount = share.square().double().sum((0, 2))  # [H]
-    moment = torch.einsum("nhq,nhqe->he", share, wanted).double()
+    amount = share.square().double().sum(1)  # [H]
+    moment = torch.einsum("hm,hme->he", share, wanted).double()
     left = (metric.double() * amount[:, None, None]).unflatten(0, (groups, -1)).sum(1)
     right = torch.einsum("hef,hf->he", metric.double(), moment).unflatten(0, (groups, -1)).sum(1)
     ridge = VALUE_RIDGE * left.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -161,7 +180,7 @@ def _best_value(metric: Tensor, heads: _Heads, share: Tensor, groups: int) -> Te
 
 
 def _refit_output(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[Tensor, float]:
-    """Ridge regression of the source's attention output on the new head outputs [N, H, Q, e].
+    """Ridge regression of the source's attention output on the new head outputs [H, M, e].
 
     Returns:
         Weight by head [H, D, e], and the relative energy of the error.
@@ -170,15 +189,14 @@ def _refit_output(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[T
     gram = torch.zeros(h * e, h * e, device=output.device)
     cross = torch.zeros(h * e, size, device=output.device)
     energy = 0.0
-    for new, old in zip(output, whole, strict=True):
+    for new, old in zip(output.split(ROWS, 1), whole.split(ROWS, 1), strict=True):
         features = new.transpose(0, 1).flatten(1)
-        target = sample.project(old[None])[0]
+        target = _project(sample, old)
         gram.addmm_(features.mT, features)
         cross.addmm_(features.mT, target)
         energy += float(target.double().square().sum())
     start = sample.output_weight.permute(0, 2, 1).reshape(h * e, size)
-    rows = output.shape[0] * output.shape[2]
-    ridge = OUTPUT_RIDGE * h * e / rows * float(gram.diagonal().mean())
+    ridge = OUTPUT_RIDGE * h * e / output.shape[1] * float(gram.diagonal().mean())
     fitted = ridge_regression(gram, cross, start, ridge)[0].float()
     error = energy + float(((gram @ fitted).double() * fitted).sum()) - 2 * float((cross.double() * fitted).sum())
     return fitted.view(h, e, size).transpose(1, 2), max(error, 0.0) / max(energy, 1e-30)

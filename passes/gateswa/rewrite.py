@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -16,8 +16,8 @@ from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions
 from attnedit.passes.kept_fits import KeptFits, digest
-from attnedit.passes.layer_loss import loss_increases
-from attnedit.passes.site_sample import take_sample
+from attnedit.passes.layer_loss import loss_increases, measured_rows
+from attnedit.passes.site_sample import sampled_queries, take_samples
 
 QUERIES = 16384
 """Sampled queries over all calibration sequences."""
@@ -46,7 +46,7 @@ def window_layers(
     sites: list[AttentionSite],
     options: GateSWAOptions,
     full: int | list[int],
-    windows: Tensor,
+    windows: Sequence[Tensor],
     *,
     seed: int = 0,
     kept: KeptFits | None = None,
@@ -60,7 +60,7 @@ def window_layers(
         sites: those that could get a window.
         options: form of the new attention.
         full: layers that stay full, or how many: then those whose windows cost most.
-        windows: calibration token ids [N, T].
+        windows: calibration token ids [N, T] of each length T.
         seed: of the sampled queries.
         kept: where fits are kept and looked for.
         progress: see `attnedit.compiler.progress`.
@@ -75,11 +75,13 @@ def window_layers(
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, WindowFit] = {}
 
+    queries = sampled_queries(windows, QUERIES)
+
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
-        made_from = digest(windows, configs[site.name], seed)
+        made_from = digest(*windows, configs[site.name], seed)
         found = None if kept is None else kept.find(WindowFit, site.name, made_from)
         if found is None:
-            found = fit_window(take_sample(source, site, inputs, queries_of(windows), seed), configs[site.name])
+            found = fit_window(take_samples(source, site, inputs, queries, seed), configs[site.name])
             if kept is not None:
                 kept.keep(found, site.name, made_from)
         fits[site.name] = found
@@ -90,7 +92,7 @@ def window_layers(
         return Windowed(graphs, fits, full)
     increases: dict[str, float] = {}
     if full:
-        increases = loss_increases(source, tried, graphs, windows, progress=progress)
+        increases = loss_increases(source, tried, graphs, measured_rows(windows, seed)[1], progress=progress)
     dearest = sorted(tried, key=lambda site: -increases.get(site.name, 0.0))[:full]
     stay = {site.name for site in dearest}
     return Windowed(
@@ -101,19 +103,15 @@ def window_layers(
     )
 
 
-def check_loss(windows: Tensor, options: GateSWAOptions) -> None:
-    """Refuse calibration windows [N, T] that show nothing of what the attention's windows take away.
+def check_loss(windows: Sequence[Tensor], options: GateSWAOptions) -> None:
+    """Refuse calibration windows [N, T] of each length T that show nothing of what the attention's windows take away.
 
     Raises:
         UsageError: they are too short.
     """
-    if windows.shape[1] <= options.cached_tokens:
+    longest = max(part.shape[1] for part in windows)
+    if longest <= options.cached_tokens:
         raise UsageError(
-            f"window {options.window}: calibration windows of {windows.shape[1]} tokens lose nothing to it; "
+            f"window {options.window}: calibration windows of {longest} tokens lose nothing to it; "
             "give a smaller window"
         )
-
-
-def queries_of(windows: Tensor) -> int:
-    """Sampled queries of each calibration window [N, T]."""
-    return max(1, QUERIES // len(windows))

@@ -10,8 +10,9 @@ from typing import Literal
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.sites import AttentionSite
 
-VALUES_PER_SLOT = 12
-"""One rotary slot (two values) for every twelve cached values: the best split over budgets (docs/benchmarks.md)."""
+VALUES_PER_SLOT = 8
+"""One rotary slot (two values) for every eight cached values: the best split at a context of 8,192 tokens
+(docs/results.md); at 1,024 tokens twelve were."""
 VALUES_TO_UNFOLD = 4
 """Cached values per rotary frequency from which frequencies are not folded in pairs."""
 VALUES_TO_ALIGN = 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,8 @@ class FitOptions:
         alternations: rounds of query-side and latent-side least squares, each followed by the output side's.
         latent_side: without it, a round is the query side and the output side only.
         iterations: conjugate-gradient steps of each of the first two; few regularise where queries are few.
-        output_queries: sampled queries, over all calibration sequences, of the output regression.
+        output_queries: sampled queries, over all calibration sequences, of the output regression; see
+            `attnedit.passes.site_sample.sampled_queries`.
         logit_queries: sampled queries of the logits' least squares.
         exact_stream: whether hidden states are computed in the model's own dtype; else in bfloat16 where the
             processor multiplies that faster.
@@ -54,9 +56,10 @@ class FitOptions:
             alternations, latent_side=False, iterations=3, output_queries=8192, logit_queries=2048, exact_stream=False
         )
 
-    def queries(self, windows: int) -> int:
-        """Sampled queries of each of so many calibration windows."""
-        return max(1, self.output_queries // windows)
+    @property
+    def logit_share(self) -> float:
+        """Of the output regression's queries, those that the logits' least squares take."""
+        return min(1.0, self.logit_queries / self.output_queries)
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,22 @@ class Fit:
 
 
 @torch.no_grad()
-def fit_layer(sample: LayerSample, shape: Shape, options: FitOptions) -> Fit:
+def fit_layer(samples: Sequence[LayerSample], shape: Shape, options: FitOptions) -> Fit:
     """Closed-form MLA weights of one layer; see docs/method.md for the steps. The best of all rounds is kept.
 
     Raises:
         AttneditError: nothing finite was found.
     """
-    components = mix_components(sample, shape.fold, shape.columns) if shape.slots else None
-    factors, energy = analytic(sample, components, shape.slots, shape.rank)
-    output, error = refit_output(sample, factors)
+    components = mix_components(samples, shape.fold, shape.columns) if shape.slots else None
+    factors, energy = analytic(samples, components, shape.slots, shape.rank)
+    output, error = refit_output(samples, factors)
     best = Fit(output, energy, error)
     sides = (refit_query, refit_latent) if options.latent_side else (refit_query,)
     if options.alternations:
-        few = sample.thinned(max(1, options.logit_queries // len(sample.query)))
-        target = logit_target(few)
-    for refit in sides * options.alternations:
-        factors, error = refit_output(sample, refit(few, factors, target, options.iterations))
+        few = [sample.thinned(max(1, round(len(sample.positions) * options.logit_share))) for sample in samples]
+    for turn, refit in enumerate(sides * options.alternations):
+        target = logit_target(few, factors if turn else None)
+        factors, error = refit_output(samples, refit(few, factors, target, options.iterations))
         # Logits stand in for what is attended; where few keys take all of it, that may fail.
         if error <= best.output_error + ROUNDING:
             best = Fit(factors, energy, error)

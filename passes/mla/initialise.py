@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from attnedit.passes.mla.weights import Factors
-from attnedit.passes.sample import LayerSample, Rotation
+from attnedit.passes.sample import LayerSample, Rotation, query_moment, token_shares, weighted_moment
 from attnedit.passes.solve import ROUNDING, root_and_inverse, second_moment, spectrum
 
-EXPECTED_DISTANCES = (0.1, 512.0, 200)
-"""Log-spaced distances over which the rotation of components that lose it is averaged: from, to, count."""
+NEAREST_DISTANCE, DISTANCES = 0.1, 200
+"""Distances over which the rotation of components that lose it is averaged: so many, log-spaced from the nearest to the
+context that the model is served with."""
 QUERY_FLOOR = 1e-3
 """Floor of the query energy of a component, relative to the largest of its fold."""
 PSEUDO_INVERSE_FLOOR = 1e-10
@@ -41,29 +42,30 @@ class Components:
 
 
 def expected_rotation(rotation: Rotation) -> Tensor:
-    """E[exp(i t theta)] over `EXPECTED_DISTANCES` times the squared attention scaling [n], complex128."""
-    low, high, count = EXPECTED_DISTANCES
-    distance = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
+    """E[exp(i t theta)] over the distances of the context times the squared attention scaling [n], complex128."""
+    far = math.log10(max(1, rotation.context))
+    distance = torch.logspace(math.log10(NEAREST_DISTANCE), far, DISTANCES, dtype=torch.float64)
     phase = rotation.frequency.cpu()[:, None] * distance
     mean = torch.complex(phase.cos(), phase.sin()).mean(1)
     return mean.to(rotation.frequency.device) * rotation.scaling**2
 
 
-def mix_components(sample: LayerSample, fold: int, columns: Sequence[int] | None = None) -> Components:
+def mix_components(samples: Sequence[LayerSample], fold: int, columns: Sequence[int] | None = None) -> Components:
     """Mix the complex keys of `fold` neighbouring frequencies and all groups (docs/method.md, step 1).
 
     Those of `columns`, one for each, come first.
 
     With S = E[z z^H], W = diag(sqrt(query energy)) and U the eigenvectors of W S W: y = U^H W z, z = W^-1 U y.
     """
-    rotation = sample.rotation
+    rotation = samples[0].rotation
     assert rotation is not None
-    groups, planes = sample.groups, len(rotation.real)
-    keys = sample.key.transpose(1, 2).flatten(0, 1)
+    groups, planes = samples[0].groups, len(rotation.real)
+    keys = torch.cat([sample.key.transpose(1, 2).flatten(0, 1) for sample in samples])
     z = torch.complex(keys[..., rotation.real], keys[..., rotation.imaginary])
-    weight = sample.token_weight.flatten() / sample.token_weight.sum()
-    energy = sample.query[..., rotation.real].square() + sample.query[..., rotation.imaginary].square()
-    energy = energy.double().mean((0, 2)).view(groups, -1, planes).sum(1)
+    weight = torch.cat([share.flatten() for share in token_shares(samples)])
+    square = query_moment(samples).diagonal(dim1=-2, dim2=-1)
+    energy = square[:, rotation.real] + square[:, rotation.imaginary]
+    energy = energy.view(groups, -1, planes).sum(1)
     rho = expected_rotation(rotation)
     order = rotation.frequency.argsort(descending=True)
     worth: list[Tensor] = []
@@ -117,11 +119,13 @@ def _worth(varying: float, common: float) -> float:
     return varying + min(varying, common) if varying > ROUNDING * common else common
 
 
-def analytic(sample: LayerSample, components: Components | None, slots: int, rank: int) -> tuple[Factors, float]:
+def analytic(
+    samples: Sequence[LayerSample], components: Components | None, slots: int, rank: int
+) -> tuple[Factors, float]:
     """Closed-form MLA weights with `slots` rotary slots and a latent of size `rank`.
 
     Args:
-        sample: calibration tensors of the site.
+        samples: calibration tensors of the site.
         components: from `mix_components`; None for a layer without rope.
         slots: how many components keep their rotation (the first of `components`).
         rank: latent size; at most the number of remaining key components (real) plus G e values.
@@ -129,6 +133,7 @@ def analytic(sample: LayerSample, components: Components | None, slots: int, ran
     Returns:
         The weights, and the share of the weighted second moment of what is projected that the latent keeps.
     """
+    sample = samples[0]
     heads, groups, d, e = sample.heads, sample.groups, sample.key.shape[-1], sample.value.shape[-1]
     share, device = heads // groups, sample.key.device
     rotation = sample.rotation
@@ -157,8 +162,7 @@ def analytic(sample: LayerSample, components: Components | None, slots: int, ran
     maps.append(torch.einsum("hg,id->hgid", own, fixed).flatten(1, 2))
     row, query_map = torch.cat(rows), torch.cat(maps, 1)
 
-    query = sample.query.transpose(0, 1).flatten(1, 2)
-    moment = second_moment(query) / query.shape[1]
+    moment = query_moment(samples)
     key_metric = torch.einsum("hki,hij,hlj->kl", query_map, moment, query_map) * sample.scale**2
     weight = sample.output_weight.double()
     value_metric = (weight.mT @ weight).view(groups, share, e, e).sum(1)
@@ -166,11 +170,15 @@ def analytic(sample: LayerSample, components: Components | None, slots: int, ran
     value_root, value_inverse = (torch.block_diag(*[pair[i] for pair in pairs]) for i in (0, 1))
     key_root, key_inverse = root_and_inverse(key_metric, PSEUDO_INVERSE_FLOOR)
 
-    source, token = sample.source.flatten(0, 1), sample.token_weight.flatten() / sample.token_weight.sum()
-    second = second_moment(source, token)
+    token = token_shares(samples)
+    second = weighted_moment([sample.source for sample in samples], token)
     lift = torch.block_diag(key_root @ row, value_root)
     k = len(row)
-    common = (lift @ (source.mT.double() @ token.double())).square()
+    means = [
+        each.source.flatten(0, 1).mT.double() @ weights.flatten().double()
+        for each, weights in zip(samples, token, strict=True)
+    ]
+    common = (lift @ torch.stack(means).sum(0)).square()
     varying = ((lift @ second @ lift.mT).diagonal() - common).clamp(min=0)
     keys, values = (
         _worth(float(varying[part].sum()), float(common[part].sum())) for part in (slice(k), slice(k, None))

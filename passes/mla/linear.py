@@ -8,6 +8,7 @@ linear itself the map is its own projection, and nothing is lost.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,42 +39,55 @@ class LinearSite:
 
 
 @torch.no_grad()
-def linearise(model: nn.Module, site: AttentionSite, sample: LayerSample) -> tuple[LinearSite, LayerSample]:
-    """Find the maps, and the sample as it is with them: its teacher is the sample itself.
+def linearise(
+    model: nn.Module, site: AttentionSite, samples: Sequence[LayerSample]
+) -> tuple[LinearSite, list[LayerSample]]:
+    """Find the maps, and the samples as they are with them: the teacher of each is the sample itself.
 
     Args:
         model: the live source.
         site: its attention site.
-        sample: of the site, with hidden states.
+        samples: of the site, with hidden states.
 
     Raises:
         CaptureError: no projection was found that queries, keys or values come from.
     """
-    hidden = sample.hidden
-    if hidden is None:
-        raise AssertionError("the sample was taken with hidden states")
-    seen = hidden[:, sample.positions]
-    token = sample.token_weight[..., None]
-    parts: dict[str, tuple[Projection | None, Tensor, Tensor, Tensor | None]] = {
-        "queries": (site.q_proj, seen, sample.query, None),
-        "keys": (site.k_proj, hidden, sample.key, token),
-        "values": (site.v_proj, hidden, sample.value, token),
+    everywhere = [_hidden(sample) for sample in samples]
+    seen = [hidden[:, sample.positions] for hidden, sample in zip(everywhere, samples, strict=True)]
+    token = [sample.token_weight[..., None] for sample in samples]
+    parts: dict[str, tuple[Projection | None, list[Tensor], list[Tensor], list[Tensor]]] = {
+        "query": (site.q_proj, seen, [s.query for s in samples], [torch.ones_like(s[..., :1]) for s in seen]),
+        "key": (site.k_proj, everywhere, [s.key for s in samples], token),
+        "value": (site.v_proj, everywhere, [s.value for s in samples], token),
     }
-    maps, states, errors = [], [], []
-    for what, (projection, inputs, wanted, weight) in parts.items():
+    maps, errors = [], []
+    states: list[dict[str, Tensor]] = [{} for _ in samples]
+    for what, (projection, inputs, wanted, weights) in parts.items():
         if projection is None:
-            raise CaptureError(f"{site.name}: no projection was found that {what} come from, so no map can replace it")
-        flat = wanted.transpose(1, 2).flatten(2)
-        linear = _regress(_weight(model, site, projection), inputs, flat, weight)
-        found = inputs @ linear.float().T
-        error = (found - flat).square() * (1.0 if weight is None else weight)
-        energy = flat.square() * (1.0 if weight is None else weight)
-        errors.append(float(error.sum() / energy.sum().clamp(min=1e-30)))
+            raise CaptureError(f"{site.name}: no projection was found for its {what}, so no map can replace it")
+        x, weight = (torch.cat([part.flatten(0, 1) for part in found]) for found in (inputs, weights))
+        y = torch.cat([part.transpose(1, 2).flatten(2).flatten(0, 1) for part in wanted])
+        linear = _regress(_weight(model, site, projection), x, y, weight)
+        error = (x @ linear.float().T - y).square() * weight
+        errors.append(float(error.sum() / (y.square() * weight).sum().clamp(min=1e-30)))
         maps.append(linear)
-        states.append(found.unflatten(2, (wanted.shape[1], wanted.shape[3])).transpose(1, 2))
-    query, key, value = states
+        for state, part, like in zip(states, inputs, wanted, strict=True):
+            flat = part @ linear.float().T
+            state[what] = flat.unflatten(2, (like.shape[1], like.shape[3])).transpose(1, 2)
     site_maps = LinearSite(maps[0], torch.cat(maps[1:]), (errors[0], errors[1], errors[2]))
-    return site_maps, dataclasses.replace(sample, query=query, key=key, value=value, hidden=None, teacher=sample)
+    mapped = [
+        dataclasses.replace(
+            sample, query=state["query"], key=state["key"], value=state["value"], hidden=None, teacher=sample
+        )
+        for sample, state in zip(samples, states, strict=True)
+    ]
+    return site_maps, mapped
+
+
+def _hidden(sample: LayerSample) -> Tensor:
+    if sample.hidden is None:
+        raise AssertionError("the sample was taken with hidden states")
+    return sample.hidden
 
 
 def _weight(model: nn.Module, site: AttentionSite, projection: Projection) -> Tensor:
@@ -83,14 +97,13 @@ def _weight(model: nn.Module, site: AttentionSite, projection: Projection) -> Te
     return weight if projection.rows is None else weight[list(projection.rows)]
 
 
-def _regress(weight: Tensor, inputs: Tensor, wanted: Tensor, token: Tensor | None) -> Tensor:
-    """Least squares of wanted [N, T, F] on inputs [N, T, D], tokens weighted [N, T, 1], close to the rows of a weight.
+def _regress(weight: Tensor, x: Tensor, y: Tensor, token: Tensor) -> Tensor:
+    """Least squares of y [M, F] on x [M, D], tokens weighted [M, 1], close to the rows of a weight.
 
     Returns:
         [F, D] in float64.
     """
-    x, y = inputs.flatten(0, 1), wanted.flatten(0, 1)
-    share = None if token is None else token.flatten()
+    share = token.flatten()
     gram, cross = second_moment(x, share), cross_moment(x, y, share)
     # One factor per feature: a norm divides by what changes from token to token, and multiplies by a weight.
     energy = torch.einsum("fd,de,fe->f", weight, gram, weight).clamp(min=1e-30)

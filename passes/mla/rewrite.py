@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
@@ -13,18 +12,15 @@ from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.kept_fits import KeptFits, digest
-from attnedit.passes.layer_loss import loss_increases
+from attnedit.passes.layer_loss import loss_increases, measured_rows
 from attnedit.passes.mla.assemble import build, exact_factors
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import Fit, FitOptions, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
-from attnedit.passes.repeats import with_repeats
-from attnedit.passes.site_sample import output_weight, take_sample
+from attnedit.passes.site_sample import output_weight, sampled_queries, take_samples
 
-FIT_WINDOWS = 16
-"""Calibration windows of the quick fits whose losses are measured."""
-LOSS_WINDOWS = 8
-"""Calibration windows that they are measured on."""
+FIT_TOKENS = 16_384
+"""Calibration tokens of each length for the quick fits whose losses are measured; at least two windows."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def latent_layers(
     sites: list[AttentionSite],
     shapes: Mapping[str, Shape],
     options: FitOptions,
-    windows: Tensor | None,
+    windows: Sequence[Tensor] | None,
     *,
     linear: bool = False,
     seed: int = 0,
@@ -63,7 +59,7 @@ def latent_layers(
         sites: those to rewrite.
         shapes: what each caches, by the site's name.
         options: of the fits.
-        windows: calibration token ids [N, T]; None where every shape is exact, which needs no data.
+        windows: calibration token ids [N, T] of each length T; None where every shape is exact, which needs no data.
         linear: whether queries, keys and values are to be linear in the hidden states, without norm and bias, be the
             source's so or not; no shape is exact then.
         seed: of the sampled queries.
@@ -81,18 +77,20 @@ def latent_layers(
             graphs[site.name] = exact_layer(result, site, shapes[site.name])
         return Latent(graphs, fits)
 
+    queries = sampled_queries(windows, options.output_queries)
+
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
         shape = shapes[site.name]
         if shape.exact:
             graphs[site.name] = exact_layer(result, site, shape)
             return
-        made_from = digest(windows, shape, options, seed)
+        made_from = digest(*windows, shape, options, seed)
         found = None if kept is None or linear else kept.find(Fit, site.name, made_from)
         if found is None:
-            sample = take_sample(source, site, inputs, options.queries(len(windows)), seed, hidden=linear)
+            samples = take_samples(source, site, inputs, queries, seed, hidden=linear)
             if linear:
-                maps[site.name], sample = linearise(source, site, sample)
-            found = fit_layer(sample, shape, options)
+                maps[site.name], samples = linearise(source, site, samples)
+            found = fit_layer(samples, shape, options)
             if kept is not None and not linear:
                 kept.keep(found, site.name, made_from)
         fits[site.name] = found
@@ -107,22 +105,19 @@ def single_losses(
     result: PreTrainedModel,
     sites: list[AttentionSite],
     shapes: Mapping[str, Shape],
-    windows: Tensor,
+    windows: Sequence[Tensor],
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """What the model loses with one layer alone latent, after a quick fit, on windows that the fit has not seen.
 
-    Passages of every second window come again: a few layers do what copying takes (induction heads, arXiv 2209.11895),
-    and ordinary text alone does not show what it costs to lose them.
-
     Args:
         source: see `latent_layers`, as for the other arguments.
         result: nothing is put into it.
         sites: those that become latent.
         shapes: what each caches, by the site's name.
-        windows: calibration token ids [N, T].
+        windows: calibration token ids [N, T] of each length T, longest first.
         seed: of the sampled queries and of the repeated passages.
         progress: told of the fits and of the measurements.
 
@@ -132,13 +127,10 @@ def single_losses(
     Raises:
         CaptureError: a layer cannot be rewritten, or layers exchange more than hidden states.
     """
-    held = min(LOSS_WINDOWS, len(windows) // 3)
-    seen = windows[: min(FIT_WINDOWS, len(windows) - held)]
-    latent = latent_layers(source, result, sites, shapes, FitOptions.of(1), seen, seed=seed, progress=progress)
-    unseen = (windows[len(windows) - held :] if held else windows).clone()
-    generator = torch.Generator().manual_seed(seed)
-    unseen[1::2] = with_repeats(unseen[1::2].cpu(), generator).to(unseen.device)
-    return loss_increases(source, sites, latent.graphs, unseen, sequences=LOSS_WINDOWS, progress=progress)
+    seen, rows = measured_rows(windows, seed)
+    few = [part[: max(2, FIT_TOKENS // part.shape[1])] for part in seen]
+    latent = latent_layers(source, result, sites, shapes, FitOptions.of(1), few, seed=seed, progress=progress)
+    return loss_increases(source, sites, latent.graphs, rows, progress=progress)
 
 
 def exact_layer(model: PreTrainedModel, site: AttentionSite, shape: Shape) -> fx.GraphModule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,20 +80,21 @@ def mix(weights: Tensor, states: Tensor) -> Tensor:
     return (weights.reshape(n, h * q, t) @ states).view(n, h, q, -1)
 
 
-def latent_reads(sample: LayerSample, factors: Factors) -> Iterator[tuple[Chunk, Tensor]]:
+def latent_reads(samples: Sequence[LayerSample], factors: Factors) -> Iterator[tuple[LayerSample, Chunk, Tensor]]:
     """What each head reads from the latent under the layer's own attention, sum_n p c [N', H, Q', r], by chunk."""
-    keys = key_features(sample, factors.latent, factors.slots, factors.columns)
-    for chunk in sample.chunks():
-        queries = query_features(sample, chunk, factors.query_latent, factors.query_slots, factors.columns)
-        cached = keys[chunk.sequences, chunk.keys]
-        weights = sample.probabilities(score(queries, cached), chunk)
-        yield chunk, mix(weights, cached[..., : factors.rank])
+    for sample in samples:
+        keys = key_features(sample, factors.latent, factors.slots, factors.columns)
+        for chunk in sample.chunks():
+            queries = query_features(sample, chunk, factors.query_latent, factors.query_slots, factors.columns)
+            cached = keys[chunk.sequences, chunk.keys]
+            weights = sample.probabilities(score(queries, cached), chunk)
+            yield sample, chunk, mix(weights, cached[..., : factors.rank])
 
 
-def output_error(sample: LayerSample, factors: Factors) -> float:
+def output_error(samples: Sequence[LayerSample], factors: Factors) -> float:
     """Energy of the attention output's error on the sampled queries, as a fraction of the output's energy."""
     error = energy = 0.0
-    for chunk, reads in latent_reads(sample, factors):
+    for sample, chunk, reads in latent_reads(samples, factors):
         target = sample.target[chunk.sequences, chunk.queries]
         output = torch.einsum("nhqr,hDr->nqD", reads, factors.output)
         error += float((output - target).square().sum())

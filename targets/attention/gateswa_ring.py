@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
+from attnedit.compiler.compatibility.live import keep_in_place
 from attnedit.targets.attention.gateswa_cache import Sinks
 from attnedit.targets.attention.gateswa_documents import EMPTY
 
@@ -49,9 +50,7 @@ class RingLayer(StaticLayer):
         self.sink_positions = torch.full((batch, count), EMPTY, dtype=torch.long, device=self.device)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
-            # CUDA graphs would be skipped for tensors that change in place and may lie elsewhere next time.
-            for tensor in (self.keys, self.values, self.sink_positions, self.cumulative_length):
-                torch._dynamo.mark_static_address(tensor)
+            keep_in_place(self.keys, self.values, self.sink_positions, self.cumulative_length)
         self.is_initialized = True
 
     def update(

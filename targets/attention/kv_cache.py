@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attnedit.compiler.anchor import reference_attention
+from attnedit.compiler.compatibility.transformers_names import attention_of
 from attnedit.compiler.masks import dense_mask
 
 
@@ -90,7 +91,7 @@ class Attend(nn.Module):
             self.num_key_value_groups = groups  # implementations read it off the module
         given = {"softcap": self.softcap, "sliding_window": self.window, "s_aux": sinks}
         settings = {name: setting for name, setting in given.items() if setting is not None}
-        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self.config), _eager)
         settings["dropout"] = self.attention_dropout if self.training else 0.0
         output: Tensor = attend(self, query, key, value, attention_mask, scaling=self.scale, **settings)[0]
         return output

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from attnedit.compiler.compatibility.live import is_plain_linear
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.kernels import kernel_for, shown, with_virtual_keys
@@ -305,8 +305,7 @@ class MLA(nn.Module):
         That something is an adapter, a quantiser, or a hook that brings the weight in for each call only.
         """
         module = self.kv_b_proj
-        plain = type(module) is nn.Linear and not is_traceable_wrapper_subclass(module.weight)
-        if plain and not module._forward_pre_hooks and not hasattr(module, "_hf_hook"):
+        if is_plain_linear(module):
             return module.weight
         unit: Tensor = module(torch.eye(self.config.kv_lora_rank, device=like.device, dtype=like.dtype))
         return unit.transpose(0, 1)

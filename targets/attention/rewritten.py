@@ -30,7 +30,7 @@ from attnedit.compiler.rewrite import Rewrite, options_of, rewrite_from
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kv_cache import Attend, DenseMask, KVCache
-from attnedit.targets.attention.site_graph import cache_argument
+from attnedit.targets.attention.site_graph import checked_cache
 
 KV_CACHE_MODULE = "kv_cache"
 ATTEND_MODULE = "attend"
@@ -90,7 +90,7 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
         CaptureError: the attention module is not given the cache.
     """
     graph: fx.Graph = copy.deepcopy(root.graph)
-    result = fx.GraphModule(root, graph, class_name=f"Rewritten{root._get_name().removeprefix('Rewritten')}")
+    result = fx.GraphModule(root, graph, class_name=f"Rewritten{type(root).__name__.removeprefix('Rewritten')}")
     attentions, caches = anchors(graph), [node for node in graph.nodes if node.target is CACHE_OP]
     names = ", ".join(entry["rewrite"].rpartition(":")[2] for entry in config.rewrites)
     if len(caches) > 1 or (not caches and len(attentions) != 1):
@@ -99,7 +99,8 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
             f"{site.name} after {names}: {found}, so it is not clear what the layer caches; call cache(key, value) "
             "once, and attend to what it returns"
         )
-    past = cache_argument(graph, site)
+    past = checked_cache(graph, site)
+    provenance.mark([past], (attentions or caches)[0], LOWERING)
     result.add_module(KV_CACHE_MODULE, KVCache(config, bool(caches)))
     for anchor in attentions:
         given: Any = anchor.args
@@ -198,7 +199,7 @@ def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
             f"{site.name}: its graph lost what is known of its nodes (pickle drops it); save and load instead"
         )
     graph.lint()
-    return fx.GraphModule(module, graph, class_name=module._get_name())
+    return fx.GraphModule(module, graph, class_name=type(module).__name__)
 
 
 def rewritten_graph(model: nn.Module, site: AttentionSite, config: RewrittenConfig) -> fx.GraphModule:

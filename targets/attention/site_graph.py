@@ -11,10 +11,11 @@ from torch import fx, nn
 
 from attnedit.compiler import provenance
 from attnedit.compiler.capture import graph_module
+from attnedit.compiler.compatibility.caches import CACHE_NAMES, known_cache
+from attnedit.compiler.compatibility.torch_names import own_buffers, temporary_buffers
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
 
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 _ANCHOR_ARGUMENTS = ("q", "k", "v", "mask", "scale", "softcap", "sinks", "window", "layer")
 
 
@@ -26,7 +27,7 @@ class AnchorCall:
         graph: the graph that is edited; new nodes go before the anchor.
         node: a node by its name.
         arguments: the anchor's arguments by name (q, k, v, mask, scale, softcap, sinks, window, layer).
-        cache: the placeholder of the cache.
+        cache: the cache that the module is given, once it is known to be one (`known_cache`).
     """
 
     graph: fx.Graph
@@ -77,8 +78,8 @@ def replace_attention(
     source = type(model.get_submodule(site.name)).__name__
     result = fx.GraphModule(root, graph, class_name=f"{type(module).__name__}{source}")
     for path, part in result.named_modules():
-        known = root.get_submodule(path)._non_persistent_buffers_set  # a new one saves all
-        part._non_persistent_buffers_set |= known & set(part._buffers)
+        known = temporary_buffers(root.get_submodule(path))  # a new one saves all
+        temporary_buffers(part).update(known & set(own_buffers(part)))
     # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
     tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
     object.__setattr__(result, "tables", tables)
@@ -117,27 +118,30 @@ def _rewrite(
 ) -> None:
     nodes = {node.name: node for node in graph.nodes}
     anchor = nodes[site.anchor]
+    cache = checked_cache(graph, site)
     with graph.inserting_before(anchor):
-        call = AnchorCall(graph, nodes.__getitem__, _named(anchor), cache_argument(graph, site))
+        call = AnchorCall(graph, nodes.__getitem__, _named(anchor), cache)
         node = graph.call_module(name, arguments(call))
     provenance.mark(set(graph.nodes) - set(nodes.values()), anchor, f"attnedit.{name}")
     anchor.replace_all_uses_with(node)
     graph.erase_node(anchor)
 
 
-def cache_argument(graph: fx.Graph, site: AttentionSite) -> fx.Node:
-    """The placeholder of the cache.
+def checked_cache(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+    """Add the node that takes the cache from the graph's arguments, and refuses what is none (`known_cache`).
 
     Raises:
-        CaptureError: there is none.
+        CaptureError: no argument is a cache.
     """
-    node: fx.Node
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.target in _CACHE_ARGUMENTS:
-            return node
-    raise CaptureError(
-        f"{site.name}: its forward takes no cache (looked for {', '.join(_CACHE_ARGUMENTS)}) that could become smaller"
-    )
+    arguments = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    name = next((name for name in CACHE_NAMES if name in arguments), None)
+    if name is None:
+        raise CaptureError(
+            f"{site.name}: its forward takes no cache (looked for {', '.join(CACHE_NAMES)}) that could become smaller"
+        )
+    others = [node for target, node in arguments.items() if target.startswith("**")]
+    with graph.inserting_after(list(arguments.values())[-1]):
+        return graph.call_function(known_cache, (arguments[name], *others))
 
 
 def _check_same_parameters(site: AttentionSite, old: nn.Module, new: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import VerificationError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
@@ -163,6 +164,6 @@ def _tokens(model: PreTrainedModel, batch: int, padding: int, length: int) -> tu
 def _eager(model: PreTrainedModel, ids: Tensor, mask: Tensor, span: slice, cache: Any) -> Tensor:
     call: Any = model
     positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, span]} if takes_positions(model) else {}
-    out = call(ids[:, span], attention_mask=mask[:, : span.stop], past_key_values=cache, use_cache=True, **positions)
+    out = call(ids[:, span], attention_mask=mask[:, : span.stop], **with_cache(model, cache), **positions)
     logits: Tensor = out.logits.float()
     return logits

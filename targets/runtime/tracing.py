@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from attnedit.compiler.anchor import attention_implementation, experts_implementation
+from attnedit.compiler.compatibility.torch_names import TorchDynamoException
 from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.forwards import evaluation_mode
 

@@ -12,8 +12,8 @@ import attnedit
 from attnedit.cli.evaluate import measure
 from attnedit.cli.generate import complete
 from attnedit.cli.terminal import JsonOption, ProgressBars, check_tokenizer_there, print_json, show
-from attnedit.compiler.data import demo_text, token_windows
-from attnedit.compiler.locations import SMOLLM2
+from attnedit.compiler.data import demo_text
+from attnedit.compiler.demo_model import SMOLLM2
 from attnedit.compiler.models import Source, load_source
 from attnedit.compiler.progress import stage
 
@@ -68,9 +68,6 @@ def run(
     calibration, evaluation = demo_text()
     ids = tokenizer(evaluation, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)
-    data = token_windows(
-        [calibration], tokenizer, source.model, tokens=calibration_tokens, window=seq_len, progress=progress
-    )
 
     def figures(model: PreTrainedModel) -> dict[str, Any]:
         measured = measure(model, tokens, seq_len=seq_len, windows=windows, progress=progress)
@@ -81,9 +78,9 @@ def run(
         source.model,
         target="mla",
         kv_budget=KV_BUDGET,
-        calibration=data,
+        calibration=[calibration],
         tokenizer=tokenizer,
-        calibration_tokens=data.numel(),
+        calibration_tokens=calibration_tokens,
         alternations=ALTERNATIONS,
         progress=progress,
     )

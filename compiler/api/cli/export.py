@@ -19,9 +19,12 @@ from attnedit.cli.terminal import (
     TrustRemoteCodeOption,
     check_output,
     print_json,
+    remark,
     show,
 )
+from attnedit.compiler.data import context_length
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.lengths import beyond
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.result import CompileResult, find_runtime, read_report
@@ -85,6 +88,7 @@ def export(
         source: Any = loaded
         if (Path(model).expanduser() / REPORT_FILE).exists():
             source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)
+        remark(beyond(loaded.model.config, context_length(loaded.model)))
         manifest = lower(source, output, progress=progress, **options)
     checks = getattr(manifest, "checks", [])
     decisions = list(getattr(manifest, "summary", []))

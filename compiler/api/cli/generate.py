@@ -22,10 +22,12 @@ from attnedit.cli.terminal import (
     TrustRemoteCodeOption,
     check_tokenizer_there,
     print_json,
+    remark,
     show,
 )
 from attnedit.compiler.data import position_limit
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.lengths import beyond
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
 
@@ -65,6 +67,7 @@ def generate(
         )
     tokenizer = check_tokenizer_there(source, "a prompt")
     torch.manual_seed(seed)
+    remark(beyond(source.model.config, len(tokenizer(prompt)["input_ids"]) + max_new_tokens))
     text, count = complete(source.model, tokenizer, prompt, max_new_tokens, temperature)
     if json:
         print_json({"model": model, "prompt": prompt, "text": text, "new_tokens": count})

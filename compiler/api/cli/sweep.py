@@ -19,6 +19,7 @@ from attnedit.cli.terminal import (
     AllocationOption,
     AllowPickleOption,
     AlternationsOption,
+    CalibrationLengthOption,
     CalibrationOption,
     CalibrationTokensOption,
     DequantizeOption,
@@ -39,8 +40,9 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
+from attnedit.compiler.calibration_windows import calibration_windows
 from attnedit.compiler.capture import capture
-from attnedit.compiler.data import text_tokens, token_windows
+from attnedit.compiler.data import text_tokens
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import load_source
@@ -60,6 +62,7 @@ def sweep(
     allocation: AllocationOption = "even",
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
+    calibration_length: CalibrationLengthOption = None,
     alternations: AlternationsOption = FitOptions.alternations,
     seq_len: SeqLenOption = 1024,
     windows: WindowsOption = 40,
@@ -97,7 +100,15 @@ def sweep(
         with stage("capture", progress):
             check_smallest(source.model, target, windowing, min(budgets))
         # Once for all budgets: samples take long to make, and equal data is what makes the rows comparable.
-        data = token_windows(texts, tokenizer, source.model, tokens=calibration_tokens, seed=seed, progress=progress)
+        data = calibration_windows(
+            texts,
+            tokenizer,
+            source.model,
+            tokens=calibration_tokens,
+            length=calibration_length,
+            seed=seed,
+            progress=progress,
+        )
         figures = measure(source.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
         rows.append({"kv_budget": None, "kv_budget_achieved": 1.0, "seconds": 0.0, **figures})
         for budget in budgets:
@@ -107,9 +118,8 @@ def sweep(
                 target=target,
                 kv_budget=budget,
                 allocation=allocation,
-                calibration=data,
+                calibration=data.parts,
                 tokenizer=tokenizer,
-                calibration_tokens=data.numel(),
                 alternations=alternations,
                 seed=seed,
                 progress=progress,
@@ -123,7 +133,8 @@ def sweep(
         "target": target,
         "allocation": allocation,
         "text": text,
-        "calibration_tokens": data.numel(),
+        "calibration_tokens": data.tokens,
+        "calibration_length": data.length,
         "rows": rows,
     }
     picture = plot(rows, title=f"{model} to {target}")

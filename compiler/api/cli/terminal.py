@@ -59,6 +59,10 @@ CalibrationOption = Annotated[
     ),
 ]
 CalibrationTokensOption = Annotated[int | None, typer.Option(min=2, help="How many calibration tokens to use.")]
+CalibrationLengthOption = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens of the longest calibration windows, as many as are to be served; the context."),
+]
 AlternationsOption = Annotated[
     int,
     typer.Option(min=0, help="Rounds of least squares per layer after the analytic start; more is slower and better."),
@@ -121,6 +125,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return value
+
+
+def remark(line: str | None) -> None:
+    """Say in one line on stderr what the user should know; nothing for None."""
+    if line is not None:
+        print(f"attnedit: {line}", file=sys.stderr)
 
 
 def show(renderable: RenderableType) -> None:

@@ -7,6 +7,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import given_cache
+from attnedit.compiler.compatibility.live import GenerationHook
+from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.gateswa_layers import bounded_layer
 
@@ -42,28 +45,34 @@ def bind_cache(model: nn.Module, cache: Any) -> Any:
     return cache
 
 
-class BoundedGeneration:
+class BoundedGeneration(GenerationHook):
     """First base of a model class: `generate` bounds what the layers with a window cache, and what a mask takes.
 
     A batch of prompts of different lengths needs a mask in memory, of T x T for each prompt of T tokens. Long ones are
     read in parts, unless the caller sets ``prefill_chunk_size``.
     """
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Bound the layers before the first forward: assisted generation switches their recording on before it."""
-        parent: Any = super()
+    def cache_wanted(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Read long prompts in parts."""
         if generation_config.prefill_chunk_size is None:
             generation_config.prefill_chunk_size = _part_of_prompt(model_kwargs.get("attention_mask"))
-        result = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = bind_cache(cast(PreTrainedModel, self), model_kwargs.get("past_key_values"))
+
+    def cache_made(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Bound the layers before the first forward: assisted generation switches their recording on before it."""
+        cache = bind_cache(cast(PreTrainedModel, self), given_cache(model_kwargs))
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
-        return result
 
-    def _get_static_cache_init_shape(self) -> None:
-        """Static layers are made at the first forward, which knows what each of them holds."""
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what ``generate_batch`` begins with: its cache has pages of keys and values as the source makes them.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "continuous batching (generate_batch) is not supported: a rewritten model keeps latents or a window, for "
+            "which transformers' paged cache has no room; use generate with a batch of padded prompts"
+        )
 
 
 def _part_of_prompt(mask: Any) -> int | None:

@@ -20,6 +20,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from attnedit.compiler.capture import capture, captured_implementation
+from attnedit.compiler.compatibility.torch_names import share_class
+from attnedit.compiler.compatibility.transformers_names import (
+    NOT_SAVED_AS_CODE,
+    LoadingHook,
+    ignore_on_load,
+    set_implementations,
+)
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.models import forget_quantised_storage
 from attnedit.compiler.remote_code import class_references, own_class
@@ -81,7 +88,7 @@ class AttneditConfig(PreTrainedConfig):
         return config_class.from_dict(dict(config_dict), **kwargs)
 
 
-class _Rewritten(BoundedGeneration):
+class _Rewritten(BoundedGeneration, LoadingHook):
     """First base of every model class here: builds the source model, then puts the new attention in."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -101,10 +108,8 @@ class _Rewritten(BoundedGeneration):
             raise UsageError(NO_WEIGHTS)
         return parent.__call__(*args, **kwargs)
 
-    def _move_missing_keys_from_meta_to_device(self, *args: Any, **kwargs: Any) -> None:
+    def missing_keys_filled(self) -> None:
         """Fill the tables of the new graphs, which loading has just emptied; the source's class knows its own only."""
-        parent: Any = super()
-        parent._move_missing_keys_from_meta_to_device(*args, **kwargs)
         for module in cast(torch.nn.Module, self).modules():
             tables: Mapping[str, torch.Tensor] = getattr(module, "tables", None) or {}
             for name, value in tables.items():
@@ -170,14 +175,14 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, AnyConfig]) -
     forget_quantised_storage(model)
     for name in ("model_type", "auto_map"):
         config.__dict__.pop(name, None)
-    config.__class__ = config_class
+    share_class(config, config_class)
     config.source_model_type = source_type
     config.attnedit = {
         "format_version": FORMAT_VERSION,
         "architecture": model_class.__bases__[1].__name__,
         "sites": sites,
     }
-    model.__class__ = model_class
+    share_class(model, model_class)
     if own := class_references(source_classes(model)):
         config.attnedit["auto_map"] = own
     return model
@@ -199,7 +204,7 @@ def source_config_class(config_class: ConfigClass) -> ConfigClass:
 def source_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a copy of a rewritten model's configuration as the source had it."""
     result = copy.deepcopy(config)
-    result.__class__ = source_config_class(type(config))
+    share_class(result, source_config_class(type(config)))
     result.__dict__.pop("model_type", None)
     for name in ("attnedit", "source_model_type"):
         result.__dict__.pop(name, None)
@@ -215,8 +220,7 @@ def use_captured_implementation(model: PreTrainedModel, sites: Iterable[Attentio
     """Make a rewritten model give its attention modules what their graphs take, in place."""
     name = captured_implementation(sites)
     if name is not None:
-        config: Any = model.config
-        config._attn_implementation = name
+        set_implementations(model.config, name)
 
 
 def _has(model: torch.nn.Module, name: str) -> bool:
@@ -247,8 +251,7 @@ def _make(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigCla
 
 
 def _new_classes(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigClass, ModelClass]:
-    # _auto_class: set, transformers would save this file as the model's own code.
-    common: dict[str, Any] = {"__module__": __name__, "_auto_class": None}
+    common: dict[str, Any] = {"__module__": __name__, **NOT_SAVED_AS_CODE}
     # Pickle needs a configuration class to be one object.
     new_config = next((pair[0] for (source, _), pair in _CLASSES.items() if source is config_class), None)
     if new_config is None:
@@ -278,8 +281,7 @@ def _rebuild(model: PreTrainedModel) -> None:
     use_captured_implementation(model, sites.values())
     # A checkpoint with code of its own has the tables of the graphs, which are at hand here.
     tables = (f"{name}.{table}" for name, graph in graphs.items() for table in getattr(graph, "tables", ()))
-    known: Any = model._keys_to_ignore_on_load_unexpected or ()
-    model._keys_to_ignore_on_load_unexpected = {*known, *(f"^{re.escape(name)}$" for name in tables)}
+    ignore_on_load(model, (f"^{re.escape(name)}$" for name in tables))
 
 
 def _sites(model_class: ModelClass, config: PreTrainedConfig) -> Mapping[str, AttentionSite]:
@@ -288,7 +290,7 @@ def _sites(model_class: ModelClass, config: PreTrainedConfig) -> Mapping[str, At
     # No part of a site; without them models that differ in nothing else share their sites.
     source.name_or_path, source.dtype, source.architectures = "", None, None
     # Other implementations may want a device or a dtype: grouped_mm on meta takes bfloat16 only.
-    source._attn_implementation, source._experts_implementation = "eager", "batched_mm"
+    set_implementations(source, "eager", "batched_mm")
     key = (model_class, source.to_json_string(use_diff=False))
     if key not in _SITES:
         try:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+
+from attnedit.compiler.compatibility.live import keep_conversions, kept_conversions
 
 
 def register_conversions(
@@ -21,9 +17,8 @@ def register_conversions(
         model_class: of the source.
         new_model: the class that gets them.
     """
-    find: Any = get_checkpoint_conversion_mapping
-    conversions = find(model_class.__name__)
+    conversions = kept_conversions(model_class.__name__)
     if conversions is None:
-        conversions = find(config_class.model_type)
+        conversions = kept_conversions(config_class.model_type)
     if conversions is not None:
-        register_checkpoint_conversion_mapping(new_model.__name__, conversions, overwrite=True)
+        keep_conversions(new_model.__name__, conversions)

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from attnedit.compiler.checkpoint_reader import INDEX_FILE
+from attnedit.compiler.compatibility.transformers_names import ignored_on_save, revert_weight_conversion
 
 SHARD_BYTES = 1 << 30
 """The most in one shard of what is outside the layers, unless a single weight is larger."""
@@ -74,7 +74,7 @@ def write_shard(model: PreTrainedModel, state: Mapping[str, Tensor], file: Path,
         file: appears complete or not at all.
         part: where to write before, in the same file system.
     """
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_save or ()]
+    ignored = [re.compile(pattern) for pattern in ignored_on_save(model)]
     kept = {name: value for name, value in state.items() if not any(pattern.fullmatch(name) for pattern in ignored)}
     stored = revert_weight_conversion(model, kept)
     save_file({name: value.contiguous() for name, value in stored.items()}, part, metadata={"format": "pt"})

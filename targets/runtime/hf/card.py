@@ -114,6 +114,7 @@ def _figures(report: Report) -> list[str]:
         f"{report.context_length:,} tokens",
         "cached values, of the source's": f"{report.kv_budget_achieved:.4g}{asked}",
         "calibration data": f"{report.calibration_tokens:,} tokens of {_display_name(report.calibration)}"
+        + (f" in windows: {report.calibration_windows}" if report.calibration_windows else "")
         if report.calibration
         else "none needed",
     }
@@ -121,6 +122,8 @@ def _figures(report: Report) -> list[str]:
         rows[f"training: {stage.name}"] = (
             f"{stage.steps:,} steps, {stage.tokens:,} tokens; held-out loss {stage.before:.4g} -> {stage.best:.4g}"
         )
+    if report.training_length is not None:
+        rows["longest text trained on"] = f"{report.training_length:,} tokens"
     if report.perplexity:
         rows["perplexity on held-out calibration text"] = _listed(report.perplexity)
     for check in report.verification:

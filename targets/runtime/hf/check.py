@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import VerificationError
 from attnedit.compiler.verify import HALF
 from attnedit.targets.attention.gateswa import GateSWA
@@ -89,8 +90,7 @@ def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, lengths: tuple[in
             ids[:, span],
             attention_mask=mask[:, :seen],
             position_ids=positions[:, span],
-            past_key_values=cache,
-            use_cache=True,
+            **with_cache(model, cache),
         )
         parts.append(out.logits.float().cpu())
     return torch.cat(parts, 1)

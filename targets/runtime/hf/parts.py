@@ -7,12 +7,14 @@ so they need nothing else of ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import cache_parameter
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
@@ -50,6 +52,10 @@ class GraphAttention(nn.Module):
             place, last = self._place(name)
             place.register_buffer(last, torch.empty(shape, dtype=getattr(torch, dtype)))
         self.add_module(kind, new)
+        # The transformers that printed the graph may have called the cache otherwise than the one that runs it.
+        theirs, ours = cache_parameter(source), cache_parameter(self)
+        if theirs != ours:
+            self.register_forward_pre_hook(partial(_renamed, {theirs: ours}), with_kwargs=True)
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds what has a name, made where there is none, and the last part of the name."""
@@ -60,6 +66,13 @@ class GraphAttention(nn.Module):
                 place.add_module(step, nn.Module())
             place = getattr(place, step)
         return place, last
+
+
+def _renamed(
+    names: Mapping[Any, Any], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Rename keyword arguments of a call."""
+    return args, {names.get(name, name): value for name, value in kwargs.items()}
 
 
 def put_attention_in(model: PreTrainedModel, classes: Mapping[str, type[GraphAttention]]) -> None:

@@ -48,6 +48,7 @@ from transformers import {config}, {model}
 from .attnedit_cache import BoundedGeneration
 from .attnedit_conversions import register_conversions
 from .attnedit_parts import GraphAttention, put_attention_in
+{imports}
 
 
 '''
@@ -101,6 +102,7 @@ def write_remote(model: PreTrainedModel, directory: Path) -> None:
     tables = {f"{site}.{name}": value for site, graph in graphs.items() for name, value in _tables(graph).items()}
     model.save_pretrained(directory, state_dict={**model.state_dict(), **tables})
     classes, table = _attention_classes(graphs)
+    names["imports"] = "\n".join(sorted({line for graph in graphs.values() for line in _imports(graph)}))
     for name, text in copied_modules().items():
         (directory / f"{name}.py").write_text(text, encoding="utf-8")
     code = HEAD.format(**names) + "\n\n\n".join([*classes, TAIL.format(table=table, **names)])
@@ -187,6 +189,13 @@ def _tables(graph: fx.GraphModule) -> dict[str, Tensor]:
     """What a graph reads that is no parameter, by name; copies, since files hold no shared memory."""
     used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     return {name: value.detach().clone() for name, value in graph.named_buffers() if name in used}
+
+
+def _imports(graph: fx.GraphModule) -> Iterator[str]:
+    """Lines that import what a printed graph calls of ours."""
+    for name, value in graph.graph.python_code("self").globals.items():
+        if getattr(value, "__module__", "").startswith("attnedit."):
+            yield f"from .{_file_name(value.__module__)} import {value.__name__} as {name}"
 
 
 def _attention_classes(graphs: Mapping[str, fx.GraphModule]) -> tuple[list[str], str]:

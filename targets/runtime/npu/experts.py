@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from attnedit.compiler.compatibility.transformers_names import apply_gate, has_default_gate
 from attnedit.compiler.errors import AttneditError
 from attnedit.targets.runtime.npu.limits import grouped_matmul_refusal
 
@@ -69,19 +70,15 @@ def _grouped(rows: Tensor, module: Any, name: str, counts: Tensor) -> Tensor:
 def _gated(module: Any, up: Tensor) -> Tensor:
     """The gate of the experts: fused where it is silu of the first half, the module's own elsewhere."""
     activation = getattr(module, "act_fn", None)
-    if module.is_concatenated and _is_silu(activation) and _is_default_gate(module):
+    if module.is_concatenated and _is_silu(activation) and has_default_gate(module):
         gated: Tensor = ops.npu_swiglu(up)
         return gated
-    own: Tensor = module._apply_gate(up)
+    own: Tensor = apply_gate(module, up)
     return own
 
 
 def _is_silu(activation: Any) -> bool:
     return isinstance(activation, torch.nn.SiLU | SiLUActivation)
-
-
-def _is_default_gate(module: Any) -> bool:
-    return getattr(type(module)._apply_gate, "__name__", "") == "_default_apply_gate"
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, npu_experts)

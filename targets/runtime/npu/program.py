@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.npu.attention import NPU, lower
 from attnedit.targets.runtime.npu.cache import Step, calling, current_step, npu_cache
@@ -75,7 +76,7 @@ class _CachedModel(nn.Module):
         call: Any = self.model
         positions = step.positions.expand(input_ids.shape[0], -1)
         with calling(step, cache):
-            out = call(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            out = call(input_ids=input_ids, position_ids=positions, **with_cache(self.model, cache))
         logits: Tensor = out.logits
         return logits
 

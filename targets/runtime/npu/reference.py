@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnedit.compiler.compatibility.torch_names import has_kernel
 from attnedit.compiler.errors import AttneditError
 from attnedit.targets.runtime.npu import reference_attention as attention
 from attnedit.targets.runtime.npu import reference_experts as experts
@@ -166,7 +167,7 @@ def register() -> tuple[str, ...]:
     absent = sorted(set(schemas()) - real)
     for name in sorted(real):
         compute, shapes = REFERENCES[name]
-        if shapes is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"npu::{name}", "CPU"):
+        if shapes is not None and not has_kernel(f"npu::{name}", "CPU"):
             _libraries.append(torch.library.Library("npu", "IMPL"))
             _libraries[-1].impl(name, compute, "CPU")
     if absent:

@@ -163,7 +163,7 @@ def load_program(file: Path, weights: Mapping[str, Tensor], aliases: Mapping[str
         stored = weights.get(aliases.get(name, name))
         if stored is not None:
             owner = program.get_submodule(path)
-            is_parameter = attribute in owner._parameters
+            is_parameter = isinstance(getattr(owner, attribute), nn.Parameter)
             setattr(owner, attribute, nn.Parameter(stored, requires_grad=False) if is_parameter else stored)
     return program
 

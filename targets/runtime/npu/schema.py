@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from attnedit.compiler.compatibility.torch_names import operator_names, parse_schema, schema_of
 from attnedit.compiler.errors import UsageError
 
 FILE = Path(__file__).with_name("schemas.json")
@@ -79,8 +80,8 @@ def check_live() -> list[str]:
         if packet is None:
             problems.append(f"{name} is not registered")
             continue
-        live = torch._C.parse_schema(str(packet.default._schema))
-        if str(live) != str(torch._C.parse_schema(f"npu::{stored}")):
+        live = parse_schema(str(schema_of(packet.default)))
+        if str(live) != str(parse_schema(f"npu::{stored}")):
             problems.append(f"{name} is {live}, torch_npu {torch_npu_version()} has {stored}")
     return problems
 
@@ -101,7 +102,7 @@ def read_yaml(text: str) -> dict[str, str]:
 
 
 def _registered() -> set[str]:
-    return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("npu::")}
+    return {name for name in operator_names() if name.startswith("npu::")}
 
 
 def main() -> None:

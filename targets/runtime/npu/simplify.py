@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnedit.compiler.compatibility.torch_names import GUARDS
+
 aten = torch.ops.aten
 
 
@@ -14,15 +16,15 @@ def simplify(module: fx.GraphModule) -> None:
     """Remove assertions, guards, idle casts and dropout from an unlifted program, in place."""
     drop_assertions(module.graph)
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
+        if node.op == "call_module" and node.target == GUARDS:
             module.graph.erase_node(node)
         elif (source := _idle(node)) is not None:
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)
         elif node.target in (aten.type_as.default, aten.to.device) and value(node) is not None:
             _as_cast(node)
-    if hasattr(module, "_guards_fn"):
-        delattr(module, "_guards_fn")
+    if hasattr(module, GUARDS):
+        delattr(module, GUARDS)
     module.graph.lint()
 
 

@@ -17,6 +17,7 @@ from attnedit.compiler.anchor import (
     listening,
     mask_window,
 )
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
@@ -57,7 +58,7 @@ def survey(model: PreTrainedModel) -> list[Site]:
         for module in rewritten:
             stack.callback(module.register_forward_pre_hook(_refuse_own_mask).remove)
         call: Any = model
-        call(ids, past_key_values=cache, use_cache=True)
+        call(ids, **with_cache(model, cache))
     for index, layer in enumerate(cache.layers):
         if index in found:
             continue

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa_cache import GateSWALayer
 
@@ -68,7 +69,7 @@ def layer_caches(model: PreTrainedModel) -> list[LayerCache]:
     """
     cache = DynamicCache(config=model.config)
     ids = torch.zeros((1, 2), dtype=torch.int64)
-    model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    model(ids, attention_mask=torch.ones_like(ids), **with_cache(model, cache))
     found = []
     for index, layer in enumerate(cache.layers):
         key, value = getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import AttneditError
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.onnx.attention import EXPORT, lower
@@ -119,7 +120,7 @@ class _CachedModel(nn.Module):
         positions = {"position_ids": inputs["position_ids"]} if self.signature.positions else {}
         with stepping(step):
             call: Any = self.model
-            logits = call(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions).logits
+            logits = call(input_ids=ids, attention_mask=mask, **with_cache(self.model, cache), **positions).logits
         return logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
 
 

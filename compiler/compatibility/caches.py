@@ -1,0 +1,91 @@
+"""The names under which models take and return a cache, read from signatures; what is no cache is refused.
+
+A checkpoint with code of its own gets a copy of this file (`attnedit.targets.runtime.hf.remote`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import fx, nn
+from transformers import Cache
+
+from attnedit.compiler.errors import UsageError
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""Of the arguments; a model that has several, for the sake of old callers, prefers the first."""
+
+
+def cache_parameter(module: nn.Module) -> str | None:
+    """Return the name of the argument through which a model, or a part of one, takes its cache.
+
+    Args:
+        module: anything with a forward. One that only passes keyword arguments on takes what its base class names.
+
+    Returns:
+        None where no signature names one.
+    """
+    return next((name for names in _signatures(module) for name in CACHE_NAMES if name in names), None)
+
+
+def _signatures(module: nn.Module) -> Iterator[Mapping[str, inspect.Parameter]]:
+    """Parameters of a module's forward, and of those that it overrides while it takes any keyword argument."""
+    forwards = [module.forward, *(base.__dict__["forward"] for base in type(module).__mro__ if "forward" in vars(base))]
+    for forward in forwards:
+        parameters = inspect.signature(forward).parameters
+        yield parameters
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
+
+
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Return the keyword arguments that hand a cache to a model and have it filled.
+
+    Raises:
+        UsageError: the model takes none.
+    """
+    name = cache_parameter(model)
+    if name is None:
+        raise UsageError(
+            f"{type(model).__name__} takes no cache: its forward has no argument {', '.join(CACHE_NAMES)}; "
+            "give a causal language model with a key-value cache"
+        )
+    return {name: cache, "use_cache": True}
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among keyword arguments of a model, or among what it returned; None where there is none."""
+    found = (value for name, value in arguments.items() if name in CACHE_NAMES)
+    return next((value for value in found if value is not None), None)
+
+
+def known_cache(cache: Any, others: Mapping[str, Any] | None = None) -> Any:
+    """Return the cache that a rewritten layer was given. A node of every rewritten graph.
+
+    Args:
+        cache: by the name that the layer's signature has.
+        others: keyword arguments that the signature does not name.
+
+    Raises:
+        UsageError: it is no `transformers.Cache`, or another cache is among the other arguments: left unread, either
+            would have the layer attend to new tokens alone.
+    """
+    if isinstance(cache, fx.Proxy):  # unpickling a graph traces its code
+        return cache.tracer.create_proxy(
+            "call_function", known_cache, (cache, *(() if others is None else (others,))), {}
+        )
+    if cache is not None and not (isinstance(cache, Cache) and hasattr(cache, "layers")):
+        raise UsageError(
+            f"a rewritten attention layer was given a {type(cache).__name__} as its cache and knows only "
+            "transformers' Cache with layers (DynamicCache, StaticCache); continuous batching is not supported: "
+            "use generate"
+        )
+    for name, value in (others or {}).items():
+        if value is not None and value is not cache and (name in CACHE_NAMES or isinstance(value, Cache)):
+            raise UsageError(
+                f"a rewritten attention layer was given a {type(value).__name__} as {name}, which it does not take "
+                "its cache from; hand the model its cache by the name that its forward has, and only once"
+            )
+    return cache

@@ -1,0 +1,61 @@
+"""Private names of torch and transformers that rewritten models need when they run, each held by a test.
+
+A checkpoint with code of its own gets a copy of this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _python_dispatch
+from transformers import conversion_mapping
+
+
+class GenerationHook:
+    """First base of a model class: `cache_wanted` and `cache_made` run before and after `generate` makes its cache."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        parent: Any = super()
+        self.cache_wanted(generation_config, model_kwargs)
+        result = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        self.cache_made(generation_config, model_kwargs)
+        return result
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Static layers are made at the first forward, which knows what each of them holds."""
+
+    def cache_wanted(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Change the generation's configuration in place."""
+
+    def cache_made(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Change the cache among the model's arguments in place."""
+
+
+def kept_conversions(name: str) -> Any:
+    """The conversions between stored and live weights that transformers keeps for a class or a model type, or None."""
+    return conversion_mapping.get_checkpoint_conversion_mapping(name)
+
+
+def keep_conversions(name: str, conversions: Any) -> None:
+    """Have transformers keep conversions for a class, in place of those that it has."""
+    conversion_mapping.register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear one whose weight can be read: no subclass, adapter, quantiser or hook around it."""
+    return (
+        type(module) is nn.Linear
+        and not _python_dispatch.is_traceable_wrapper_subclass(module.weight)
+        and not module._forward_pre_hooks
+        and not hasattr(module, "_hf_hook")
+    )
+
+
+def keep_in_place(*tensors: Tensor) -> None:
+    """Promise compilers that tensors stay where they are: CUDA graphs skip those that may lie elsewhere next time."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)

@@ -1,0 +1,112 @@
+"""Private names of transformers: all that the code relies on, each held by a test in tests/test_compatibility.py.
+
+Public by spelling, but without a promise: how weights are converted as they are loaded and saved. What generation is
+overridden in stands in `attnedit.compiler.compatibility.live`, which checkpoints with code of their own carry too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+__all__ = [
+    "ATTENTION_FIELD",
+    "EXPERTS_FIELD",
+    "NOT_SAVED_AS_CODE",
+    "LoadStateDictConfig",
+    "LoadingHook",
+    "WeightConverter",
+    "WeightRenaming",
+    "apply_gate",
+    "attention_of",
+    "convert_and_load_state_dict_in_model",
+    "dtype_plan",
+    "get_model_conversion_mapping",
+    "has_default_gate",
+    "ignore_on_load",
+    "ignored_on_save",
+    "rename_source_key",
+    "revert_weight_conversion",
+    "set_conversions",
+    "set_implementations",
+    "supports_sdpa",
+]
+
+ATTENTION_FIELD, EXPERTS_FIELD = "_attn_implementation_internal", "_experts_implementation_internal"
+"""Of a configuration. Set directly: the properties check the name against what the class supports, and set it in
+sub-configurations."""
+
+NOT_SAVED_AS_CODE = {"_auto_class": None}
+"""Attributes of a class; set to something, transformers would save its file as the model's own code."""
+
+
+class LoadingHook:
+    """First base of a model class: `missing_keys_filled` runs once loading has emptied what no checkpoint holds."""
+
+    def _move_missing_keys_from_meta_to_device(self, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        parent._move_missing_keys_from_meta_to_device(*args, **kwargs)
+        self.missing_keys_filled()
+
+    def missing_keys_filled(self) -> None:
+        """Fill what the source's class does not know."""
+
+
+def set_implementations(config: Any, attention: str, experts: str | None = None) -> None:
+    """Set the implementations through the properties, which check them."""
+    config._attn_implementation = attention
+    if experts is not None:
+        config._experts_implementation = experts
+
+
+def attention_of(config: Any) -> str:
+    """Name of the attention implementation that a model is set to."""
+    return str(config._attn_implementation)
+
+
+def supports_sdpa(model: Any) -> bool:
+    """Whether a model's class says that it works with SDPA."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
+def dtype_plan(model: PreTrainedModel) -> Any:
+    """Dtypes of the weights that a model loads in another dtype than its own."""
+    return model._get_dtype_plan(model.dtype)
+
+
+def set_conversions(model: PreTrainedModel, conversions: Any) -> None:
+    """Say which conversions of weights saving has to undo."""
+    live: Any = model  # an attribute of no tensor or module
+    live._weight_conversions = conversions
+
+
+def ignore_on_load(model: PreTrainedModel, patterns: Iterable[str]) -> None:
+    """Let a checkpoint hold weights of these names (regular expressions) that the model does not have."""
+    known: Any = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *patterns}
+
+
+def ignored_on_save(model: PreTrainedModel) -> list[str]:
+    """Names (regular expressions) of weights that are not saved."""
+    return list(model._keys_to_ignore_on_save or ())
+
+
+def apply_gate(experts: Any, up: Any) -> Any:
+    """The gate of a mixture's experts: of [R, 2 size] to [R, size]."""
+    return experts._apply_gate(up)
+
+
+def has_default_gate(experts: Any) -> bool:
+    """Whether that gate is transformers' default, activation(first half) * second half."""
+    return getattr(type(experts)._apply_gate, "__name__", "") == "_default_apply_gate"
