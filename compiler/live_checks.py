@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from attnedit.compiler.compatibility.torch_names import is_compiled
 from attnedit.compiler.errors import UsageError
 
 _QUANTISED = {
@@ -33,7 +34,7 @@ def check_live(model: PreTrainedModel, name: str) -> None:
     """
     for place, module in model.named_modules():
         where = f"{name}: {place or type(module).__name__}"
-        if hasattr(module, "_orig_mod"):
+        if is_compiled(module):
             raise UsageError(f"{where} is compiled by torch.compile; give the model before that (its _orig_mod)")
         if is_adapter(module):
             raise UsageError(

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils.quantization_config import GgufConfig
 
 from attnedit.compiler.compatibility.torch_names import own_buffers, temporary_buffers
+from attnedit.compiler.compatibility.transformers_names import CONVERSIONS_MODULE, conversions_of, set_conversions
 from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.gguf_reading import shared_gguf_reader
@@ -39,9 +40,6 @@ from attnedit.compiler.source_checks import (
     check_weights,
     quantization_method,
 )
-
-_OWN_CONVERSIONS = "transformers.core_model_loading"
-"""Where the steps are defined by which a checkpoint's tensors become a model's, quantised or not."""
 
 #: What transformers, tokenizers, safetensors and the hub client raise for an input they cannot read.
 READING_ERRORS = (
@@ -270,14 +268,9 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 def forget_quantised_storage(model: PreTrainedModel) -> None:
     """Remove conversions that a quantiser left on a model of plain weights: saving would quantise anew, or fail."""
-    live: Any = model
-    found = [
-        type(step)
-        for conversion in getattr(live, "_weight_conversions", None) or ()
-        for step in getattr(conversion, "operations", None) or ()
-    ]
-    if any(kind.__module__ != _OWN_CONVERSIONS for kind in found):
-        live._weight_conversions = None  # saving then takes those of the class
+    steps = [step for conversion in conversions_of(model) for step in getattr(conversion, "operations", None) or ()]
+    if any(type(step).__module__ != CONVERSIONS_MODULE for step in steps):
+        set_conversions(model, None)  # saving then takes those of the class
 
 
 def _errors(location: Location) -> tuple[type[Exception], ...]:

@@ -44,18 +44,37 @@ class PassesOn(Older):
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+class Wraps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Older()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
 class Attention(nn.Module):
     def forward(self, hidden: torch.Tensor, layer_past: Any = None) -> Any: ...
 
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(Named, "cache"), (Older, "past_key_values"), (PassesOn, "past_key_values"), (Attention, "layer_past")],
+    [
+        (Named, "cache"),
+        (Older, "past_key_values"),
+        (PassesOn, "past_key_values"),
+        (Wraps, "past_key_values"),
+        (Attention, "layer_past"),
+    ],
 )
 def test_the_name_is_the_one_in_the_signature(module: type[nn.Module], name: str) -> None:
     assert cache_parameter(module()) == name
     cache = DynamicCache()
     assert with_cache(module(), cache) == {name: cache, "use_cache": True}
+
+
+def test_a_compiled_model_takes_what_it_was_made_from_takes() -> None:
+    model = build("llama")
+    assert cache_parameter(torch.compile(model, backend="eager")) == cache_parameter(model)
 
 
 def test_a_model_without_a_cache_is_refused() -> None:

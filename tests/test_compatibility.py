@@ -61,7 +61,11 @@ def private_uses(file: Path) -> list[str]:
             private = re.match(r"_[a-zA-Z]", node.attr) or (
                 node.attr == "__class__" and isinstance(node.ctx, ast.Store)
             )
-            if private and ast.unparse(node) not in ("sys._getframe", "torch._check"):  # both are documented
+            if private and ast.unparse(node) not in ("sys._getframe", "torch._check", "os._exit"):  # documented
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if re.match(r"_[a-zA-Z]", str(name)) and name not in OWN:
                 found.append(f"{node.lineno}: {ast.unparse(node)}")
         found += [f"{getattr(node, 'lineno', 0)}: {name}" for name in names if PRIVATE_MODULES.match(name)]
     return found
@@ -77,8 +81,9 @@ def test_a_private_name_would_be_found(tmp_path: Path) -> None:
     file = tmp_path / "some.py"
     lines = ["import torch.utils._pytree", "from transformers.core_model_loading import WeightConverter"]
     lines += ["config._attn_implementation = 'eager'", "model.__class__ = Other", "torch._dynamo.reset()"]
+    lines += ["getattr(model, '_supports_sdpa', False)"]
     file.write_text("\n".join(lines))
-    assert [use.split(":")[0] for use in sorted(private_uses(file))] == ["1", "2", "3", "4", "5"]
+    assert [use.split(":")[0] for use in sorted(private_uses(file))] == ["1", "2", "3", "4", "5", "6"]
 
 
 # What is overridden in transformers.
@@ -165,7 +170,10 @@ def test_weights_are_converted_when_loaded_and_back_when_saved() -> None:
     model = build("mixtral")
     conversions = transformers_names.get_model_conversion_mapping(model)
     assert any(isinstance(one, transformers_names.WeightConverter) for one in conversions)
+    steps = [type(step) for one in conversions for step in getattr(one, "operations", ())]
+    assert {step.__module__ for step in steps} == {transformers_names.CONVERSIONS_MODULE}
     transformers_names.set_conversions(model, conversions)
+    assert transformers_names.conversions_of(model) == list(conversions)
     stored = transformers_names.revert_weight_conversion(model, model.state_dict())
     assert any(".experts.0." in name for name in stored)
     assert not any(".experts.0." in name for name in model.state_dict())
@@ -231,6 +239,12 @@ def test_tensors_are_kept_in_place() -> None:
     tensor = torch.zeros(2)
     live.keep_in_place(tensor)
     assert any("static" in name for name in vars(tensor))
+
+
+def test_a_compiled_module_is_known() -> None:
+    module = nn.Linear(2, 2)
+    assert not torch_names.is_compiled(module)
+    assert torch_names.is_compiled(torch.compile(module, backend="eager"))
 
 
 def test_compiler_limits_hold_inside_the_block() -> None:

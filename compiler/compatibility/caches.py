@@ -22,7 +22,8 @@ def cache_parameter(module: nn.Module) -> str | None:
     """Return the name of the argument through which a model, or a part of one, takes its cache.
 
     Args:
-        module: anything with a forward. One that only passes keyword arguments on takes what its base class names.
+        module: anything with a forward. One that only passes keyword arguments on takes what its base class names, or
+            what the one module that it wraps does (`torch.compile`, adapters).
 
     Returns:
         None where no signature names one.
@@ -32,12 +33,16 @@ def cache_parameter(module: nn.Module) -> str | None:
 
 def _signatures(module: nn.Module) -> Iterator[Mapping[str, inspect.Parameter]]:
     """Parameters of a module's forward, and of those that it overrides while it takes any keyword argument."""
-    forwards = [module.forward, *(base.__dict__["forward"] for base in type(module).__mro__ if "forward" in vars(base))]
+    bases = [base for base in type(module).__mro__ if base is not nn.Module and "forward" in vars(base)]
+    forwards = [module.forward, *(vars(base)["forward"] for base in bases)]
     for forward in forwards:
         parameters = inspect.signature(forward).parameters
         yield parameters
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             return
+    inner = list(module.children())
+    if len(inner) == 1:
+        yield from _signatures(inner[0])
 
 
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:

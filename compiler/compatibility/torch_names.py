@@ -31,6 +31,7 @@ __all__ = [
     "forward_hooks",
     "has_kernel",
     "hint_of",
+    "is_compiled",
     "operator_names",
     "own_buffers",
     "parse_schema",
@@ -60,6 +61,11 @@ def temporary_buffers(module: nn.Module) -> set[str]:
 def share_class(target: Any, cls: type) -> None:
     """Make an object an instance of another class, whose layout is the same."""
     target.__class__ = cls
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile` makes of one."""
+    return hasattr(module, "_orig_mod")
 
 
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:

@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 __all__ = [
     "ATTENTION_FIELD",
+    "CONVERSIONS_MODULE",
     "EXPERTS_FIELD",
     "NOT_SAVED_AS_CODE",
     "LoadStateDictConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "WeightRenaming",
     "apply_gate",
     "attention_of",
+    "conversions_of",
     "convert_and_load_state_dict_in_model",
     "dtype_plan",
     "get_model_conversion_mapping",
@@ -46,6 +48,9 @@ __all__ = [
 ATTENTION_FIELD, EXPERTS_FIELD = "_attn_implementation_internal", "_experts_implementation_internal"
 """Of a configuration. Set directly: the properties check the name against what the class supports, and set it in
 sub-configurations."""
+
+CONVERSIONS_MODULE = WeightConverter.__module__
+"""Where transformers defines what its own conversions do; a quantiser brings others."""
 
 NOT_SAVED_AS_CODE = {"_auto_class": None}
 """Attributes of a class; set to something, transformers would save its file as the model's own code."""
@@ -85,8 +90,13 @@ def dtype_plan(model: PreTrainedModel) -> Any:
     return model._get_dtype_plan(model.dtype)
 
 
+def conversions_of(model: PreTrainedModel) -> list[Any]:
+    """The conversions of weights that loading has left on a model."""
+    return list(getattr(model, "_weight_conversions", None) or ())
+
+
 def set_conversions(model: PreTrainedModel, conversions: Any) -> None:
-    """Say which conversions of weights saving has to undo."""
+    """Say which conversions of weights saving has to undo; None for those of the class."""
     live: Any = model  # an attribute of no tensor or module
     live._weight_conversions = conversions
 
