@@ -19,6 +19,9 @@ WORKERS := -n 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 FAST := -m "not long and not npu and not torch_npu and not wheel"
 
+# How many random configurations `test-random` compiles.
+CASES ?= 1000
+
 # What only the site and the slow tests need: installed when first asked for.
 DOCS_STAMP := $(VENV)/.attnedit-docs
 ECOSYSTEM_STAMP := $(VENV)/.attnedit-ecosystem
@@ -41,7 +44,7 @@ NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-npu test-npu-device lint types setup clean
+.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-npu test-npu-device lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +72,12 @@ test-oldest:  ## the fast tests with the python (PYTHON=...) where torch 2.11 an
 
 test-wheel: $(STAMP)  ## wheel and sdist; README's Installation in an empty environment, demo and ONNX export from there
 	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m wheel tests/test_installation.py
+
+test-random: $(STAMP)  ## 1,000 random configurations, half of them with outlier activations (CASES=..., hours)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/random_configurations.py --count $(CASES)
+
+test-kills: $(STAMP)  ## kill compile, calibrate and export at random points
+	$(PYTEST) -m long tests/test_kills.py
 
 test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, without a card; needs cc and nm
 	ATTNEDIT_NPU_PYTHON=$(abspath $(NPU_VENV)/bin/python) $(PYTEST) -m torch_npu

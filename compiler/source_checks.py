@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.remote_code import AUTO_CLASSES, auto_map_of, needs_own_code
@@ -47,6 +48,11 @@ def check_config(
     check_sizes(config, name)
     text = config.get_text_config(decoder=True)
     if text is not config:
+        if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UsageError(
+                f"{name} is multimodal ({config.model_type}), and transformers has no language model of its text tower "
+                f"({text.model_type}) alone; attnedit cannot convert it yet: give a text model"
+            )
         raise UsageError(
             f"{name} is multimodal ({config.model_type}); attnedit converts text models only: save its text tower, "
             f"{text.model_type}, as a model of its own and give that directory"
@@ -55,6 +61,11 @@ def check_config(
     if not trust_remote_code or "AutoModelForCausalLM" not in auto_map_of(config):
         _check_architecture(config, name)
     method = quantization_method(config)
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise UsageError(
+            f"{name} is quantised by {method!r}, which this transformers does not know, so it cannot be unpacked; "
+            "give the unquantised model"
+        )
     if method is not None and not dequantize:
         raise UsageError(
             f"{name} is already quantised ({method}); give the unquantised model, or --dequantize "

@@ -166,6 +166,11 @@ def read_report(directory: str | os.PathLike[str]) -> Report:
         UsageError: there is none, or it is damaged.
     """
     file = Path(directory).expanduser() / REPORT_FILE
+    if not file.exists():
+        raise UsageError(
+            f"{file.parent} has no {REPORT_FILE}: save_pretrained or a Trainer wrote it, not attnedit; load it with "
+            "AutoModelForCausalLM after import attnedit, or copy the report there that the result was saved with"
+        )
     try:
         return Report.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,22 +43,37 @@ def check_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> bo
 
 
 @contextmanager
-def run_with_fits(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
-    """A run directory for the block; one that fails before there is a fit to keep leaves no directory behind.
+def run_with_fits(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
+    """Give a run directory for the block: that of an unfinished run, or one that nobody sees as long as all goes well.
+
+    If the block fails with fits to keep, it becomes the run directory `output`. Interrupted, it leaves nothing.
 
     Raises:
         UsageError: see `open_run`.
     """
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
-    open_run(output, recipe, overwrite=overwrite)
+    if check_run(output, recipe, overwrite=overwrite):
+        yield output
+        return
+    made = [folder for folder in output.parents if not folder.exists()]  # innermost first
     try:
-        yield
-    except BaseException:
-        if [file.name for file in output.iterdir()] == [RUN_FILE]:
-            (output / RUN_FILE).unlink()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {output}: {error.strerror or error}") from error
+    try:
+        hidden.chmod(0o755)
+        yield hidden
+    except Exception:
+        if any(hidden.iterdir()):
+            open_run(output, recipe, overwrite=overwrite)
+            for part in hidden.iterdir():
+                part.rename(output / part.name)
+        raise
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        if not output.exists():
             for folder in made:
                 folder.rmdir()
-        raise
 
 
 def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ Shapes: B batch, T new tokens, S tokens attended to, H heads, d query size, dv v
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,8 @@ class MLA(nn.Module):
         """
         length = query.shape[2]
         config = self.config
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise self._no_mask(attention_mask)
         projected = self.kv_a_proj_with_mqa(kv_input)
         latent, slots = projected.tensor_split((config.kv_lora_rank,), dim=-1)
         query_rope: Tensor | None = None
@@ -335,13 +337,16 @@ class MLA(nn.Module):
                 return None
             return _causal(length, keys, offset, window, device)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
-            form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UsageError(
-                f"layer {self.config.layer_idx}: attention mask {form} is neither None nor [B, S] nor [B, 1, T, S]; "
-                "use attn_implementation 'sdpa' or 'eager'"
-            )
+            raise self._no_mask(mask)
         padding = F.pad(mask[:, -keys:].to(torch.bool), (0, max(0, keys - mask.shape[1])))[:, None, None, :]
         return padding if length == 1 else padding & _causal(length, keys, offset, window, device)
+
+    def _no_mask(self, mask: Any) -> UsageError:
+        form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        return UsageError(
+            f"layer {self.config.layer_idx}: attention mask {form} is neither None nor [B, S] nor [B, 1, T, S]; "
+            "use attn_implementation 'sdpa' or 'eager'"
+        )
 
 
 def _filled(cache: Cache | None, layer: int) -> Tensor | None:

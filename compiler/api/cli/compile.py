@@ -214,8 +214,9 @@ def compile_model(
             )
         if wanted.calibration is not None:
             check_tokenizer_there(source, "calibration text")
+        directory = place if trained else None
         if keeps and not trained:
-            closing.enter_context(run_with_fits(place, run, overwrite=overwrite))
+            directory = closing.enter_context(run_with_fits(place, run, overwrite=overwrite))
         result = attnedit.compile(
             source.model,
             **arguments,
@@ -224,7 +225,7 @@ def compile_model(
             in_place=not trained,
             fuel=fuel,
             dump_graphs=dump_graphs,
-            run_directory=place if keeps else None,
+            run_directory=directory,
             progress=progress,
         )
         if not processes().main:
@@ -232,7 +233,7 @@ def compile_model(
         named = wanted.model_dump(include={"model", "revision", "dtype"}, exclude_defaults=True)
         result.report = result.report.model_copy(update={"recipe": {**result.report.recipe, **named}})
         with stage("save", progress):
-            result.save(output, overwrite=overwrite or keeps)
+            result.save(output, overwrite=overwrite or trained or unfinished)
     _show(output, result.report, json=json)
 
 

@@ -53,7 +53,7 @@ from attnedit.compiler.retrieval import (
 SEQ_LEN = 1024
 WINDOWS = 40
 FARTHEST = "up to 8,192 on a CPU, else 32,768"
-TextOption = Annotated[str, typer.Option(help="Text, jsonl or parquet file to evaluate on.")]
+TextOption = Annotated[str, typer.Option(help="Text, jsonl, json or parquet file to evaluate on.")]
 SeqLenOption = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 WindowsOption = Annotated[int, typer.Option(min=1, help="How many windows, from the start of the text.")]
 
@@ -61,7 +61,7 @@ WindowsOption = Annotated[int, typer.Option(min=1, help="How many windows, from 
 def evaluate(
     model: ModelArgument,
     text: Annotated[
-        str | None, typer.Option(help="Text, jsonl or parquet file to evaluate on; --retrieval can do without.")
+        str | None, typer.Option(help="Text, jsonl, json or parquet file to evaluate on; --retrieval can do without.")
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="MODEL to compare with on the same windows or prompts: the source, say.")

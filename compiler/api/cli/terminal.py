@@ -54,8 +54,8 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 CalibrationOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text, jsonl or parquet file, or a dataset's name; without it the model's own samples. Several times for "
-        "a mixture, each NAME or NAME=WEIGHT."
+        help="Text, jsonl, json or parquet file, or a dataset's name; without it the model's own samples. Several "
+        "times for a mixture, each NAME or NAME=WEIGHT."
     ),
 ]
 CalibrationTokensOption = Annotated[int | None, typer.Option(min=2, help="How many calibration tokens to use.")]
@@ -162,10 +162,10 @@ def check_readable(path: str, what: str) -> None:
         UsageError: it is empty, or looks like a path and there is nothing.
     """
     if not path.strip():
-        raise UsageError(f"no {what} is named; give a text, jsonl or parquet file, or a dataset's name")
+        raise UsageError(f"no {what} is named; give a text, jsonl, json or parquet file, or a dataset's name")
     candidate = Path(path).expanduser()
     if not candidate.exists() and (candidate.suffix or path.startswith((".", "/", "~"))):
-        raise UsageError(f"{what} {path} does not exist; give a text, jsonl or parquet file, or a dataset's name")
+        raise UsageError(f"{what} {path} does not exist; give a text, jsonl, json or parquet file, or a dataset's name")
 
 
 def calibration_source(given: list[str] | None) -> str | dict[str, float] | None:

@@ -94,7 +94,10 @@ def choose_table(
             f"engines' kernels have {size // 2} rotary frequencies, each once and equally spaced; the model needs "
             f"{len(needed)} ({len(set(needed))} different); leave --kernel-dims out, or compile for fewer cached values"
         )
-    for candidate in dict.fromkeys((2 * len(needed), _rotary_dim(own, source))) if own else ():
+    sizes_of_own = [2 * len(needed), _rotary_dim(own, source)] if own else []
+    if own.get("rope_type") == "longrope":
+        sizes_of_own = sizes_of_own[1:]  # its lists of factors have a length
+    for candidate in dict.fromkeys(sizes_of_own):
         if candidate and (table := _own_table(own, candidate, make)).places(needed) is not None:
             return table
     if own.get("rope_type") in BY_LENGTH:

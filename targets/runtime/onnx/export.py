@@ -90,6 +90,7 @@ def export(
     )
     number = OPSET if fixed else choose_opset(cache, opset)
     chosen = choose_dtype(dtype, result.model.dtype)
+    _check_rope(result.model)
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     model = share_copy(result.model).to(device="cpu", dtype=chosen).eval()
@@ -134,6 +135,17 @@ def _write_companions(result: Any, model: PreTrainedModel, manifest: Manifest, d
         text = model.config.get_text_config(decoder=True)
         sizes = {"hidden_size": text.hidden_size, "heads": text.num_attention_heads}
         write_config(manifest, directory, **sizes, bos_token_id=text.bos_token_id)
+
+
+def _check_rope(model: PreTrainedModel) -> None:
+    """Refuse frequencies that are computed anew from the length of each text: a graph has one table."""
+    parameters: Any = getattr(model.config, "rope_parameters", None) or {}
+    for values in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if values.get("rope_type") == "dynamic":
+            raise UsageError(
+                "rope_type 'dynamic' changes with the length of the text, which no ONNX graph can follow; export a "
+                "model with another, such as yarn, or run this one with transformers"
+            )
 
 
 def _check_flavor(

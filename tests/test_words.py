@@ -1,0 +1,133 @@
+"""Refusals that say in one line what is wrong, where, and what to do, where advice once led nowhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Captured, answer, refusal
+from compiled import compile_tiny, logits, tokens
+from families import build
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2VLConfig
+
+import attnedit
+from attnedit.compiler.errors import UsageError
+
+
+def edited(directory: Path, **changes: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def vision(directory: Path) -> None:
+    Qwen2VLConfig().save_pretrained(directory)
+
+
+def unknown_quantiser(directory: Path) -> None:
+    build("llama").save_pretrained(directory)
+    edited(directory, quantization_config={"quant_method": "squeeze"})
+
+
+def compiled_names(directory: Path) -> None:
+    build("llama").save_pretrained(directory)
+    weights = load_file(directory / "model.safetensors")
+    save_file(
+        {f"_orig_mod.{name}": value for name, value in weights.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def adapter(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text("{}")
+
+
+SOURCES: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+    "vision": (vision, [], "cannot convert it yet: give a text model"),
+    "quantiser": (unknown_quantiser, [], "'squeeze', which this transformers does not know"),
+    "quantiser, unpacked": (unknown_quantiser, ["--dequantize"], "'squeeze', which this transformers does not know"),
+    "compiled": (compiled_names, [], "save model._orig_mod instead"),
+    "adapter": (adapter, [], "holds an adapter of PEFT; merge it into its model first"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "message"), SOURCES.values(), ids=SOURCES)
+def test_sources(
+    make: Callable[[Path], None], options: list[str], message: str, tmp_path: Path, capsys: Captured
+) -> None:
+    make(tmp_path / "model")
+    line = refusal(capsys, "compile", tmp_path / "model", *options, "-o", tmp_path / "out")
+    assert message in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("write", ["save_pretrained", "no report"])
+def test_a_directory_that_a_trainer_wrote(
+    write: str, saved_llama: Path, text_file: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    compile_tiny(build("llama"), 0.5).model.save_pretrained(tmp_path / "run")
+    message = "has no attnedit-report.json: save_pretrained or a Trainer wrote it"
+    with pytest.raises(UsageError, match=message):
+        attnedit.load(tmp_path / "run")
+    asked = ("--teacher", saved_llama, "--calibration", text_file, "--fit-steps", "1", "-o", tmp_path / "out")
+    assert message in refusal(capsys, "calibrate", tmp_path / "run", *asked)
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run"), tokens(1, 5)).shape[:2] == (1, 5)
+
+
+def test_a_generation_config_with_several_sequences(saved_llama: Path, tmp_path: Path, capsys: Captured) -> None:
+    from transformers import AutoTokenizer
+
+    model = build("llama", vocab_size=260)
+    model.generation_config = GenerationConfig(do_sample=True, num_return_sequences=3)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(saved_llama).save_pretrained(tmp_path / "model")
+    found = answer(capsys, "generate", tmp_path / "model", "--prompt", "Hello", "--max-new-tokens", "3")
+    assert found["new_tokens"] <= 3
+
+
+@pytest.mark.parametrize("target", ["mla", "gateswa"])
+def test_masks_that_are_no_tensors_are_refused(target: str) -> None:
+    options: dict[str, Any] = {"window": 8} if target == "gateswa" else {}
+    model = attnedit.compile(build("llama"), target, calibration=tokens(4, 32), **options).model
+    attention = model.model.layers[-1].self_attn.get_submodule(target)
+    with pytest.raises(UsageError, match="use attn_implementation 'sdpa' or 'eager'"):
+        attention._mask(object(), 4) if target == "gateswa" else attention(
+            torch.zeros(1, 4, 4, 16), torch.zeros(1, 4, attention.config.input_size), None, None, object()
+        )
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def test_dynamic_rope_through_onnx(tmp_path: Path) -> None:
+    result = compile_tiny(build("llama", rope_parameters=ROPES["dynamic"]), 0.5)
+    with pytest.raises(UsageError, match="no ONNX graph can follow"):
+        result.export("onnx", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_longrope_to_deepseek(tmp_path: Path) -> None:
+    """Its lists of factors have the source's length, so the class gets the whole table."""
+    result = compile_tiny(build("llama", rope_parameters=ROPES["longrope"]), 0.5)
+    result.export("hf", tmp_path / "hf", profile="deepseek_v3")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    for length in (12, 80):  # before and past the original positions
+        expected = logits(result.model, tokens(2, length))
+        torch.testing.assert_close(logits(exported, tokens(2, length)), expected, rtol=1e-3, atol=1e-3)
