@@ -112,13 +112,17 @@ def calibration_windows(
         wanted = own if part is None and own else sum(each * count for each, count in plan)
         opened = open_source(part, tokenizer, model, wanted, seed, progress)
         for index, (each, count) in enumerate(plan):
-            there = min(each, opened.available(each))
-            shorter = index + 1 < len(plan) and there <= plan[index + 1][0]
-            if there < each and each == longest and len(mixture) == 1:
-                if length is not None:
-                    raise UsageError(f"calibration_length {length} is beyond the data, which has {there} tokens")
-                notes.append(_shortened(each, plan[index + 1][0] if shorter else there, f"the data has {there:,}"))
-            if not shorter and (there == each or len(mixture) == 1 or index + 1 == len(plan)):
+            there, last = min(each, opened.available(each)), index + 1 == len(plan)
+            if there < each and each == longest and len(mixture) == 1 and length is not None:
+                raise UsageError(f"calibration_length {length} is beyond the data, which has {there} tokens")
+            if there < each and len(mixture) == 1:
+                if last:
+                    there = each  # which is refused: text for less than one short window tells too little
+                else:
+                    there = max(there, plan[-1][0])
+                    notes.append(_shortened(each, there, f"the data has {opened.available(each):,}"))
+            # In a mixture a source gives what it has: no long windows, or shorter short ones.
+            if there == each or last or (len(mixture) == 1 and there > plan[-1][0]):
                 windows = opened.windows(max(2, there), count)
                 found.setdefault(windows.shape[1], []).append(windows)
     if length is not None and max(found) < length:

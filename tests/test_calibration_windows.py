@@ -77,7 +77,6 @@ def test_tokens_and_length_decide(
         ([IDS], {"tokens": 2048}, [(1, 1638)], "from 4,096 to 1,638 tokens: 2,048 calibration tokens leave room"),
         ([IDS], {"tokens": 300}, [(1, 300)], "from 4,096 to 1,024 tokens: 300 calibration tokens leave room"),
         ([IDS[:1500]], {}, [(1, 1500), (1, 1024)], "from 4,096 to 1,500 tokens: the data has 1,500"),
-        ([IDS[:700]], {}, [(1, 700)], "from 4,096 to 1,024 tokens: the data has 700"),
     ],
 )
 def test_shorter_windows_are_said(
@@ -116,6 +115,7 @@ def test_ready_windows_are_taken_as_they_are(model: LlamaForCausalLM) -> None:
         (torch.zeros(0, 64, dtype=torch.int64), {}, "empty"),
         (None, {"length": CONTEXT, "tokens": 100}, "is beyond the 100 calibration tokens"),
         ([IDS], {"tokens": 1}, "1 calibration tokens are too few"),
+        ([IDS[:700]], {}, "too short: 700 tokens, and one window needs 1024"),
     ],
 )
 def test_refused(model: LlamaForCausalLM, source: Any, options: dict[str, int], message: str) -> None:
