@@ -6,9 +6,8 @@ range accurate: many more documents and beginnings fit into as many tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.compiler.data import check_tokens_asked, context_length, ready_windows, served_length, shares_of
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.progress import Progress
-from attnedit.compiler.window_sources import DEFAULT_WINDOW, TextSource, open_source
+from attnedit.compiler.window_sources import DEFAULT_WINDOW, TextSource, WindowSource, open_source
 
 LONG_WINDOWS, SHORT_WINDOWS = 16, 32
 """How many of each length unless a number of tokens is given."""
@@ -27,8 +26,6 @@ SHORT_TOKENS = 65_536
 """Tokens of data for a model whose whole context is no longer than a short window."""
 SAMPLED_TOKENS = 8_192
 """Of the model's own samples, which take time to make."""
-_WHOLE = object()
-"""In place of a name: all of what was given."""
 
 
 @dataclass(frozen=True)
@@ -103,31 +100,47 @@ def calibration_windows(
     if tokens is not None and length is None and longest > (room := max(least, int(long_share * tokens))):
         notes.append(_shortened(longest, room, f"{tokens:,} calibration tokens leave room for no longer ones"))
         longest = room
-    mixture: dict[Any, float] = shares_of(source) if isinstance(source, Mapping) else {_WHOLE: 1.0}
+    parts = list(shares_of(source).items()) if isinstance(source, Mapping) else [(source, 1.0)]
     found: dict[int, list[Tensor]] = {}
-    for name, share in mixture.items():
-        part = source if name is _WHOLE else name
+    for part, share in parts:
         own = None if tokens is None else max(2, round(tokens * share))
-        plan = _joined_counts(own, longest, least) if part is None and own else _counts(own, longest, least, share)
-        wanted = own if part is None and own else sum(each * count for each, count in plan)
-        opened = open_source(part, tokenizer, model, wanted, seed, progress)
-        for index, (each, count) in enumerate(plan):
-            there, last = min(each, opened.available(each)), index + 1 == len(plan)
-            if there < each and each == longest and len(mixture) == 1 and length is not None:
-                raise UsageError(f"calibration_length {length} is beyond the data, which has {there} tokens")
-            if there < each and len(mixture) == 1:
-                if last:
-                    there = each  # which is refused: text for less than one short window tells too little
-                else:
-                    there = max(there, plan[-1][0])
-                    notes.append(_shortened(each, there, f"the data has {opened.available(each):,}"))
-            # In a mixture a source gives what it has: no long windows, or shorter short ones.
-            if there == each or last or (len(mixture) == 1 and there > plan[-1][0]):
-                windows = opened.windows(max(2, there), count)
-                found.setdefault(windows.shape[1], []).append(windows)
-    if length is not None and max(found) < length:
-        raise UsageError(f"calibration_length {length} is beyond the data, none of which has so many tokens")
+        plan = _counts(own, longest, least, share)
+        read = sum(each * count for each, count in plan)
+        if part is None and own is not None:
+            plan, read = _joined_counts(own, longest, least), own
+        opened = open_source(part, tokenizer, model, read, seed, progress)
+        for windows in _cut(opened, plan, least, notes if len(parts) == 1 else None):
+            found.setdefault(windows.shape[1], []).append(windows)
+    if length is not None and (got := max(found)) < length:
+        raise UsageError(f"calibration_length {length} is beyond the data, whose longest window has {got} tokens")
     return CalibrationWindows([torch.cat(found[each]) for each in sorted(found, reverse=True)], notes)
+
+
+def _cut(source: WindowSource, plan: list[tuple[int, int]], least: int, notes: list[str] | None) -> Iterator[Tensor]:
+    """Windows of a source by length, shorter ones where it has no more tokens.
+
+    Args:
+        source: where from.
+        plan: length and number of windows, long ones first.
+        least: where the source is all there is, windows get no shorter than this, or than the last in the plan.
+        notes: gets a line for windows that are shorter; None for a part of a mixture, which gives what it has.
+
+    Raises:
+        UsageError: the source is all there is, and has no window of the least length.
+    """
+    floor = min(least, plan[-1][0])
+    for length, count in plan:
+        last = (length, count) == plan[-1]
+        there = min(length, source.available(length))
+        if notes is None:
+            wanted = last or there == length
+        else:
+            there = max(there, floor)
+            wanted = last or there > floor
+            if there < length:
+                notes.append(_shortened(length, there, f"the data has {source.available(length):,}"))
+        if wanted:
+            yield source.windows(max(2, there), count)
 
 
 def _joined_counts(tokens: int, long: int, short: int) -> list[tuple[int, int]]:

@@ -76,6 +76,8 @@ def test_tokens_and_length_decide(
     [
         ([IDS], {"tokens": 2048}, [(1, 1638)], "from 4,096 to 1,638 tokens: 2,048 calibration tokens leave room"),
         ([IDS], {"tokens": 300}, [(1, 300)], "from 4,096 to 1,024 tokens: 300 calibration tokens leave room"),
+        ([IDS[:1500]], {"least": 1200}, [(1, 1500), (1, 1200)], "from 4,096 to 1,500 tokens: the data has 1,500"),
+        ([IDS[:1024]], {}, [(1, 1024)], "from 4,096 to 1,024 tokens: the data has 1,024"),
         ([IDS[:1500]], {}, [(1, 1500), (1, 1024)], "from 4,096 to 1,500 tokens: the data has 1,500"),
     ],
 )
@@ -106,7 +108,11 @@ def test_ready_windows_are_taken_as_they_are(model: LlamaForCausalLM) -> None:
     [
         ([IDS], {"length": CONTEXT + 1}, "calibration_length 4097 is not between 2 and the model's context of 4096"),
         ([IDS], {"length": 1}, "calibration_length 1 is not between"),
-        ([IDS[:1500]], {"length": 2048}, "calibration_length 2048 is beyond the data, which has 1500 tokens"),
+        (
+            [IDS[:1500]],
+            {"length": 2048},
+            "2048 is beyond the data, whose longest window has 1500 tokens",
+        ),
         ([IDS], {"length": 2048, "tokens": 1000}, "calibration_length 2048 is beyond the 1000 calibration tokens"),
         (IDS[:4000].view(4, 1000), {"length": 500}, "calibration_length is 500, and the windows given have 1000"),
         (torch.zeros(2, CONTEXT + 1, dtype=torch.int64), {}, "windows have 4097 tokens, and the model's context is"),
@@ -115,6 +121,7 @@ def test_ready_windows_are_taken_as_they_are(model: LlamaForCausalLM) -> None:
         (torch.zeros(0, 64, dtype=torch.int64), {}, "empty"),
         (None, {"length": CONTEXT, "tokens": 100}, "is beyond the 100 calibration tokens"),
         ([IDS], {"tokens": 1}, "1 calibration tokens are too few"),
+        ([IDS[:1500]], {"least": 3000}, "too short: 1500 tokens, and one window needs 3000"),
         ([IDS[:700]], {}, "too short: 700 tokens, and one window needs 1024"),
     ],
 )
@@ -132,7 +139,7 @@ def test_a_short_part_of_a_mixture_shortens_nothing_else(
     data = calibration_windows(mixture, tokenizer, model)
     assert shapes(data) == [(8, CONTEXT), (16, 1024), (1, 320)]
     assert "Only this much." in tokenizer.decode(data.parts[2][0])
-    with pytest.raises(UsageError, match="calibration_length 512 is beyond the data"):
+    with pytest.raises(UsageError, match="too short: 320 tokens, and one window needs 512"):
         calibration_windows({str(tmp_path / "short.txt"): 1.0}, tokenizer, model, length=512)
 
 
