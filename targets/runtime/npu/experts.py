@@ -34,7 +34,8 @@ def npu_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     Raises:
         AttneditError: the experts have something that grouped products do not compute.
     """
-    if module.has_post_expert_norm or not module.has_gate:
+    # Earlier versions of transformers have no experts that end in a norm, and no such name.
+    if getattr(module, "has_post_expert_norm", False) or not module.has_gate:
         raise AttneditError(f"{type(module).__name__} has experts without a gate or with a norm of their own")
     rows, _, counts, _ = routed = ops.npu_moe_init_routing_v2(
         hidden_states.contiguous(),
