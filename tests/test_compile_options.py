@@ -178,8 +178,8 @@ def test_the_measured_loss_is_that_of_the_layer_alone_on_windows_half_of_which_r
     before = {site.layer_idx: float(source_values(site)) for site in sites}
     shapes = plan(sites, before, sites, 0.25)
     result = share_copy(model)
-    found = single_losses(model, result, sites, shapes, data, seed=4)
-    graphs = latent_layers(model, result, sites, shapes, FitOptions.of(1), data[:8], seed=4).graphs
+    found = single_losses(model, result, sites, shapes, [data], seed=4)
+    graphs = latent_layers(model, result, sites, shapes, FitOptions.of(1), [data[:8]], seed=4).graphs
     unseen = data[8:].clone()
     unseen[[1, 3]] = with_repeats(data[[9, 11]], torch.Generator().manual_seed(4))
     assert not torch.equal(unseen, data[8:])
@@ -237,9 +237,7 @@ def test_training_mode_and_frozen_weights_stay(training: bool, in_place: bool) -
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss"])
 def test_alternations_pay(family: str) -> None:
     errors = [mean_error(compile_tiny(source(family), 0.4, alternations=count)) for count in (0, 1, 2)]
-    assert errors[2] <= errors[0]
-    assert errors[1] <= errors[0]
-    assert len(set(errors)) == 3
+    assert errors[2] < errors[1] <= errors[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "qwen3_next"])

@@ -124,7 +124,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> tuple[Pat
     directory = tmp_path_factory.mktemp("pair")
     model = make_llama(max_position_embeddings=2100)
     save(model, directory / "source")
-    options: dict[str, Any] = {"calibration": str(text_file), "calibration_tokens": 1024, "alternations": 0}
+    data = {"calibration": str(text_file), "calibration_tokens": 4096, "calibration_length": 2100}
+    options: dict[str, Any] = {**data, "alternations": 0}
     attnedit.compile(model, kv_budget=0.25, tokenizer=make_tokenizer(), **options).save(directory / "result")
     return directory / "source", directory / "result"
 
