@@ -61,7 +61,9 @@ def check_config(
     if not trust_remote_code or "AutoModelForCausalLM" not in auto_map_of(config):
         _check_architecture(config, name)
     method = quantization_method(config)
-    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    # bitsandbytes stands in the table once for each number of bits.
+    known = {*AUTO_QUANTIZATION_CONFIG_MAPPING, *(name.partition("_")[0] for name in AUTO_QUANTIZATION_CONFIG_MAPPING)}
+    if method is not None and method not in known:
         raise UsageError(
             f"{name} is quantised by {method!r}, which this transformers does not know, so it cannot be unpacked; "
             "give the unquantised model"
