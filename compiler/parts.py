@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, fx, nn
@@ -53,9 +53,10 @@ def run_fit(rewrite: Rewrite, match: Match, batches: Iterable[Batch]) -> None:
     Raises:
         RewriteError: it fails, or leaves such numbers.
     """
-    for name, call in (("initialise", lambda: rewrite.initialise(match)), ("fit", lambda: rewrite.fit(match, batches))):
-        if name == "fit" and rewrite.fit is None:
-            continue
+    calls: dict[str, Callable[[], object]] = {"initialise": lambda: rewrite.initialise(match)}
+    if (fit := rewrite.fit) is not None:
+        calls["fit"] = lambda: fit(match, batches)
+    for name, call in calls.items():
         function = getattr(rewrite, name)
         try:
             with torch.no_grad():

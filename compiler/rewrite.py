@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from attnedit.compiler.rope import rotated
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.tracing import place_of
 
+Replaced: TypeAlias = Tensor | tuple[Tensor, ...]
+"""What a pattern and its replacement return."""
 FACTS = ("hidden", "query", "key", "value")
 """Nodes of a site that a replacement may use besides its captures."""
 
@@ -201,10 +203,10 @@ class Rewrite:
 
     contract: ClassVar[Contract] = learned
 
-    pattern: Any
+    pattern: Callable[..., Replaced]
     """``pattern(self, capture, ...)``: what to look for."""
 
-    replacement: Any
+    replacement: Callable[..., Replaced]
     """``replacement(self, match, capture, ...)``: what takes its place; captures by the pattern's names."""
 
     def check(self, match: Match) -> Reject | None:
@@ -222,7 +224,7 @@ class Rewrite:
     def initialise(self, match: Match) -> None:
         """Give the parts values that follow from the source's weights (`match.module`)."""
 
-    fit: Any = None
+    fit: Callable[[Match, Iterable[Batch]], object] | None = None
     """``fit(self, match, batches)``: give the parts values that follow from data, an iterable of `Batch`; read again,
     `after` is computed with the parts as they are then."""
 
