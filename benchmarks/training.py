@@ -22,14 +22,14 @@ from pathlib import Path
 COMMAND = [sys.executable, "-c", "from attnedit.cli import main; raise SystemExit(main())"]
 SAMPLE = """
 import sys
-from attnedit.calibrate import training_batches
+from attnedit._calibrate import training_batches
 from attnedit.compiler.models import load_source
-from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.options import CalibrateOptions
 model, device, text, steps, batch_size, seq_len, share = sys.argv[1:]
 source = load_source(model, device=device)
 numbers = {"distill_steps": int(steps), "batch_size": int(batch_size), "seq_len": int(seq_len)}
-options = CalibrationOptions(**numbers, self_generated=float(share))
-training_batches(text, source.tokenizer, source.model, options, 0, None, None)
+options = CalibrateOptions(calibration=text, **numbers, self_generated=float(share))
+training_batches(source.model, options, source.tokenizer)
 """
 EVALUATE = """
 import sys

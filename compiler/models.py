@@ -82,7 +82,7 @@ def load_source(
     *,
     revision: str | None = None,
     dtype: torch.dtype | str = torch.float32,
-    device: str = "auto",
+    device: str | torch.device | None = "auto",
     dequantize: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,

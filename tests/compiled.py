@@ -22,7 +22,7 @@ from attnedit.compiler.sites import AttentionSite
 torch.set_num_threads(1)
 VOCABULARY = 64
 CONTEXT = 128
-MODULE: Any = importlib.import_module("attnedit.compile")  # attnedit.compile itself is the function
+MODULE: Any = importlib.import_module("attnedit._compile")
 
 _SITES: dict[tuple[str, str], list[AttentionSite]] = {}
 

@@ -22,7 +22,7 @@ import attnedit
 
 PAGE = ROOT / "docs" / "writing-a-rewrite.md"
 FILE = re.compile(r"^```python\n(# (\w+\.py)\n.*?)^```", re.MULTILINE | re.DOTALL)
-MODULE: Any = importlib.import_module("attnedit.rewrite")  # attnedit.rewrite itself is the function
+MODULE: Any = importlib.import_module("attnedit._rewrite")
 
 
 @functools.cache

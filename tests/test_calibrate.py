@@ -21,10 +21,10 @@ from conftest import make_llama
 from safetensors.torch import load_file
 
 import attnedit
-from attnedit.calibrate import training_batches
+from attnedit._calibrate import training_batches
 from attnedit.compiler.sampling import own_windows
+from attnedit.options import CalibrateOptions
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE, STATE_FILE
-from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -128,12 +128,12 @@ def test_samples_go_on_from_the_text(prefixed: bool, monkeypatch: pytest.MonkeyP
 
 def test_samples_do_not_go_on_from_what_is_held_out() -> None:
     """Else training would see pieces of the windows that its best state is chosen by."""
-    options = CalibrationOptions(distill_steps=20, batch_size=8, seq_len=16, self_generated=0.5)
     data = torch.stack([torch.full((16,), row) for row in range(60)])
+    options = CalibrateOptions(calibration=data, distill_steps=20, batch_size=8, seq_len=16, self_generated=0.5)
     with mock.patch.object(
-        sys.modules["attnedit.calibrate"], "own_windows", return_value=torch.full((4, 16), 63)
+        sys.modules["attnedit._calibrate"], "own_windows", return_value=torch.full((4, 16), 63)
     ) as sampled:
-        batches = training_batches(data, None, source("llama"), options, 0, None, None)
+        batches = training_batches(source("llama"), options, None)
     held = set(batches.held_out[:, 0].tolist()) - {63}
     text = set(sampled.call_args.kwargs["text"][:, 0].tolist())
     assert held
@@ -211,7 +211,7 @@ def test_an_unfinished_run_is_gone_on_with_by_its_recipe_alone(
     assert (tmp_path / "stopped" / RUN_FILE).exists()
     other = refusal(capsys, *arguments, "--seed", 1, "-o", tmp_path / "stopped")
     assert "another recipe (seed 0 there, 1 here)" in other
-    with mock.patch("attnedit.compile._one_shot", side_effect=AssertionError("compiled again")):
+    with mock.patch("attnedit._compile._one_shot", side_effect=AssertionError("compiled again")):
         found = answer(capsys, *arguments, "-o", tmp_path / "stopped")
     for stage, expected in zip(found["stages"], whole["stages"], strict=True):
         assert {**stage, "seconds": 0} == {**expected, "seconds": 0}

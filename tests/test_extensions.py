@@ -134,7 +134,7 @@ def test_a_target_a_pass_and_a_runtime_of_another_package(saved_llama: Path, tmp
 
 
 IGNORED: list[tuple[dict[str, Any], str]] = [
-    ({"kv_budget": 0.25}, "kv_budget is for the targets mla, gateswa, gateswa+mla, not for {}"),
+    ({"kv_budget": 0.25}, "kv_budget is for the targets mla, gateswa and gateswa+mla, not for {}"),
     ({"window": 8}, "window is for the targets gateswa and gateswa+mla, not for {}"),
     ({"full_layers": 1}, "full_layers is for the targets gateswa"),
     ({"gate": "head"}, "gate is for the targets gateswa"),

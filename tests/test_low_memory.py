@@ -31,7 +31,7 @@ from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 @pytest.fixture(autouse=True)
 def captured_once() -> Iterator[None]:
-    part = sys.modules["attnedit.compile_checkpoint"]
+    part = sys.modules["attnedit._checkpoint"]
     with mock.patch.object(MODULE, "capture", _remembered), mock.patch.object(part, "capture", _remembered):
         yield
 
@@ -275,9 +275,9 @@ def test_the_command(tmp_path: Path, saved_llama: Path, text_file: Path, capsys:
     assert answer(capsys, "generate", out, "--prompt", "a", "--max-new-tokens", 3)["new_tokens"] == 3
     low = ["compile", *common, "--low-memory", "-o"]
     assert "not empty" in refusal(capsys, *low, out)
-    assert "training needs the whole model" in refusal(capsys, *low, tmp_path / "x", "--fit-steps", 3)
-    assert "--dequantize needs the whole model" in refusal(capsys, *low, tmp_path / "x", "--dequantize")
-    assert "--allocation loss needs the whole" in refusal(capsys, *low, tmp_path / "x", "--allocation", "loss")
+    assert "fit_steps needs the whole model" in refusal(capsys, *low, tmp_path / "x", "--fit-steps", 3)
+    assert "dequantize needs the whole model" in refusal(capsys, *low, tmp_path / "x", "--dequantize")
+    assert "allocation needs the whole" in refusal(capsys, *low, tmp_path / "x", "--allocation", "loss")
     nothing = [saved_llama, "--low-memory", "-o", tmp_path / "x"]
     assert "own samples" in refusal(capsys, "compile", *nothing)
     assert "safetensors" in refusal(capsys, "compile", "smollm2", *low[2:], tmp_path / "x")
@@ -301,7 +301,7 @@ def test_the_command_goes_on(tmp_path: Path, saved_llama: Path, text_file: Path,
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with mock.patch("attnedit.compile_checkpoint.write_index", stop):
+    with mock.patch("attnedit._checkpoint.write_index", stop):
         assert "interrupted" in refusal(capsys, *command, code=130)
     assert "unfinished attnedit run" in refusal(capsys, "eval", out, "--text", text_file)
     assert "another recipe (seed 0 there, 3 here)" in refusal(capsys, *command, "--seed", 3)

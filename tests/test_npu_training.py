@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,7 @@ from attnedit.targets.attention.kernels import kernel_for
 from attnedit.targets.runtime.npu import training
 from attnedit.targets.runtime.npu.training import training_attention
 
-CALIBRATE: Any = __import__("attnedit.calibrate", fromlist=["calibrate"])
+CALIBRATE: Any = importlib.import_module("attnedit._calibrate")
 
 
 def model(kind: str) -> PreTrainedModel:

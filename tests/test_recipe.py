@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_packaging import ROOT
 
 import attnedit
-from attnedit.planning import check_arguments
+from attnedit.options import CompileOptions
 from attnedit.recipe import RECIPE_FILE, Recipe
 
 
@@ -46,11 +46,11 @@ def test_round_trip(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("format: 1\nwindow: many\n", "line 2: window: Input should be a valid integer"),
-        ("target: mla\n\nwindo: 8\n", "line 3: windo: Extra inputs are not permitted; there is format, model"),
+        ("format: 1\nwindow: many\n", "line 2: window must be a whole number, got 'many'"),
+        ("target: mla\n\nwindo: 8\n", "line 3: no key 'windo'; there is calibration, seed, target"),
         ("training:\n  fit_steps: 3\n  batch_sise: 4\n", "line 3: training: no calibration option 'batch_sise'"),
         ("training:\n  fit_steps: 3\n  batch_size: 0\n", "line 3: training: batch_size must be at least 1"),
-        ("training:\n  train: [1]\n", "line 2: training.train"),
+        ("training:\n  train: [1]\n", "line 2: training"),
         ("format: 2\n", "line 1: format"),
         ("target: [mla\nwindow: 3", "line 2"),
         ("- mla\n", "a mapping"),
@@ -76,8 +76,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_recipes_in_the_docs_make_sense(file: Path) -> None:
     recipe = Recipe.load(file)
     assert recipe.model
-    arguments = recipe.arguments()
-    check_arguments(*(arguments[name] for name in ("target", "kv_budget", "window", "full_layers", "gate", "sinks")))
+    CompileOptions.of(**recipe.arguments())
 
 
 def test_the_saved_recipe_gives_the_same_result(

@@ -21,18 +21,16 @@ with suppress(ValueError):  # only the main thread may
 
 # Registers model_type "attnedit" with transformers' auto classes, so that a saved result loads like any model.
 import attnedit.targets.runtime.eager  # noqa: F401
-
-# Now rather than at first use: whoever imports the modules of these names later would get them in the functions' place.
-from attnedit.calibrate import calibrate
-from attnedit.compile import compile
-from attnedit.compile_checkpoint import compile_checkpoint
+from attnedit._calibrate import calibrate
+from attnedit._checkpoint import compile_checkpoint
+from attnedit._compile import compile
+from attnedit._rewrite import rewrite
 from attnedit.compiler.errors import AttneditError, CaptureError, RewriteError, UsageError, VerificationError
 from attnedit.compiler.language import attention, cache
 from attnedit.compiler.pipeline import Target
 from attnedit.compiler.report import Report
 from attnedit.compiler.rewrite import Match, Reject, Rewrite, close, exact, learned, least_squares
 from attnedit.result import CompileResult, load
-from attnedit.rewrite import rewrite
 
 __all__ = [
     "AttneditError",

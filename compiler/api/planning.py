@@ -1,11 +1,9 @@
-"""Before any data is read: are the arguments sound, which sites change, and what may each of them cache."""
+"""Before any data is read: which sites change, and what may each of them cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,40 +11,17 @@ from attnedit.compiler.calibration_windows import CalibrationWindows
 from attnedit.compiler.calibration_windows import calibration_windows as cut_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage
-from attnedit.compiler.pipeline import Target
-from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
-from attnedit.compiler.registry import TARGETS as REGISTERED_TARGETS
-from attnedit.compiler.registry import names_of, registered
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
-from attnedit.passes.gateswa.options import (
-    DEFAULT_GATE,
-    DEFAULT_SINKS,
-    DEFAULT_WINDOW,
-    FullLayers,
-    GateSWAOptions,
-    Sinks,
-    full_count,
-    full_layers_of,
-)
-from attnedit.passes.mla.budget import Allocation, Shape, common_shapes, fixed_shapes, least_values, plan
-from attnedit.passes.mla.fit import FitOptions
+from attnedit.options import CompileOptions
+from attnedit.passes.gateswa.options import GateSWAOptions, full_count, full_layers_of
+from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values, plan
 from attnedit.targets.attention.cost import gateswa_values
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
-from attnedit.targets.runtime.hf.towards import (
-    GATES,
-    Form,
-    check_source,
-    form_for,
-    kernel_fold,
-    slot_columns,
-)
+from attnedit.targets.runtime.hf.towards import Form, check_source, kernel_fold, slot_columns
 
-TARGETS = ("mla", "gateswa", "gateswa+mla")
 DEFAULT_BUDGET = 0.5
 """Of the layers that become latent."""
-WHOLE = ("window", "calibration_tokens", "calibration_length", "alternations", "seed")
-"""Arguments that are whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +54,12 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     form: Form | None = None
     columns: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def budget_asked(self) -> float | None:
+        """What the report says was asked for."""
+        given = self.kv_budget is not None or self.windowing is not None or (self.form and self.form.kernel_dims)
+        return self.kv_budget if given else DEFAULT_BUDGET
 
     @property
     def linear(self) -> bool:
@@ -137,23 +118,14 @@ class Plan:
         return common_shapes(latent, values, self.columns)
 
 
-def plan_sites(
-    model: PreTrainedModel,
-    sites: list[AttentionSite],
-    before: KVUsage,
-    target: str,
-    windowing: GateSWAOptions | None,
-    kv_budget: float | None,
-    full_layers: FullLayers,
-    form: Form | None = None,
-) -> Plan:
-    """Plan the rewriting of a model; the arguments are those of `attnedit.compile`, checked by `check_arguments`.
+def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsage, options: CompileOptions) -> Plan:
+    """Plan the rewriting of a model.
 
     Raises:
-        UsageError: they make no sense for these sites.
+        UsageError: the options make no sense for these sites.
         CaptureError: there is nothing to convert.
     """
-    latent = target.endswith("mla")
+    latent, windowing, kv_budget, form = options.latent, options.windowing, options.kv_budget, options.form
     if form is not None and form.latent:
         facts = check_source(model, sites, form)
         notes = [f"profile {form.profile} has linear maps in place of {', '.join(facts)}"] if facts else []
@@ -173,113 +145,28 @@ def plan_sites(
         return Plan(sites, chosen, before, kv_budget, latent, notes=notes)
     share = min(1.0, windowing.cached_tokens / before.length)
     windowed = {site.layer_idx: gateswa_values(windowing.config(site)) * share for site in chosen}
-    if full_layers is None and kv_budget is not None and not latent:
+    if options.full_layers is None and kv_budget is not None and not latent:
         full: int | list[int] = full_count(kv_budget, dict(enumerate(before.per_layer)), windowed)
     else:
-        full = full_layers_of(full_layers, chosen)
+        full = full_layers_of(options.full_layers, chosen)
     return Plan(sites, chosen, before, kv_budget, latent, windowing, full, windowed, notes, form)
 
 
-def check_arguments(
-    target: str | Target,
-    kv_budget: float | None = None,
-    window: int | None = None,
-    full_layers: FullLayers = None,
-    gate: str | None = None,
-    sinks: str | None = None,
-    profile: str | None = None,
-    kernel_dims: bool = False,
-    allocation: str = "even",
-    alternations: int = FitOptions.alternations,
-) -> tuple[GateSWAOptions | None, Form | None]:
-    """Refuse arguments that contradict each other, whatever the model; see `attnedit.compile`.
-
-    Returns:
-        The form of the windowed layers, None for a target without; the form that a profile asks for, or None.
-
-    Raises:
-        UsageError: one line that names the argument.
-    """
-    windowing = {"window": window, "full_layers": full_layers, "gate": gate, "sinks": sinks}
-    if isinstance(target, Target) or target not in TARGETS:
-        own: dict[str, Any] = {"profile": profile, "kernel_dims": kernel_dims or None}
-        own["allocation"] = None if allocation == "even" else allocation
-        own["alternations"] = None if alternations == FitOptions.alternations else alternations
-        _check_registered(target, {"kv_budget": kv_budget, **own}, windowing)
-        return None, None
-    if kv_budget is not None and not 0 < kv_budget <= 1:
-        raise UsageError(
-            f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"
-        )
-    _check_allocation(allocation, target, profile, kernel_dims)
-    form = form_for(profile, kernel_dims, target, kv_budget, gate, sinks)
-    if not target.startswith("gateswa"):
-        _refuse_given(windowing, "gateswa and gateswa+mla", target)
-        return None, form
-    if target == "gateswa" and kv_budget is not None and full_layers is not None:
-        raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
-    default_gate, default_sinks = (DEFAULT_GATE, DEFAULT_SINKS) if form is None else (GATES[form.profile][0], "none")
-    options = GateSWAOptions(
-        window=DEFAULT_WINDOW if window is None else window,
-        gate=default_gate if gate is None else gate,  # type: ignore[arg-type]  # refused if it is none
-        sinks=Sinks.parse(default_sinks if sinks is None else sinks),
-    )
-    return options, form
-
-
-def _check_registered(target: str | Target, own: Mapping[str, Any], windowing: Mapping[str, Any]) -> None:
-    """Refuse a target that nobody made, and arguments that a target of others does not read."""
-    name = target.name if isinstance(target, Target) else target
-    if not isinstance(target, Target) and names_of(target, TARGETS) is None:
-        others = sorted({*registered(REGISTERED_TARGETS), *registered(REGISTERED_PASSES)})
-        raise UsageError(f"no target {target!r}; there is {', '.join((*TARGETS, *others))}")
-    _refuse_given(own, ", ".join(TARGETS), name)
-    _refuse_given(windowing, "gateswa and gateswa+mla", name)
-
-
-def _refuse_given(arguments: Mapping[str, Any], targets: str, target: str) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise UsageError(f"{name} is for the targets {targets}, not for {target}")
-
-
-def check_numbers(arguments: Mapping[str, Any]) -> None:
-    """Refuse what is no number where one belongs; None is not given.
-
-    Args:
-        arguments: of `attnedit.compile` by name.
-
-    Raises:
-        UsageError: one line that names the argument.
-    """
-    for name, value in arguments.items():
-        kind, what = (Real, "a number") if name == "kv_budget" else (Integral, "a whole number")
-        number = isinstance(value, kind) and not isinstance(value, bool)
-        if name in (*WHOLE, "kv_budget") and value is not None and not number:
-            raise UsageError(f"{name} must be {what}, got {value!r}")
-
-
-def _check_allocation(allocation: str, target: str, profile: str | None, kernel_dims: bool) -> None:
-    if allocation not in get_args(Allocation):
-        raise UsageError(f"no allocation {allocation!r}; there is {', '.join(get_args(Allocation))}")
-    if allocation == "even":
-        return
-    if not target.endswith("mla"):
-        raise UsageError(f"allocation is of a latent cache: for the targets mla and gateswa+mla, not for {target}")
-    if profile is not None or kernel_dims:
-        raise UsageError("a profile's class has one size for all layers; leave allocation out, or the profile")
-
-
 def calibration_windows(
-    calibration: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-    windowing: GateSWAOptions | None,
-    **options: Any,
+    model: PreTrainedModel, options: CompileOptions, tokenizer: PreTrainedTokenizerBase | None
 ) -> CalibrationWindows:
     """Windows of the data; for windowed layers the short ones too are as long as several of the attention's windows."""
-    least = SHORT_LENGTH if windowing is None else max(SHORT_LENGTH, 4 * windowing.cached_tokens)
-    return cut_windows(calibration, tokenizer, model, least=least, **options)
+    windowing = options.windowing
+    return cut_windows(
+        options.calibration,
+        tokenizer,
+        model,
+        tokens=options.calibration_tokens,
+        length=options.calibration_length,
+        least=SHORT_LENGTH if windowing is None else max(SHORT_LENGTH, 4 * windowing.cached_tokens),
+        seed=options.seed,
+        progress=options.progress,
+    )
 
 
 def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[str]]:

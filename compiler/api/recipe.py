@@ -2,69 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.options import Number
+from attnedit.options import AttentionOptions, CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions
-from attnedit.passes.mla.fit import FitOptions
 
 RECIPE_FILE = "attnedit-recipe.yaml"
 
 
-class Recipe(BaseModel):
-    """Arguments of one compilation; see `attnedit.compile` and `attnedit compile`.
+class Recipe(AttentionOptions):
+    """What decides one compilation, with its source: the fields of `AttentionOptions` and `CalibrationOptions`.
 
     Attributes:
         format: of this file.
         model, revision, dtype: the source, as the command line takes it; Python code has it already.
-        target, kv_budget, window, full_layers, gate, sinks: what attention becomes.
-        allocation: how layers share the latent cache.
-        profile, kernel_dims: the checkpoint that the result is to become.
-        calibration, calibration_tokens: text: a path, a dataset, or a mapping from such to weights.
-        calibration_length: tokens of its longest windows.
-        alternations, seed: of the closed-form fits.
+        target: by its name.
+        calibration: a path, a dataset, or a mapping from such to weights.
         training: fields of `CalibrationOptions`; empty for none.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+    called = "key"
     format: Literal[1] = 1
     model: str | None = None
     revision: str | None = None
     dtype: str = "float32"
     target: str = "mla"
-    kv_budget: float | None = None
-    window: int | None = None
-    full_layers: int | str | list[int] | None = None
-    gate: str | None = None
-    sinks: str | None = None
-    profile: str | None = None
-    kernel_dims: bool = False
-    allocation: str = "even"
-    calibration: str | dict[str, float] | None = None
-    calibration_tokens: int | None = None
-    calibration_length: int | None = None
-    alternations: int = FitOptions.alternations
-    seed: int = 0
+    calibration: str | dict[str, Number] | None = None
     training: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
 
     @field_validator("training")
     @classmethod
     def _known(cls, training: dict[str, Any]) -> dict[str, Any]:
         try:
-            options = CalibrationOptions.of(**training)
+            return _changed(CalibrationOptions.of(**training))
         except UsageError as error:
             raise ValueError(str(error)) from error
-        defaults = dataclasses.asdict(CalibrationOptions())
-        return {name: value for name, value in dataclasses.asdict(options).items() if value != defaults[name]}
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Recipe:
@@ -100,55 +81,60 @@ class Recipe(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"] if not _is_type(part))
-            known = f"; there is {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
-            message = first["msg"].removeprefix("Value error, ")
+            message = cls.refusal(error)
             # Training options are checked together: the one at fault is named in the message alone.
-            inner = [
-                key for key in values.get("training") or () if place == "training" and str(key) in message.split(";")[0]
-            ]
-            line = _line(tree, (*first["loc"], *inner[:1]))
-            raise UsageError(f"{name}, line {line}: {place}: {message}{known}") from error
+            inner = [key for key in values.get("training") or () if str(key) in message.split(";")[0]]
+            line = _line(tree, (*first["loc"], *(inner[:1] if first["loc"][0] == "training" else ())))
+            raise UsageError(f"{name}, line {line}: {message}") from error
 
     @classmethod
-    def of(
-        cls, arguments: Mapping[str, Any], full_layers: list[int] | None, training: Mapping[str, Any] | None = None
+    def from_options(
+        cls,
+        options: CompileOptions,
+        full_layers: list[int] | None = None,
+        calibration_length: int | None = None,
+        model: str | None = None,
     ) -> Recipe:
-        """What `attnedit.compile` was asked for, with the layers that stayed full, so that they need not be measured.
+        """What was asked for, with what was measured or chosen, so that it need not be again.
 
         Args:
-            arguments: of the compilation; those that no recipe has are left out.
+            options: of the compilation; those that no recipe has are left out.
             full_layers: as the report has them.
-            training: fields of `CalibrationOptions`.
+            calibration_length: the same.
+            model: the source, where it has a name.
         """
-        values = {name: value for name, value in arguments.items() if name in cls.model_fields}
-        if isinstance(values["full_layers"], Sequence) and not isinstance(values["full_layers"], str):
-            values["full_layers"] = list(values["full_layers"])
-        if not isinstance(values["calibration"], str | Mapping):
-            path = values["calibration"]
+        values = {name: getattr(options, name) for name in cls.model_fields if name in CompileOptions.model_fields}
+        values |= {"model": model, "target": options.target_name, "training": _changed(options)}
+        if not isinstance(options.calibration, str | Mapping):
+            path = options.calibration
             values["calibration"] = os.fspath(path) if isinstance(path, os.PathLike) else None
+        if calibration_length is not None:
+            values["calibration_length"] = calibration_length
         if full_layers is not None:
             values["full_layers"] = full_layers
-            if arguments["target"] == "gateswa":
+            if options.target == "gateswa":
                 values["kv_budget"] = None  # it said how many
-        return cls(**values, training=dict(training or {}))
+        return cls(**values)
 
     def to_yaml(self) -> str:
         """Everything that is not a default."""
-        values = {"format": self.format, **self.model_dump(exclude_defaults=True)}
+        values: dict[str, Any] = self.model_dump(exclude_defaults=True)
+        source: dict[str, Any] = {name: values.pop(name) for name in ("model", "revision", "dtype") if name in values}
         # allow_unicode would write U+0085, which YAML reads as an end of line, as it is: escape all but ASCII.
-        text: str = yaml.safe_dump(values, sort_keys=False)
+        text: str = yaml.safe_dump({"format": self.format} | source | values, sort_keys=False)
         return text
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `attnedit.compile`: all but the source."""
         values = self.model_dump(exclude={"format", "model", "revision", "dtype", "training"})
-        return {**values, **self.training}
+        values.update(self.training)
+        return values
 
 
-def _is_type(part: object) -> bool:
-    """Whether a part of pydantic's location names an alternative of a union, not a key."""
-    return part in ("int", "str", "float", "bool", "list[int]", "dict[str,float]")
+def _changed(options: CalibrationOptions) -> dict[str, Any]:
+    """Training options that are not the default, without the others that the object may have."""
+    fields = CalibrationOptions.model_fields
+    return {name: getattr(options, name) for name in fields if getattr(options, name) != fields[name].default}
 
 
 def _line(tree: yaml.Node | None, location: tuple[int | str, ...]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from attnedit.calibrate import calibration_name
+from attnedit._calibrate import calibration_name
 from attnedit.compiler.calibration_windows import CalibrationWindows
 from attnedit.compiler.evaluate import KVUsage, kv_usage
 from attnedit.compiler.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnedit.compiler.errors import UsageError
+from attnedit.options import CompileOptions
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
 
 
@@ -33,8 +34,9 @@ def check_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> bo
         there = json.loads(file.read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
         there = {}
-    for name in {**there, **recipe}:
-        if there.get(name) != recipe.get(name):
+    defaults = {name: field.default for name, field in CompileOptions.model_fields.items()}
+    for name in {**there, **recipe}:  # an option that there was none of when a run began has its default there
+        if there.get(name, defaults.get(name)) != recipe.get(name):
             raise UsageError(
                 f"{output} holds an unfinished run of another recipe ({name} {there.get(name)!r} there, "
                 f"{recipe.get(name)!r} here); give its arguments to go on, another directory, or --overwrite"

@@ -17,17 +17,12 @@ from attnedit.cli.evaluation_tables import (
     retrieval_figures,
     retrieval_table,
 )
+from attnedit.cli.flags import takes
 from attnedit.cli.terminal import (
-    AllowPickleOption,
-    DequantizeOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     ModelArgument,
     ProgressBars,
-    RevisionOption,
     SeedOption,
-    TrustRemoteCodeOption,
     check_readable,
     check_tokenizer_there,
     print_json,
@@ -49,6 +44,7 @@ from attnedit.compiler.retrieval import (
     default_lengths,
     retrieval_prompts,
 )
+from attnedit.options import SourceOptions
 
 SEQ_LEN = 1024
 WINDOWS = 40
@@ -58,6 +54,7 @@ SeqLenOption = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 WindowsOption = Annotated[int, typer.Option(min=1, help="How many windows, from the start of the text.")]
 
 
+@takes(SourceOptions)
 def evaluate(
     model: ModelArgument,
     text: Annotated[
@@ -80,12 +77,6 @@ def evaluate(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows or prompts per forward pass.")] = 1,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    dequantize: DequantizeOption = False,
-    allow_pickle: AllowPickleOption = False,
-    trust_remote_code: TrustRemoteCodeOption = False,
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Ask for a fact planted in a long text, in place of perplexity.")
     ] = False,
@@ -101,7 +92,9 @@ def evaluate(
         int | None, typer.Option(min=1, help=f"Prompts per length and depth of --retrieval; {TRIALS}.")
     ] = None,
     seed: SeedOption = 0,
+    *,
     json: JsonOption = False,
+    **given: Any,
 ) -> None:
     """Measure perplexity on windows of a text and what the cache holds, or what is found far back in long texts."""
     if by_position and retrieve:
@@ -117,16 +110,10 @@ def evaluate(
         check_readable(text, "evaluation text")
     with ProgressBars() as progress:
         with stage("load model", progress):
-            loading: dict[str, Any] = {
-                "dtype": dtype,
-                "device": device,
-                "dequantize": dequantize,
-                "allow_pickle": allow_pickle,
-                "trust_remote_code": trust_remote_code,
-            }
-            sources = [load_source(model, revision=revision, **loading)]
+            loading = SourceOptions.of(**given).loading
+            sources = [load_source(model, **loading)]
             if against is not None:
-                sources.append(load_source(against, **loading))
+                sources.append(load_source(against, **{**loading, "revision": None}))
         models = [source.model for source in sources]
         tested = tested or default_lengths(models[0])
         for each in models if retrieve else ():

@@ -9,14 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from attnedit.cli.flags import takes
 from attnedit.cli.terminal import (
-    AllowPickleOption,
-    DequantizeOption,
     JsonOption,
     ModelArgument,
     ProgressBars,
-    RevisionOption,
-    TrustRemoteCodeOption,
     check_output,
     print_json,
     remark,
@@ -27,10 +24,12 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.lengths import beyond
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
+from attnedit.options import SourceOptions
 from attnedit.result import CompileResult, find_runtime, read_report
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
 
 
+@takes(SourceOptions, without=("device", "dtype"))
 def export(
     model: ModelArgument,
     to: Annotated[str, typer.Option(help="Runtime: onnx, hf or npu.")],
@@ -60,11 +59,9 @@ def export(
         bool, typer.Option("--gguf", help="hf: the form of a latent profile that llama.cpp's converter reads.")
     ] = False,
     soc: Annotated[str | None, typer.Option(help="npu: 910b, 910_93 or 310p; its limits decide.")] = None,
-    revision: RevisionOption = None,
-    dequantize: DequantizeOption = False,
-    allow_pickle: AllowPickleOption = False,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    *,
     json: JsonOption = False,
+    **reading: Any,
 ) -> None:
     """Write a model, rewritten or not, for another runtime, and check it against the live one."""
     check_output(output, overwrite=False)
@@ -76,15 +73,7 @@ def export(
     check_options(to, lower, options)
     with ProgressBars() as progress:
         with stage("load model", progress):
-            loaded = load_source(
-                model,
-                revision=revision,
-                dtype="auto",
-                device="cpu",
-                dequantize=dequantize,
-                allow_pickle=allow_pickle,
-                trust_remote_code=trust_remote_code,
-            )
+            loaded = load_source(model, **SourceOptions.of(dtype="auto", device="cpu", **reading).loading)
         source: Any = loaded
         if (Path(model).expanduser() / REPORT_FILE).exists():
             source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)

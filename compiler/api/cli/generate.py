@@ -9,17 +9,12 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.cli.exported import generate_exported, is_exported
+from attnedit.cli.flags import takes
 from attnedit.cli.terminal import (
-    AllowPickleOption,
-    DequantizeOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     ModelArgument,
     ProgressBars,
-    RevisionOption,
     SeedOption,
-    TrustRemoteCodeOption,
     check_tokenizer_there,
     print_json,
     remark,
@@ -30,41 +25,28 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.lengths import beyond
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
+from attnedit.options import SourceOptions
 
 
+@takes(SourceOptions)
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 20,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    dequantize: DequantizeOption = False,
-    allow_pickle: AllowPickleOption = False,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    *,
     json: JsonOption = False,
+    **given: Any,
 ) -> None:
     """Continue a prompt."""
     if is_exported(model):
-        if revision is not None or dequantize or allow_pickle or trust_remote_code:
-            raise UsageError(
-                f"{model} is an exported model; --revision, --dequantize, --allow-pickle and --trust-remote-code are "
-                f"for others"
-            )
+        if unread := sorted(given.keys() - {"device", "dtype"}):
+            raise UsageError(f"{model} is an exported model; {unread[0]} is for others")
         generate_exported(model, prompt, max_new_tokens, temperature, seed, json=json)
         return
     with ProgressBars() as progress, stage("load model", progress):
-        source = load_source(
-            model,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            dequantize=dequantize,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-        )
+        source = load_source(model, **SourceOptions.of(**given).loading)
     tokenizer = check_tokenizer_there(source, "a prompt")
     torch.manual_seed(seed)
     remark(beyond(source.model.config, len(tokenizer(prompt)["input_ids"]) + max_new_tokens))

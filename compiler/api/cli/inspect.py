@@ -12,12 +12,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from attnedit.cli.export import check_options
+from attnedit.cli.flags import takes
 from attnedit.cli.terminal import (
     JsonOption,
     ModelArgument,
     ProgressBars,
-    RevisionOption,
-    TrustRemoteCodeOption,
     print_json,
     show,
 )
@@ -28,22 +27,23 @@ from attnedit.compiler.models import load_config_only
 from attnedit.compiler.progress import stage
 from attnedit.compiler.report import ranges
 from attnedit.compiler.sites import AttentionSite
+from attnedit.options import SourceOptions
 from attnedit.planning import check_fresh
 from attnedit.result import find_inspection
 
 
+@takes(SourceOptions, without=("device", "dtype", "dequantize", "allow_pickle"))
 def inspect(
     model: ModelArgument,
     runtime: Annotated[
         str | None, typer.Option(help="Show what this runtime would make of each attention: npu.")
     ] = None,
     soc: Annotated[str | None, typer.Option(help="npu: 910b, 910_93 or 310p.")] = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    *,
     json: JsonOption = False,
+    **source: Any,
 ) -> None:
     """Show the attention sites of a model, what was read off their graphs, and what their cache costs."""
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if runtime is not None:
         return _inspect_for(runtime, model, {} if soc is None else {"soc": soc}, source, json)
     if soc is not None:

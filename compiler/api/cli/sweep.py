@@ -12,35 +12,20 @@ import typer
 from rich.table import Table
 from transformers import PreTrainedModel
 
-import attnedit
-from attnedit.cli.compile import TargetOption
+from attnedit._compile import compile_live
 from attnedit.cli.evaluate import SeqLenOption, TextOption, WindowsOption, measure
+from attnedit.cli.flags import takes
 from attnedit.cli.terminal import (
-    AllocationOption,
-    AllowPickleOption,
-    AlternationsOption,
-    CalibrationLengthOption,
-    CalibrationOption,
-    CalibrationTokensOption,
-    DequantizeOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     ModelArgument,
     OutputOption,
-    OverwriteOption,
     ProgressBars,
-    RevisionOption,
-    SeedOption,
-    TrustRemoteCodeOption,
-    calibration_source,
     check_output,
     check_readable,
     check_tokenizer_there,
     print_json,
     show,
 )
-from attnedit.compiler.calibration_windows import calibration_windows
 from attnedit.compiler.capture import capture
 from attnedit.compiler.data import text_tokens
 from attnedit.compiler.errors import UsageError
@@ -48,96 +33,65 @@ from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.compiler.source_checks import model_name
-from attnedit.passes.gateswa.options import GateSWAOptions
-from attnedit.passes.mla.fit import FitOptions
-from attnedit.planning import check_arguments, check_fresh, plan_sites
+from attnedit.options import CompileOptions
+from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.planning import calibration_windows, check_fresh, plan_sites
 
 
+@takes(
+    CompileOptions,
+    without={"kv_budget", "verify", "in_place", "partial", "fuel", "dump_graphs", "overwrite"}
+    | CalibrationOptions.model_fields.keys(),
+)
 def sweep(
     model: ModelArgument,
     text: TextOption,
     output: OutputOption,
     kv_budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "0.5,0.25,0.125",
-    target: TargetOption = "mla",
-    allocation: AllocationOption = "even",
-    calibration: CalibrationOption = None,
-    calibration_tokens: CalibrationTokensOption = None,
-    calibration_length: CalibrationLengthOption = None,
-    alternations: AlternationsOption = FitOptions.alternations,
     seq_len: SeqLenOption = 1024,
     windows: WindowsOption = 40,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    dequantize: DequantizeOption = False,
-    allow_pickle: AllowPickleOption = False,
-    trust_remote_code: TrustRemoteCodeOption = False,
-    overwrite: OverwriteOption = False,
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")] = False,
     json: JsonOption = False,
+    **given: Any,
 ) -> None:
     """Compile at several budgets, evaluate each, and write sweep.json and sweep.png."""
     budgets = parse_budgets(kv_budgets)
-    windowing, _ = check_arguments(target, min(budgets), allocation=allocation)
+    asked = [CompileOptions.of(**given, kv_budget=budget) for budget in budgets]
+    options = min(asked, key=lambda each: each.kv_budget or 0)
     check_output(output, overwrite=overwrite)
     check_readable(text, "evaluation text")
-    texts = calibration_source(calibration)
     rows: list[dict[str, Any]] = []
     with ProgressBars() as progress:
         with stage("load model", progress):
-            source = load_source(
-                model,
-                revision=revision,
-                dtype=dtype,
-                device=device,
-                dequantize=dequantize,
-                allow_pickle=allow_pickle,
-                trust_remote_code=trust_remote_code,
-            )
+            source = load_source(model, **options.loading)
         tokenizer = check_tokenizer_there(source, "evaluation text")
         with stage("tokenise", progress):
             tokens = text_tokens(text, tokenizer)
         with stage("capture", progress):
-            check_smallest(source.model, target, windowing, min(budgets))
+            check_smallest(source.model, options)
         # Once for all budgets: samples take long to make, and equal data is what makes the rows comparable.
-        data = calibration_windows(
-            texts,
-            tokenizer,
-            source.model,
-            tokens=calibration_tokens,
-            length=calibration_length,
-            seed=seed,
-            progress=progress,
-        )
+        data = calibration_windows(source.model, options.model_copy(update={"progress": progress}), tokenizer)
         figures = measure(source.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
         rows.append({"kv_budget": None, "kv_budget_achieved": 1.0, "seconds": 0.0, **figures})
-        for budget in budgets:
+        for each in asked:
             start = perf_counter()
-            result = attnedit.compile(
-                source.model,
-                target=target,
-                kv_budget=budget,
-                allocation=allocation,
-                calibration=data.parts,
-                tokenizer=tokenizer,
-                alternations=alternations,
-                seed=seed,
-                progress=progress,
-            )
+            work = {"calibration": data.parts, "tokenizer": tokenizer, "progress": progress}
+            result = compile_live(source.model, each.model_copy(update=work))
             seconds = perf_counter() - start
             figures = measure(result.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
             achieved = result.report.kv_budget_achieved
-            rows.append({"kv_budget": budget, "kv_budget_achieved": achieved, "seconds": seconds, **figures})
+            rows.append({"kv_budget": each.kv_budget, "kv_budget_achieved": achieved, "seconds": seconds, **figures})
     summary = {
         "model": model,
-        "target": target,
-        "allocation": allocation,
+        "target": options.target_name,
+        "allocation": options.allocation,
         "text": text,
         "calibration_tokens": data.tokens,
         "calibration_length": data.length,
         "rows": rows,
     }
-    picture = plot(rows, title=f"{model} to {target}")
+    picture = plot(rows, title=f"{model} to {options.target_name}")
     output.mkdir(parents=True, exist_ok=True)
     (output / "sweep.json").write_text(json_format.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (output / "sweep.png").write_bytes(picture)
@@ -162,18 +116,18 @@ def parse_budgets(text: str) -> list[float]:
     except ValueError as error:
         raise UsageError(f"--kv-budgets {text!r} is not numbers separated by commas; give e.g. 0.5,0.25") from error
     for budget in budgets:
-        check_arguments("mla", budget)
+        CompileOptions.of(kv_budget=budget)
     return budgets
 
 
-def check_smallest(model: PreTrainedModel, target: str, windowing: GateSWAOptions | None, kv_budget: float) -> None:
+def check_smallest(model: PreTrainedModel, options: CompileOptions) -> None:
     """Refuse a model or a budget that cannot be done before the others have taken their time.
 
     Raises:
         UsageError: no attention that can be rewritten, or a budget that cannot be met.
     """
     check_fresh(model, model_name(model))
-    planned = plan_sites(model, capture(model), kv_usage(model), target, windowing, kv_budget, None)
+    planned = plan_sites(model, capture(model), kv_usage(model), options)
     planned.shapes(planned.latent_sites())
 
 

@@ -28,51 +28,19 @@ from rich.progress import (
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from attnedit import run_directory
 from attnedit.compiler.data import shares_of
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.models import Source
 from attnedit.compiler.processes import processes
+from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub name, model directory, .gguf file, or smollm2.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, npu, ... or auto.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-AllowPickleOption = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read weights that are pickles (.bin) where there are no safetensors.")
-]
-TrustRemoteCodeOption = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run the modelling code that comes with the checkpoint; read it before."),
-]
-DequantizeOption = Annotated[bool, typer.Option("--dequantize", help="Unpack a source that is already quantised.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same result.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to save the result in.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
-CalibrationOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Text, jsonl, json or parquet file, or a dataset's name; without it the model's own samples. Several "
-        "times for a mixture, each NAME or NAME=WEIGHT."
-    ),
-]
-CalibrationTokensOption = Annotated[int | None, typer.Option(min=2, help="How many calibration tokens to use.")]
-CalibrationLengthOption = Annotated[
-    int | None,
-    typer.Option(min=2, help="Tokens of the longest calibration windows, as many as are to be served; the context."),
-]
-AlternationsOption = Annotated[
-    int,
-    typer.Option(min=0, help="Rounds of least squares per layer after the analytic start; more is slower and better."),
-]
-AllocationOption = Annotated[
-    str, typer.Option(help="How layers share the latent cache: even, or loss, by what each costs alone.")
-]
-BudgetOption = Annotated[
-    float | None, typer.Option(help="Cached values per token as a fraction of the source's, above 0 to 1.")
-]
 
 
 def debugging() -> bool:
@@ -153,6 +121,20 @@ def check_output(directory: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{directory} cannot be made ({existing} is a file); give another output directory")
     if not os.access(existing, os.W_OK):
         raise UsageError(f"{directory} cannot be written ({existing} is read-only); give another output directory")
+
+
+def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make the output directory a run directory, or go on with the run of the same recipe that it holds.
+
+    Raises:
+        UsageError: it holds something else, or the run of another recipe, and is not to be overwritten.
+    """
+    output = output.expanduser()
+    if not processes().main:  # it comes here second
+        return
+    if overwrite or not (output / RUN_FILE).exists():
+        check_output(output, overwrite=overwrite)
+    run_directory.open_run(output, recipe, overwrite=overwrite)
 
 
 def check_readable(path: str, what: str) -> None:

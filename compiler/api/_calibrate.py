@@ -5,29 +5,30 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit.arguments import CalibrateArguments, check_known, shown
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.data import context_length, shares_of, token_windows
 from attnedit.compiler.devices import device_failures
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.processes import processes
-from attnedit.compiler.progress import Progress, stage
+from attnedit.compiler.progress import stage
 from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
 from attnedit.compiler.sampling import own_windows
 from attnedit.compiler.source_checks import model_name
 from attnedit.compiler.verify import check_tokens, decode_error, same_decode
+from attnedit.options import CalibrateOptions
 from attnedit.passes.calibration.batches import Batches, hold_out, mix
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import share
-from attnedit.passes.calibration.run import calibrate as train
+from attnedit.passes.calibration.run import calibrate as run_training
 from attnedit.passes.calibration.training import DivergedError, StageState
 from attnedit.result import CompileResult
 
@@ -44,31 +45,14 @@ ASCEND = "npu"
 """Type of Ascend's devices, to torch."""
 
 
-def calibrate(
-    result: CompileResult,
-    teacher: PreTrainedModel,
-    *,
-    calibration: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    seed: int = 0,
-    verify: bool = True,
-    run_directory: str | PathLike[str] | None = None,
-    progress: Progress | None = None,
-    **training: Any,
-) -> CompileResult:
+@shown(CalibrateArguments)
+def calibrate(result: CompileResult, teacher: PreTrainedModel, **options: Unpack[CalibrateArguments]) -> CompileResult:
     """Train the rewritten attention: each layer on the source's own hidden states, then the model as a whole.
 
     Args:
         result: a rewritten model; trained in place, and moved to where the teacher is.
         teacher: the model that it came from; not changed. What is not trained is shared between the two.
-        calibration: training text, as for `attnedit.compile`; None for the teacher's own samples.
-        tokenizer: for text; `result.tokenizer` unless given.
-        seed: of the order of the windows and of the samples.
-        verify: check that decoding from the cache agrees with a prefill afterwards.
-        run_directory: for checkpoints, log and plot; a run that it holds is gone on with.
-        progress: see `attnedit.compiler.progress`.
-        **training: `fit_steps`, `distill_steps` and the other fields of
-            `attnedit.passes.calibration.options.CalibrationOptions`.
+        **options: the fields of `attnedit.options.CalibrateOptions`. `result.tokenizer` is used unless one is given.
 
     Returns:
         The same model, with the training in its report.
@@ -77,7 +61,12 @@ def calibrate(
         UsageError: wrong arguments or input, or the teacher is another model.
         DivergedError: training broke down; the best state is in `result.model`, and in the run directory.
     """
-    options = CalibrationOptions.of(**training)
+    check_known({**options}, CalibrateArguments, "is for compiling, and the model is compiled; leave it out")
+    return train(result, teacher, CalibrateOptions.of(**options))
+
+
+def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOptions) -> CompileResult:
+    """`calibrate` with options that are checked."""
     if not options.steps:
         raise UsageError("nothing to train: give fit_steps or distill_steps")
     if options.batch_size < processes().count:
@@ -86,13 +75,13 @@ def calibrate(
         )
     if not isinstance(result, CompileResult):
         raise UsageError(f"result must be what attnedit.compile or attnedit.load returns, got {type(result).__name__}")
-    model, tokenizer = result.model, tokenizer or result.tokenizer
+    model, tokenizer, progress = result.model, options.tokenizer or result.tokenizer, options.progress
     names = list(model.config.attnedit["sites"])
     _check_teacher(model, teacher, names)
     check_length(options, teacher)
     model.to(next(teacher.parameters()).device)  # type: ignore[arg-type]  # transformers wraps it
     share(model, teacher)
-    directory = None if run_directory is None else Path(run_directory)
+    directory = None if options.run_directory is None else Path(options.run_directory)
     seconds: dict[str, float] = dict(result.report.seconds)
     modes = [(module, module.training) for part in (teacher, model) for module in part.modules()]
     teacher.eval()
@@ -104,11 +93,11 @@ def calibrate(
             implementation.enter_context(as_captured(teacher, sites))
         # Own samples are made once, by the main process, and read from the disk by the others.
         with timed(seconds, "training data"), processes().main_first():
-            batches = training_batches(calibration, tokenizer, teacher, options, seed, directory, progress)
+            batches = training_batches(teacher, options, tokenizer)
         again = "try again" if directory is None else "the same command goes on from its last checkpoint"
         with timed(seconds, "training"), _kernels(teacher, model), device_failures("training", LESS_MEMORY, again):
             try:
-                done = train(model, teacher, sites, batches, options, directory=directory, progress=progress)
+                done = run_training(model, teacher, sites, batches, options, directory=directory, progress=progress)
             except DivergedError as error:
                 if directory is None:
                     raise
@@ -116,7 +105,7 @@ def calibrate(
                     result.save(directory / BEST_DIRECTORY, overwrite=True)
                 raise DivergedError(f"{error}; its best state is saved in {directory / BEST_DIRECTORY}") from error
         checks = list(result.report.verification)
-        if verify:
+        if options.verify:
             with timed(seconds, "verify"), stage("verify", progress):
                 ids = check_tokens([batches.held_out], model)
                 own = decode_error(teacher, ids, result.report.sites_matched)
@@ -134,7 +123,7 @@ def calibrate(
             "perplexity": done.perplexity,
             "verification": checks,
             "seconds": seconds,
-            "calibration": calibration_name(calibration),
+            "calibration": calibration_name(options.calibration),
             "peak_memory_bytes": peak_memory_bytes(),
         }
     )
@@ -159,22 +148,17 @@ def check_length(options: CalibrationOptions, model: PreTrainedModel) -> None:
         UsageError: they are, and were asked for.
     """
     context = context_length(model)
-    if options.seq_len > context and options.seq_len != CalibrationOptions.seq_len:
+    if options.seq_len > context and "seq_len" in options.model_fields_set:
         raise UsageError(
             f"seq_len {options.seq_len} is beyond the model's context of {context} tokens; ask for at most that"
         )
 
 
 def training_batches(
-    calibration: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    teacher: PreTrainedModel,
-    options: CalibrationOptions,
-    seed: int,
-    directory: Path | None,
-    progress: Progress | None,
+    teacher: PreTrainedModel, options: CalibrateOptions, tokenizer: PreTrainedTokenizerBase | None
 ) -> Batches:
     """Windows of the data and of the teacher's own samples, mixed."""
+    calibration, seed, progress = options.calibration, options.seed, options.progress
     length = min(options.seq_len, context_length(teacher))
     count = options.steps * options.batch_size
     fraction = 1.0 if calibration is None else options.self_generated

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from os import PathLike
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from attnedit.calibrate import calibration_name
+from attnedit._calibrate import calibration_name
+from attnedit.arguments import CompileArguments, check_known, shown
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import token_windows
 from attnedit.compiler.devices import resolve_device
@@ -23,13 +23,15 @@ from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import SiteGraph
 from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Inputs, SiteRecord, Target, run_pipeline
-from attnedit.compiler.progress import Progress, stage
+from attnedit.compiler.progress import stage
 from attnedit.compiler.registry import PASSES, TARGETS, load, registered
 from attnedit.compiler.report import LayerReport, Report, kv_fields, peak_memory_bytes, timed
 from attnedit.compiler.rewrite import Rewrite, check_rewrite
 from attnedit.compiler.source_checks import check_config, check_weights, model_name
 from attnedit.compiler.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
-from attnedit.planning import TARGETS as OWN_TARGETS
+from attnedit.options import TARGETS as OWN_TARGETS
+from attnedit.options import CompileOptions
+from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.planning import first_of
 from attnedit.result import CompileResult
 from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfig, config_of, lower, pure
@@ -37,21 +39,11 @@ from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_
 from attnedit.targets.runtime.eager.classes import source_sites
 
 
+@shown(CompileArguments)
 def rewrite(
     model: PreTrainedModel,
     rewrites: Rewrite | Target | str | Sequence[Rewrite | str],
-    *,
-    calibration: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration_tokens: int | None = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    in_place: bool = False,
-    partial: bool = False,
-    fuel: int | None = None,
-    dump_graphs: str | PathLike[str] | None = None,
-    verify: bool = True,
-    progress: Progress | None = None,
+    **options: Unpack[CompileArguments],
 ) -> CompileResult:
     """Apply rewrites to the attention of a trained model, and hold each to its contract.
 
@@ -59,18 +51,7 @@ def rewrite(
         model: a transformers causal language model, or one that this function made; not changed unless `in_place`.
         rewrites: in order: rewrites, or names of targets and passes that packages register. A `Target`, or names with
             "+" between, are a sequence too.
-        calibration: for rewrites with `fit`; as for `attnedit.compile`.
-        tokenizer: for calibration text; saved with the result.
-        calibration_tokens: how many to use.
-        seed: of sampled text.
-        device: where to work; where the model is unless told.
-        in_place: rewrite `model` itself instead of a copy that shares its tensors.
-        partial: let attention sites be that no rewrite matches. Otherwise they are an error.
-        fuel: stop after so many rewrites, to find the one that breaks something by bisecting; the environment variable
-            ATTNEDIT_FUEL unless given, else no limit.
-        dump_graphs: a directory for the graphs before and after each rewrite, as text and SVG.
-        verify: hold rewrites to their contracts, and decoding from the cache to prefill.
-        progress: see `attnedit.compiler.progress`.
+        **options: the fields of `attnedit.options.CompileOptions`, but for those of our own targets and of training.
 
     Returns:
         The rewritten model and its report.
@@ -81,12 +62,23 @@ def rewrite(
         VerificationError: a contract is broken.
     """
     chosen = resolve(rewrites)
-    limit, dump = Fuel(fuel), Dump(dump_graphs)
+    check_known({**options}, CompileArguments, "is for reading a checkpoint, and the model is live; leave it out")
+    for name in CalibrationOptions.model_fields:
+        if options.get(name) is not None:
+            raise UsageError(f"{name} is for training: give the rewrites to attnedit.compile as a Target")
+    target = Target("+".join(one.name for one in chosen), tuple(chosen))
+    return rewrite_live(model, CompileOptions.of(target=target, **options))
+
+
+def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResult:
+    """`rewrite` with options that are checked."""
+    chosen, in_place, progress = resolve(options.target), options.in_place, options.progress
+    limit, dump = Fuel(options.fuel), Dump(options.dump_graphs)
     name = model_name(model)
     _check_source(model, name)
-    if device is not None:
+    if options.device is not None:
         moved = model if in_place else share_copy(model)
-        model = moved.to(resolve_device(device))  # type: ignore[arg-type]  # transformers wraps it
+        model = moved.to(resolve_device(options.device))  # type: ignore[arg-type]  # transformers wraps it
     seconds: dict[str, float] = {}
     modes = {part: module.training for part, module in model.named_modules()}
     model.eval()
@@ -94,8 +86,8 @@ def rewrite(
 
     def windows() -> Tensor:
         if not used:
-            count = calibration_tokens
-            used.append(token_windows(calibration, tokenizer, model, tokens=count, seed=seed, progress=progress))
+            wanted: dict[str, Any] = {"tokens": options.calibration_tokens, "seed": options.seed, "progress": progress}
+            used.append(token_windows(options.calibration, options.tokenizer, model, **wanted))
         return used[0]
 
     implementation = contextlib.ExitStack()
@@ -107,9 +99,9 @@ def rewrite(
             implementation.enter_context(as_captured(model, sites))
         result = model if in_place else share_copy(model)
         needs_data = any(one.fit is not None for one in chosen)
-        prompt = _prompt(model, windows() if needs_data else None) if verify else None
+        prompt = _prompt(model, windows() if needs_data else None) if options.verify else None
         inputs = Inputs(model, prompt, windows)
-        given: dict[str, Any] = {"fuel": limit, "dump": dump, "partial": partial, "progress": progress}
+        given: dict[str, Any] = {"fuel": limit, "dump": dump, "partial": options.partial, "progress": progress}
         with timed(seconds, "rewrite"):
             rules, checks = run_pipeline(chosen, records, inputs, **given)
         changed = [record for record in records if record.entries]
@@ -144,14 +136,14 @@ def rewrite(
         layers=[_row(record, before, after) for record in records],
         rules=rules,
         verification=checks,
-        calibration=calibration_name(calibration) if used else "",
+        calibration=calibration_name(options.calibration) if used else "",
         calibration_tokens=used[0].numel() if used else 0,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         notes=[*limit.note(), *_import_notes(chosen)],
         **kv_fields(before, after),
     )
-    return CompileResult(result, report, tokenizer)
+    return CompileResult(result, report, options.tokenizer)
 
 
 def resolve(rewrites: Rewrite | Target | str | Sequence[Rewrite | str]) -> list[Rewrite]:

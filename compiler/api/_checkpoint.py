@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_type_hints
 
 import torch
 from safetensors import safe_open
 from torch import fx
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit.arguments import CheckpointArguments, shown
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
 from attnedit.compiler.compatibility.torch_names import own_buffers
@@ -23,25 +24,16 @@ from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.models import load_config_only, load_tokenizer
 from attnedit.compiler.processes import processes
-from attnedit.compiler.progress import Progress, stage
+from attnedit.compiler.progress import stage
 from attnedit.compiler.remote_code import copy_code
 from attnedit.compiler.report import Report, Verification, timed
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
 from attnedit.figures import site_graphs
 from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
-from attnedit.passes.gateswa.options import FullLayers
+from attnedit.options import TARGETS, CompileOptions
 from attnedit.passes.gateswa.rewrite import check_loss
-from attnedit.passes.mla.fit import FitOptions
-from attnedit.planning import (
-    DEFAULT_BUDGET,
-    TARGETS,
-    Plan,
-    calibration_windows,
-    check_arguments,
-    check_numbers,
-    plan_sites,
-)
+from attnedit.planning import Plan, calibration_windows, plan_sites
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
 from attnedit.rows import compile_report
@@ -53,29 +45,12 @@ from attnedit.targets.runtime.eager.classes import source_classes
 from attnedit.targets.runtime.eager.shards import write_index
 
 
+@shown(CheckpointArguments, dtype="auto")
 def compile_checkpoint(
     model: str | PathLike[str],
     directory: str | PathLike[str],
     target: str = "mla",
-    *,
-    kv_budget: float | None = None,
-    window: int | None = None,
-    full_layers: FullLayers = None,
-    gate: str | None = None,
-    sinks: str | None = None,
-    calibration: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration_tokens: int | None = None,
-    calibration_length: int | None = None,
-    alternations: int = FitOptions.alternations,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    verify: bool = True,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    **options: Unpack[CheckpointArguments],
 ) -> Report:
     """Rewrite a checkpoint of safetensors into a directory, with one decoder layer in memory at a time.
 
@@ -88,26 +63,11 @@ def compile_checkpoint(
     Args:
         model: directory of the checkpoint, or a name on the hub, which is fetched.
         directory: where the result goes; missing, empty, or with the unfinished run of the same arguments.
-        target: as for `attnedit.compile`.
-        kv_budget: as for `attnedit.compile`.
-        window: as for `attnedit.compile`.
-        full_layers: "every:N" or layer indices; to choose them by measured loss takes passes through the whole model.
-        gate: as for `attnedit.compile`.
-        sinks: as for `attnedit.compile`.
-        calibration: as for `attnedit.compile`, but given: own samples take passes through the whole model.
-        tokenizer: the checkpoint's own unless given.
-        calibration_tokens: as for `attnedit.compile`.
-        calibration_length: as for `attnedit.compile`.
-        alternations: as for `attnedit.compile`.
-        seed: as for `attnedit.compile`.
-        device: where to compute; CUDA if there is one, unless told.
-        dtype: of the weights; "auto" is the checkpoint's own.
-        revision: of a hub name.
-        trust_remote_code: run the modelling code that comes with the checkpoint; it can do anything that you can.
-        verify: read the result layer by layer and hold it to its contract: decoding from the cache against prefill, and
-            where nothing was to be lost the logits against the source's.
-        overwrite: start again, or replace an earlier result.
-        progress: see `attnedit.compiler.progress`.
+        target: as for `attnedit.compile`, but one of our own.
+        **options: the fields of `attnedit.options.CompileOptions` that do not need the whole model in memory. Full
+            layers are named, and calibration data is given: to choose or sample takes passes through the whole model.
+            The tokenizer and dtype are the checkpoint's own unless given. `verify` reads the result layer by layer:
+            decoding from the cache against prefill, and where nothing was to be lost the logits against the source's.
 
     Returns:
         The report, which is in the directory too.
@@ -116,41 +76,33 @@ def compile_checkpoint(
         UsageError: wrong arguments or input; CaptureError (a UsageError) for attention that cannot be rewritten.
         VerificationError: the result broke its contract; the directory is left unfinished.
     """
-    if target not in TARGETS:
-        raise UsageError(f"layer by layer there is only {', '.join(TARGETS)}, not {target!r}")
-    arguments: dict[str, Any] = {
-        "target": target,
-        "kv_budget": kv_budget,
-        "window": window,
-        "full_layers": full_layers,
-        "gate": gate,
-        "sinks": sinks,
-        "calibration": calibration,
-        "calibration_tokens": calibration_tokens,
-        "calibration_length": calibration_length,
-        "alternations": alternations,
-        "seed": seed,
-        "model": fspath(model),
-        "revision": revision,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    check_numbers(arguments)
-    windowing, _ = check_arguments(target, kv_budget, window, full_layers, gate, sinks)
-    options = FitOptions.of(alternations)
+    given: dict[str, Any] = {"dtype": "auto", **options}
+    return compile_in_parts(fspath(model), directory, CompileOptions.of(target=target, **given))
+
+
+def compile_in_parts(model: str, directory: str | PathLike[str], options: CompileOptions) -> Report:
+    """`compile_checkpoint` with options that are checked."""
+    for field, facts in CompileOptions.model_fields.items():
+        if field not in {"target", *get_type_hints(CheckpointArguments)} and getattr(options, field) != facts.default:
+            raise UsageError(f"{field} needs the whole model in memory; leave it out, or compile without low memory")
+    if not options.ours:
+        raise UsageError(f"layer by layer there is only {', '.join(TARGETS)}, not {options.target_name!r}")
     if processes().count > 1:
         raise UsageError("layer by layer works in one process; start one")
-    if calibration is None and kv_budget != 1:
+    if options.calibration is None and options.kv_budget != 1:
         raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
-    run = {"command": "compile --low-memory", **Recipe.of(arguments, None).model_dump(mode="json")}
+    windowing, overwrite, progress = options.windowing, options.overwrite, options.progress
+    run = {"command": "compile --low-memory", **Recipe.from_options(options, model=model).model_dump(mode="json")}
     seconds: dict[str, float] = {}
-    output, where = Path(directory).expanduser().resolve(), resolve_device(device)
+    output, where = Path(directory).expanduser().resolve(), resolve_device(options.device)
     check_run(output, run, overwrite=overwrite)
-    source, reader = _open(fspath(model), dtype, where, revision=revision, trust_remote_code=trust_remote_code)
+    source, reader = _open(model, options, where)
     name = str(source.config.name_or_path)
-    tokenizer = tokenizer or load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    reading: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    tokenizer = options.tokenizer or load_tokenizer(source, **reading)
     with timed(seconds, "capture"), stage("capture", progress):
         sites = _capture(source, name)
-        plan = plan_sites(source, sites, kv_usage(source), target, windowing, kv_budget, full_layers)
+        plan = plan_sites(source, sites, kv_usage(source), options)
     if where.type != "cpu":
         _place_buffers(source, where)
     if isinstance(plan.full, int) and plan.full:
@@ -162,20 +114,18 @@ def compile_checkpoint(
     kept = plan.latent_sites([site.name for site in windowed])
     shapes = plan.shapes(kept)
     exact = windowing is None and all(shape.exact for shape in shapes.values())
-    if calibration is None and not exact:
+    if options.calibration is None and not exact:
         raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
     data = windows = None
     if not exact:
         with timed(seconds, "data"):
-            asked: dict[str, Any] = {"tokens": calibration_tokens, "length": calibration_length}
-            asked |= {"seed": seed, "progress": progress}
-            data = calibration_windows(calibration, tokenizer, source, windowing, **asked)
+            data = calibration_windows(source, options, tokenizer)
         windows = data.parts
         plan.notes.extend(data.notes)
         if windowing is not None:
             check_loss(windows, windowing)
     open_run(output, run, overwrite=overwrite)
-    job = Job(windowed, shapes, windowing, options, windows, seed)
+    job = Job(windowed, shapes, windowing, options.fit, windows, options.seed)
     work = LayerwiseRewrite(source, reader, sites, job, output)
     with as_captured(source, sites):
         rewritten = work.run(progress)
@@ -186,7 +136,7 @@ def compile_checkpoint(
     checks: list[Verification] = []
     with timed(seconds, "verify"), stage("verify", progress):
         expected = None
-        if verify and exact:
+        if options.verify and exact:
             layers: Any = source.get_submodule(work.layers)
             with as_captured(source, sites), reader.streaming(layers):
                 expected = logits_of(source, ids)
@@ -196,7 +146,7 @@ def compile_checkpoint(
         result = to_attnedit(source, rewritten.configs)
         record_lengths(result, calibration=None if data is None else data.length)
         use_captured_implementation(result, sites)
-        if verify:
+        if options.verify:
             written = CheckpointReader(output, result, device=where, name=str(output))
             layers = result.get_submodule(work.layers)
             with written.streaming(layers):
@@ -215,36 +165,35 @@ def compile_checkpoint(
         energy_kept=rewritten.energy_kept,
         output_error=rewritten.output_error,
         loss_increase={},
-        calibration=calibration,
+        calibration=options.calibration,
         windows=data,
         source=name,
-        target=target,
+        target=options.target_name,
         verification=checks,
-        kv_budget_asked=DEFAULT_BUDGET if kv_budget is None and windowing is None else kv_budget,
+        kv_budget_asked=plan.budget_asked,
         seconds=seconds,
         full_layers=full,
         notes=[*plan.notes, "read, rewritten and written layer by layer"],
         graphs=drawn,
-        recipe=Recipe.of({**arguments, "calibration_length": None if data is None else data.length}, full).model_dump(
+        recipe=Recipe.from_options(options, full, None if data is None else data.length, model).model_dump(
             exclude_defaults=True
         ),
     )
     return _finish(result, output, report, tokenizer)
 
 
-def _open(
-    model: str, dtype: torch.dtype | str, device: torch.device, *, revision: str | None, trust_remote_code: bool
-) -> tuple[PreTrainedModel, CheckpointReader]:
+def _open(model: str, options: CompileOptions, device: torch.device) -> tuple[PreTrainedModel, CheckpointReader]:
     """The model on meta, in the dtype asked for, and its checkpoint."""
-    dtype = parse_dtype(dtype)
+    dtype, revision = parse_dtype(options.dtype), options.revision
     if model == SMOLLM2 or Path(model).expanduser().is_file():
         raise UsageError(f"{model} is no checkpoint of safetensors, which alone can be read layer by layer")
-    options: dict[str, Any] = {"revision": revision, "dequantize": False, "trust_remote_code": trust_remote_code}
-    source = load_config_only(model, dtype=dtype, **options)
+    trusted = options.trust_remote_code
+    reading: dict[str, Any] = {"revision": revision, "dequantize": False, "trust_remote_code": trusted}
+    source = load_config_only(model, dtype=dtype, **reading)
     directory = checkpoint_directory(model, revision)
     if dtype == "auto" and source.config.dtype is None:
         files = weight_files(directory, model)
-        source = load_config_only(model, dtype=_stored_dtype(files), **options)
+        source = load_config_only(model, dtype=_stored_dtype(files), **reading)
     if (directory / "generation_config.json").is_file():
         source.generation_config = GenerationConfig.from_pretrained(directory)
     return source, CheckpointReader(directory, source, device=device, name=model)

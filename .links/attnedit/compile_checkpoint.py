@@ -1,1 +1,0 @@
-../../compiler/api/compile_checkpoint.py

@@ -1,0 +1,132 @@
+"""Keyword arguments of the public functions, for type checkers; `attnedit.options` has what they mean and default to.
+
+A test holds each to the field of its name, so that none can be forgotten or differ.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from os import PathLike
+from typing import Any, ParamSpec, TypedDict, TypeVar, get_type_hints
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.progress import Progress
+from attnedit.compiler.window_sources import TextSource
+from attnedit.options import CompileOptions
+from attnedit.passes.calibration.options import Rule, Train
+from attnedit.passes.gateswa.options import FullLayers
+from attnedit.passes.mla.budget import Allocation
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class DataArguments(TypedDict, total=False):
+    """Of every function."""
+
+    calibration: TextSource
+    tokenizer: PreTrainedTokenizerBase | None
+    seed: int
+    verify: bool
+    progress: Progress | None
+
+
+class AttentionArguments(DataArguments, total=False):
+    """Of compilations, live or layer by layer."""
+
+    kv_budget: float | None
+    window: int | None
+    full_layers: FullLayers
+    gate: str | None
+    sinks: str | None
+    calibration_tokens: int | None
+    calibration_length: int | None
+    alternations: int
+    device: str | torch.device | None
+
+
+class CheckpointArguments(AttentionArguments, total=False):
+    """Of `attnedit.compile_checkpoint`."""
+
+    dtype: torch.dtype | str
+    revision: str | None
+    trust_remote_code: bool
+    overwrite: bool
+
+
+class TrainingArguments(TypedDict, total=False):
+    """Of training."""
+
+    fit_steps: int
+    distill_steps: int
+    batch_size: int
+    seq_len: int
+    accumulation: int
+    fit_learning_rate: float | None
+    distill_learning_rate: float | None
+    distill_optimizer: Rule
+    train: Train
+    feature_weight: float
+    feature_layers: int
+    self_generated: float
+    repeats: float
+    checkpoint_every: int
+    evaluate_every: int
+    patience: int
+    memory_limit: int | str | None
+    activation_checkpointing: bool
+    torch_compile: bool | None
+    run_directory: str | PathLike[str] | None
+
+
+class CalibrateArguments(DataArguments, TrainingArguments, total=False):
+    """Of `attnedit.calibrate`."""
+
+
+class CompileArguments(AttentionArguments, TrainingArguments, total=False):
+    """Of `attnedit.compile` and `attnedit.rewrite`."""
+
+    profile: str | None
+    kernel_dims: bool
+    allocation: Allocation
+    in_place: bool
+    partial: bool
+    fuel: int | None
+    dump_graphs: str | PathLike[str] | None
+
+
+def shown(kind: type, **defaults: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Show a function's keyword arguments one by one in its signature, as `help` prints it.
+
+    Args:
+        kind: the keyword arguments.
+        **defaults: those that are not the fields'.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        own, hints = inspect.signature(function), get_type_hints(kind)
+        fields = {name: field for name, field in CompileOptions.model_fields.items() if name in hints}
+        keywords = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+            for name, default in ({name: field.default for name, field in fields.items()} | defaults).items()
+        ]
+        named = [one for one in own.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        function.__signature__ = own.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def check_known(given: dict[str, Any], kind: type, why: str) -> None:
+    """Refuse options that a function does not have, though another does.
+
+    Raises:
+        UsageError: one line that names the option and says why.
+    """
+    for name in given:
+        if name in CompileOptions.model_fields and name not in get_type_hints(kind) and given[name] is not None:
+            raise UsageError(f"{name} {why}")

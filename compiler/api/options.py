@@ -1,0 +1,255 @@
+"""Everything that can be asked of a compilation: one object for Python, command line, recipes and layer by layer.
+
+An option is a field of `CompileOptions` or of a class that it is made from. It appears on the command line, and where
+it decides the result (`AttentionOptions`, `CalibrationOptions`) in recipes; the functions that take it as a keyword
+list it in `attnedit.arguments` for type checkers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import BeforeValidator, Field, InstanceOf, SkipValidation, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.options import Flag, Number, Options, Switch, Whole
+from attnedit.compiler.pipeline import Target
+from attnedit.compiler.progress import Progress
+from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
+from attnedit.compiler.registry import TARGETS as REGISTERED_TARGETS
+from attnedit.compiler.registry import names_of, registered
+from attnedit.compiler.window_sources import TextSource
+from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW, GateSWAOptions, Sinks
+from attnedit.passes.mla.budget import Allocation
+from attnedit.passes.mla.fit import FitOptions
+from attnedit.targets.runtime.hf.towards import GATES, Form, form_for
+
+TARGETS = ("mla", "gateswa", "gateswa+mla")
+
+
+@dataclass(frozen=True)
+class For:
+    """Notes on a field which targets read it; any other refuses it.
+
+    Attributes:
+        targets: of ours; none for an option of rewrites.
+    """
+
+    targets: tuple[str, ...]
+
+    def __str__(self) -> str:
+        *most, last = self.targets or ("of rewrites",)
+        return f"{', '.join(most)} and {last}" if most else last
+
+
+OURS, WINDOWED, LATENT, REWRITES = For(TARGETS), For(TARGETS[1:]), For(("mla", "gateswa+mla")), For(())
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _dtype_name(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+class DataOptions(Options):
+    """Of the data that a model is fitted or trained on."""
+
+    calibration: Annotated[SkipValidation[TextSource], Flag(list[str])] = None
+    """Text, jsonl, json or parquet file, or a dataset's name; without it the model's own samples. Several times for a
+    mixture, each NAME or NAME=WEIGHT.
+
+    In Python a path, a `datasets` name, a mapping from such to weights, an iterable of strings or token tensors, or
+    None for the model's own samples."""
+    seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
+    """Same seed, same result.
+
+    Of sampled text and sampled queries."""
+
+
+class AttentionOptions(DataOptions):
+    """What attention becomes, in closed form: what decides a result that is not trained."""
+
+    target: str | InstanceOf[Target] = "mla"
+    """What attention becomes: mla, gateswa or gateswa+mla, or targets and passes of other packages.
+
+    "mla" is latent attention; "gateswa" a sliding window in most layers; with "gateswa+mla" the layers without window
+    become latent. A `Target`, or names that other packages register, are applied as by `attnedit.rewrite`."""
+    kv_budget: Annotated[Number | None, Field(gt=0, le=1), OURS] = None
+    """Cached values per token as a fraction of the source's, above 0 to 1.
+
+    Averaged over layers at the model's context length. For "mla" 0.5 unless given; at 1.0 the result computes exactly
+    what the source does. For "gateswa" it says how many layers stay full, in place of `full_layers`. For "gateswa+mla"
+    it covers both; unless given, the layers without window are halved."""
+    window: Annotated[Whole | None, Field(ge=1), WINDOWED] = None
+    """GateSWA: tokens each query sees, itself included; 128 unless given."""
+    full_layers: Annotated[Whole | str | list[Whole] | None, BeforeValidator(_listed), Flag(str), WINDOWED] = None
+    """GateSWA: how many layers stay full (chosen by measured loss), every:N, or 3,7,11; a quarter.
+
+    In Python a list of layer indices too."""
+    gate: Annotated[str | None, WINDOWED] = None
+    """GateSWA: output gate, head, element or none; none unless given.
+
+    Per head or per element. It starts without effect."""
+    sinks: Annotated[str | None, WINDOWED] = None
+    """GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; keep:4 unless given.
+
+    A sink logit per head, a value for it (which needs the logit), and the first N tokens, which stay visible."""
+    profile: Annotated[str | None, OURS] = None
+    """Compile towards a checkpoint of this form (docs/export-hf.md), so that export changes nothing.
+
+    What its class lacks is left out from the start. For "mla" norms and biases become linear maps."""
+    kernel_dims: Annotated[Switch, OURS] = False
+    """With a latent profile: the sizes of engines' kernels, in place of a budget."""
+    allocation: Annotated[Allocation, LATENT] = "even"
+    """How layers share the latent cache: even, or loss, by what each costs alone.
+
+    That is measured first (gains: docs/benchmarks.md). A native checkpoint, whose layers have all one size, is then as
+    large as the largest."""
+    calibration_tokens: Annotated[Whole | None, Field(ge=2)] = None
+    """How many calibration tokens to use.
+
+    Unless told, of given data 16 windows of `calibration_length` and 32 of 1,024 (65,536 tokens where the context is no
+    longer than that), and 8,192 of own samples."""
+    calibration_length: Annotated[Whole | None, Field(ge=2), OURS] = None
+    """Tokens of the longest calibration windows, as many as are to be served; the context.
+
+    Unless told, the context up to 32,768 on an accelerator and 8,192 elsewhere."""
+    alternations: Annotated[Whole, Field(ge=0), OURS] = FitOptions.alternations
+    """Rounds of least squares per layer after the analytic start; more is slower and better.
+
+    0 and 1 are quick jobs on few sampled queries; 2 is nearly converged."""
+
+
+class SourceOptions(Options):
+    """Of reading a model."""
+
+    device: Annotated[str | torch.device | None, Flag(str)] = None
+    """cpu, cuda, npu, ... or auto; auto unless given.
+
+    For a live model: where it is unless given."""
+    dtype: Annotated[str, BeforeValidator(_dtype_name)] = "float32"
+    """float32, bfloat16, float16 or auto (the checkpoint's own)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dequantize: Switch = False
+    """Unpack a source that is already quantised."""
+    allow_pickle: Switch = False
+    """Read weights that are pickles (.bin) where there are no safetensors."""
+    trust_remote_code: Switch = False
+    """Run the modelling code that comes with the checkpoint; read it before.
+
+    It can do anything that you can."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keyword arguments for `attnedit.compiler.models.load_source`."""
+        return {name: getattr(self, name) for name in SourceOptions.model_fields}
+
+
+class JobOptions(Options):
+    """Of the work itself; they do not decide the result."""
+
+    tokenizer: Annotated[SkipValidation[PreTrainedTokenizerBase | None], Flag(None)] = None
+    """For calibration text; saved with the result."""
+    verify: Switch = True
+    """Hold the result to its contract on real numbers."""
+    run_directory: Annotated[str | PathLike[str] | None, Flag(None)] = None
+    """Where fits are kept, and training keeps its checkpoints and log.
+
+    The same call with the same directory goes on where an earlier one stopped."""
+    progress: Annotated[SkipValidation[Progress | None], Flag(None)] = None
+    """See `attnedit.compiler.progress`."""
+
+
+class CalibrateOptions(JobOptions, CalibrationOptions, DataOptions):
+    """What `attnedit.calibrate` can be asked for."""
+
+
+class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
+    """What a compilation can be asked for; checked once, when it is made, as far as no model is needed."""
+
+    called = "option"
+    in_place: Annotated[Switch, Flag(None)] = False
+    """Rewrite the model itself instead of a copy that shares its tensors."""
+    partial: Annotated[Switch, REWRITES] = False
+    """Rewrites: let attention sites be that none of them matches; otherwise they are an error."""
+    fuel: Annotated[Whole | None, Field(ge=0)] = None
+    """Stop after so many rewrites, to find the one that breaks something.
+
+    For "mla" and "gateswa" a layer is one. The environment variable ATTNEDIT_FUEL unless given, else no limit."""
+    dump_graphs: Annotated[str | PathLike[str] | None, Flag(Path)] = None
+    """Directory for graphs before and after, as text and SVG."""
+    overwrite: Switch = False
+    """Replace what the output directory holds."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Refuse what contradicts itself, whatever the model."""
+        named = isinstance(self.target, Target) or self.ours
+        if not named and names_of(self.target_name, TARGETS) is None:
+            others = sorted({*registered(REGISTERED_TARGETS), *registered(REGISTERED_PASSES)})
+            raise UsageError(f"no target {self.target!r}; there is {', '.join((*TARGETS, *others))}")
+        for name, field in type(self).model_fields.items():
+            for readers in (one for one in field.metadata if isinstance(one, For)):
+                reads = self.target_name in readers.targets if self.ours else not readers.targets
+                if not reads and getattr(self, name) != field.default:
+                    raise UsageError(f"{name} is for the targets {readers}, not for {self.target_name}")
+        if self.target == "gateswa" and self.kv_budget is not None and self.full_layers is not None:
+            raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
+        if self.allocation != "even" and (self.profile is not None or self.kernel_dims):
+            raise UsageError("a profile's class has one size for all layers; leave allocation out, or the profile")
+        _ = self.form, self.windowing, self.fit
+        return self
+
+    @property
+    def target_name(self) -> str:
+        """As reports and recipes have it."""
+        return self.target.name if isinstance(self.target, Target) else self.target
+
+    @property
+    def ours(self) -> bool:
+        """Whether the target is one of our own, with a budget, and not made of rewrites."""
+        return not isinstance(self.target, Target) and self.target in TARGETS
+
+    @property
+    def windowed(self) -> bool:
+        """Whether layers get a window."""
+        return self.ours and self.target_name in WINDOWED.targets
+
+    @property
+    def latent(self) -> bool:
+        """Whether layers become latent."""
+        return self.ours and self.target_name in LATENT.targets
+
+    @cached_property
+    def form(self) -> Form | None:
+        """The form that a profile asks for, or None."""
+        asked = (self.profile, self.kernel_dims, self.target_name, self.kv_budget, self.gate, self.sinks)
+        return form_for(*asked) if self.ours else None
+
+    @cached_property
+    def windowing(self) -> GateSWAOptions | None:
+        """The form of the windowed layers; None for a target without."""
+        if not self.windowed:
+            return None
+        gate, sinks = (DEFAULT_GATE, DEFAULT_SINKS) if self.form is None else (GATES[self.form.profile][0], "none")
+        return GateSWAOptions(
+            window=DEFAULT_WINDOW if self.window is None else self.window,
+            gate=gate if self.gate is None else self.gate,  # type: ignore[arg-type]  # refused if it is none
+            sinks=Sinks.parse(sinks if self.sinks is None else self.sinks),
+        )
+
+    @cached_property
+    def fit(self) -> FitOptions:
+        """Of the closed form of latent layers."""
+        return FitOptions.of(self.alternations)
