@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import compile_tiny, deviation, exact, half, in_pieces, logits, source, tokens
+from compiled import compile_tiny, deviation, exact, half, in_pieces, logits, same_weights, source, tokens
 from families import UNSUPPORTED, build
 from torch import Tensor, nn
 from transformers import (
@@ -29,6 +29,7 @@ from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import latent_layers, single_losses
 from attnedit.passes.repeats import with_repeats
 from attnedit.targets.runtime.eager import share_copy, splice
+from attnedit.testing import tiny_model
 
 SIZES = {
     "vocab_size": 64,
@@ -45,11 +46,6 @@ SIZES = {
 def mean_error(result: attnedit.CompileResult) -> float:
     errors = [row.output_error for row in result.report.layers if row.output_error is not None]
     return sum(errors) / len(errors)
-
-
-def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def refusal(model: PreTrainedModel, kv_budget: float = 0.5, **options: Any) -> str:
@@ -302,16 +298,6 @@ def test_saved_and_loaded_is_the_same_to_the_bit(family: str, tmp_path: Path) ->
         assert torch.equal(logits(model, ids), logits(result.model, ids))
 
 
-@torch.no_grad()
-def random_model(config: Any) -> PreTrainedModel:
-    set_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model
-
-
 def test_a_hybrid_whose_layers_return_tuples_and_positions_start_at_zero_unless_told() -> None:
     config = BambaConfig(
         **SIZES,
@@ -321,7 +307,7 @@ def test_a_hybrid_whose_layers_return_tuples_and_positions_start_at_zero_unless_
         mamba_d_state=8,
         mamba_n_groups=1,
     )
-    model = random_model(config)
+    model = tiny_model(config)
     ids = tokens(2, 17)
     full = compile_tiny(model, 1.0)
     assert deviation(logits(full.model, ids), logits(model, ids)) < 1e-4
@@ -334,7 +320,7 @@ def test_a_hybrid_whose_layers_return_tuples_and_positions_start_at_zero_unless_
 
 def test_a_cache_of_its_own_is_refused() -> None:
     config = MiniMaxConfig(**SIZES, head_dim=8, layer_types=["linear_attention", "full_attention"], num_local_experts=2)
-    assert "MiniMaxForCausalLM does not work with a transformers DynamicCache" in refusal(random_model(config))
+    assert "MiniMaxForCausalLM does not work with a transformers DynamicCache" in refusal(tiny_model(config))
 
 
 @pytest.mark.parametrize(

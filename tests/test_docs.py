@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import re
 import runpy
 import shlex
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import yaml
 from test_packaging import ROOT
 
+import attnedit
 from attnedit.cli import main
 
 PAGES = ["README.md", "docs/index.md", "docs/writing-a-rewrite.md"]
@@ -85,6 +88,19 @@ def test_every_page_is_in_the_site() -> None:
     assert listed == {file.relative_to(docs).as_posix() for file in docs.rglob("*.md")}
     for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE):
         assert pkgutil.resolve_name(name) is not None
+
+
+def test_the_reference_covers_every_public_name() -> None:
+    covered: list[Any] = []
+    for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE):
+        found = pkgutil.resolve_name(name)
+        covered += vars(found).values() if inspect.ismodule(found) else [found]
+    for name in attnedit.__all__:
+        assert any(getattr(attnedit, name) is each for each in covered), name
+        assert not inspect.ismodule(getattr(attnedit, name)), name
+        assert f"attnedit.{name}" not in sys.modules, name
+    modules = {file.stem for file in (ROOT / "compiler" / "api").glob("[a-z]*.py")}
+    assert not modules & set(attnedit.__all__)
 
 
 @pytest.mark.long

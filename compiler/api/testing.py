@@ -27,16 +27,17 @@ PIECES = (9, 1, 1, 4, 1)
 
 
 @torch.no_grad()
-def tiny_model(config: PreTrainedConfig | None = None) -> PreTrainedModel:
+def tiny_model(config: PreTrainedConfig | None = None, **sizes: Any) -> PreTrainedModel:
     """A causal language model with random weights, so large that a mistake in any of them shows.
 
     Args:
         config: of its class and sizes; a Llama of two layers, four heads and two key/value heads unless given.
+        **sizes: in which that Llama differs.
     """
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    own: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    own |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     set_seed(0)
-    asked = config or LlamaConfig(**sizes, vocab_size=VOCABULARY)
+    asked = config or LlamaConfig(**{**own, "vocab_size": VOCABULARY, **sizes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(asked).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
