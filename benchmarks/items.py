@@ -5,10 +5,11 @@ A cell is a task, or a task at one length; all its items have a score each. Aver
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,24 @@ from attnedit.compiler.intervals import Interval, interval_of_mean, percentiles,
 Item = dict[str, Any]
 Cells = Mapping[str, Tensor]
 """Scores [N] of the items of each cell."""
+
+
+def run_program(
+    description: str, add_options: Callable[[argparse.ArgumentParser], None], run: Callable[[argparse.Namespace], None]
+) -> None:
+    """Read a command line with models, results and tables, and do what it says; `add_options` adds what is its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="as for attnedit eval; the first one is the source")
+    add_options(parser)
+    parser.add_argument("--results", type=Path, metavar="FILE", help="JSON with all answers and scores")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only show what these --results hold")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    try:
+        run(options)
+    except UsageError as error:
+        parser.error(" ".join(str(error).split()))
 
 
 def write_items(path: Path, items: Iterable[Item]) -> None:
@@ -118,6 +137,17 @@ def merged(paths: Sequence[Path]) -> dict[str, dict[str, list[Item]]]:
         for model, cells in found["models"].items():
             models.setdefault(model, {}).update(cells)
     return models
+
+
+def of_tables(options: argparse.Namespace) -> dict[str, dict[str, list[Item]]]:
+    """Results that --table names, by model; none without it.
+
+    Raises:
+        UsageError: there are models beside it, or as of `merged`.
+    """
+    if options.table and options.models:
+        raise UsageError("--table shows what was answered; give no MODEL with it")
+    return merged(options.table or ())
 
 
 def scores_of(cells: Mapping[str, list[Item]], field: str = "score") -> dict[str, Tensor]:

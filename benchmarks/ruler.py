@@ -27,7 +27,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from items import Item, Results, average, figure, markdown, merged, ratio, read_items, scores_of, write_items
+from items import (
+    Item,
+    Results,
+    average,
+    figure,
+    markdown,
+    of_tables,
+    ratio,
+    read_items,
+    run_program,
+    scores_of,
+    write_items,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
@@ -46,23 +58,17 @@ READ_AT_ONCE = 2048
 
 def main() -> None:
     """Make prompts, let models answer them, or show what they answered."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="as for attnedit eval; the first one is the source")
+    run_program(__doc__, add_options, run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this program alone."""
     parser.add_argument("--lengths", help="tokens of prompt and answer, with commas; 4096, doubling to the context")
     parser.add_argument("--items", type=int, help="prompts per task and length; 20")
     parser.add_argument("--seed", type=int, help="of the prompts; 42")
     parser.add_argument("--write-prompts", type=Path, metavar="FILE", help="only make prompts (.jsonl or .jsonl.gz)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="that --write-prompts wrote")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="JSON with all answers and scores")
-    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only show what these --results hold")
     parser.add_argument("--batch", type=int, default=1, help="prompts that are answered at once")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except UsageError as error:
-        parser.error(" ".join(str(error).split()))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -71,10 +77,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UsageError: options that do not go together, prompts that do not fit a model, or a file that cannot be read.
     """
-    if options.table:
-        if options.models:
-            raise UsageError("--table shows what was answered; give no MODEL with it")
-        print(tables(merged(options.table)))
+    if answered := of_tables(options):
+        print(tables(answered))
         return
     if not options.models:
         raise UsageError("give a MODEL, or --table FILE")

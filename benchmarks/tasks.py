@@ -23,7 +23,7 @@ from importlib import util
 from pathlib import Path
 
 import torch
-from items import Item, Results, average, figure, markdown, merged, read_items, scores_of, write_items
+from items import Item, Results, average, figure, markdown, of_tables, read_items, run_program, scores_of, write_items
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -60,23 +60,17 @@ BATCH_TOKENS = 4096
 
 def main() -> None:
     """Collect questions, let models answer them, or show what they answered."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="as for attnedit eval; the first one is the source")
+    run_program(__doc__, add_options, run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this program alone."""
     parser.add_argument("--tasks", help=f"with commas, of {', '.join((*FOLDERS[0], *ALWAYS))}; all")
     parser.add_argument("--shots", type=int, choices=tuple(FOLDERS), help="worked examples before each question; 0")
     parser.add_argument("--items", type=int, help="questions per task, drawn at random; all")
     parser.add_argument("--write-items", type=Path, metavar="FILE", help="only collect questions (.jsonl or .jsonl.gz)")
     parser.add_argument("--read-items", type=Path, metavar="FILE", help="that --write-items wrote")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="JSON with all answers and scores")
-    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only show what these --results hold")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="tokens per forward pass")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except UsageError as error:
-        parser.error(" ".join(str(error).split()))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,10 +79,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UsageError: options that do not go together, or a file that cannot be read.
     """
-    if options.table:
-        if options.models:
-            raise UsageError("--table shows what was answered; give no MODEL with it")
-        print(tables(merged(options.table)))
+    if answered := of_tables(options):
+        print(tables(answered))
         return
     if not options.models and options.write_items is None:
         raise UsageError("give a MODEL, or --table FILE")

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from attnedit.compiler.compatibility.caches import CACHE_NAMES
 from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD, EXPERTS_FIELD
 from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.masks import causal
 
 PROBE = "attnedit_probe"
 ANCHOR = "attnedit_anchor"
@@ -79,12 +80,7 @@ def reference_attention(
         logits = torch.tanh(logits / softcap) * softcap
     lowest = torch.finfo(logits.dtype).min
     if mask is None or mask.dim() == 2:
-        position = torch.arange(total, device=query.device)
-        behind = (position[total - length :, None]) - position[None, :]
-        visible = behind >= 0
-        if window is not None:
-            visible = visible & (behind < window)
-        visible = visible[None, None]
+        visible = causal(length, total, total - length, window, query.device)
         if mask is not None:
             visible = visible & mask[:, None, None, :].to(torch.bool)
         logits = logits.masked_fill(~visible, lowest)

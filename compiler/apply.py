@@ -13,11 +13,12 @@ from attnedit.compiler import provenance
 from attnedit.compiler.dataflow import is_tensor, where
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.fuel import Fuel
-from attnedit.compiler.graft import SiteGraph, cut, graft
+from attnedit.compiler.graft import SiteGraph, graft
 from attnedit.compiler.masks import dense_mask
 from attnedit.compiler.parts import make_parts
 from attnedit.compiler.pattern import Binding, Miss, Pattern
 from attnedit.compiler.rewrite import Batch, Match, Reject, Rewrite, match_of, with_parts
+from attnedit.compiler.surgery import cut
 from attnedit.compiler.tracing import place_of
 
 

@@ -17,13 +17,14 @@ from attnedit.compiler.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.compatibility.torch_names import pytree, temporary_buffers
 from attnedit.compiler.dataflow import anchors, structure_hash
 from attnedit.compiler.errors import CaptureError
-from attnedit.compiler.export import Exported, export_attention, export_program, shadow
-from attnedit.compiler.facts import FactReader, Facts, NoOutputProjectionError
+from attnedit.compiler.export import Exported, export_attention, export_program, shadow, unlift
+from attnedit.compiler.facts import FactReader, NoOutputProjectionError
 from attnedit.compiler.forwards import evaluation_mode, probe_inputs
+from attnedit.compiler.masks import dense_mask
 from attnedit.compiler.normalise import clean
 from attnedit.compiler.probe import AttentionCall, by_reason, discover
 from attnedit.compiler.recorder import LENGTH
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.sites import AttentionSite, Facts
 
 _log = logging.getLogger(__name__)
 
@@ -141,8 +142,7 @@ def captured_implementation(sites: Iterable[AttentionSite]) -> str | None:
 def _random_inputs(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The probe's arguments with random float32 tensors of the same shapes, a causal mask, and positions 0, 1, ..."""
     generator = torch.Generator().manual_seed(0)
-    lowest = torch.finfo(torch.float32).min
-    causal = torch.full((LENGTH, LENGTH), lowest).triu(1)
+    causal = dense_mask(None, torch.empty(1, LENGTH, 1), LENGTH)[0, 0]
 
     def replace(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -223,6 +223,9 @@ def _assemble(module: torch.nn.Module, graph: fx.Graph, constants: Any, layer: i
     return result
 
 
+_ROOT = "model"
+
+
 class _Logits(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -254,9 +257,19 @@ def capture_model(model: torch.nn.Module) -> fx.GraphModule:
         dynamic = tuple({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for _ in arguments)
         with evaluation_mode(model), attention_implementation(model, ANCHOR):
             program = export_program(_Logits(model).eval(), arguments, dynamic)
-        targets: dict[str, Any] = {}
-        graph = copy.deepcopy(_unlifted(program, targets))
+    graph = fx.Graph()
+    outputs, constants = unlift(program, graph, _ROOT, lambda node: graph.node_copy(node))
+    graph.output(outputs[0])
     clean(graph)
+    targets = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            made = constants.get(node.target)
+            targets[node.target] = operator.attrgetter(node.target)(model) if made is None else made
+        elif stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {
+                key: (path.removeprefix(_ROOT).removeprefix("."), kind) for key, (path, kind) in stack.items() if path
+            }
     result = fx.GraphModule(targets, graph, class_name=type(model).__name__)
     persistent = set(model.state_dict())
     for name, _ in list(result.named_buffers()):
@@ -265,34 +278,3 @@ def capture_model(model: torch.nn.Module) -> fx.GraphModule:
             temporary_buffers(result.get_submodule(owner)).add(attribute)
     result.graph.lint()
     return result
-
-
-def _unlifted(program: torch.export.ExportedProgram, targets: dict[str, Any]) -> fx.Graph:
-    """The program's graph with get_attr for parameters, buffers and constants; `targets` receives their values."""
-    signature = program.graph_signature
-    lifted = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in lifted:
-            original = lifted[node.name]
-            target = original.removeprefix("model.")
-            targets[target] = program.state_dict.get(original, program.constants.get(original))
-            values[node] = graph.get_attr(target)
-            values[node].meta.update(node.meta)
-        elif node.op == "get_attr":
-            targets[str(node.target)] = operator.attrgetter(str(node.target))(program.graph_module)
-            values[node] = graph.node_copy(node)
-        elif node.op == "output":
-            graph.output(values[node.args[0][0]])
-        else:
-            values[node] = graph.node_copy(node, lambda n: values[n])
-            stack = node.meta.get("nn_module_stack") or {}
-            values[node].meta["nn_module_stack"] = {
-                key: (path.removeprefix("model").removeprefix("."), kind) for key, (path, kind) in stack.items() if path
-            }
-    return graph

@@ -10,7 +10,7 @@ import copy
 import inspect
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,21 @@ from torch import fx
 from transformers import Cache
 
 from attnedit.compiler.anchor import ANCHOR
-from attnedit.compiler.compatibility.torch_names import HigherOrderOperator, TorchDynamoException, forward_hooks, pytree
+from attnedit.compiler.compatibility.torch_names import (
+    FakeTensor,
+    HigherOrderOperator,
+    TorchDynamoException,
+    forward_hooks,
+    pytree,
+)
 from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD
 from attnedit.compiler.dataflow import Evaluator, where
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.forwards import PAST
-from attnedit.compiler.normalise import ChildCall, clean, merge_duplicates, prune, raise_children, retarget_sizes
+from attnedit.compiler.normalise import ChildCall, clean, merge_duplicates, raise_children, retarget_sizes
 from attnedit.compiler.probe import AttentionCall
 from attnedit.compiler.recorder import BATCH, LENGTH
+from attnedit.compiler.surgery import prune
 from attnedit.compiler.written_out import Past, drop_past, emit_anchor
 
 PROBE_DTYPE = torch.bfloat16
@@ -196,6 +203,59 @@ def export_program(
     return program
 
 
+def unlift(
+    program: torch.export.ExportedProgram,
+    graph: fx.Graph,
+    root: str,
+    argument: Callable[[fx.Node], fx.Node],
+    constant: str = "_constant_",
+) -> tuple[list[fx.Node], dict[str, torch.Tensor]]:
+    """Copy an exported program into a graph, where get_attr takes the place of what export made arguments of.
+
+    Args:
+        program: to copy.
+        graph: that gets its nodes, all but the output.
+        root: what their FQNs begin with; it is left out.
+        argument: adds the node for an argument that the program had before.
+        constant: what the names of tensors that the code makes begin with.
+
+    Returns:
+        The nodes that are returned, and the tensors that the code makes, by get_attr target.
+
+    Raises:
+        CaptureError: there is an op that calls other graphs, or a constant whose value cannot be known.
+    """
+    signature = program.graph_signature
+    own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    constants: dict[str, torch.Tensor] = {}
+    values: dict[fx.Node, fx.Node] = {}
+    outputs: list[fx.Node] = []
+    for node in program.graph.nodes:
+        if node.op == "output":
+            outputs = [values[n] for n in node.args[0]]
+            continue
+        if node.op == "placeholder":
+            if node.name in own:
+                new = graph.get_attr(own[node.name].removeprefix(f"{root}."))
+            elif node.name in lifted:
+                name = constant + lifted[node.name].rsplit(".", 1)[-1]
+                value = program.constants[lifted[node.name]]
+                if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.is_meta:
+                    raise CaptureError(f"the source makes a constant tensor ({name}) that has no value")
+                constants[name] = value
+                new = graph.get_attr(name)
+            else:
+                new = argument(node)
+            new.meta.update(node.meta)
+        elif node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
+            raise CaptureError(f"{where(node)} is the higher-order op {node.target}; cannot rewrite it")
+        else:
+            new = graph.node_copy(node, lambda n: values[n])
+        values[node] = new
+    return outputs, constants
+
+
 def _dynamic(tensor: torch.Tensor, written_out: bool) -> dict[int, Any]:
     # Batch, and whatever is as long as the sequence; feature dims stay numbers.
     lengths = {size for size in tensor.shape if size in (BATCH, LENGTH, PAST, PAST + LENGTH)}
@@ -214,37 +274,16 @@ def _dynamic(tensor: torch.Tensor, written_out: bool) -> dict[int, Any]:
 def _assemble(
     call: AttentionCall, program: torch.export.ExportedProgram, structure: _Structure, children: list[ChildCall]
 ) -> Exported:
-    signature = program.graph_signature
-    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    lifted = signature.inputs_to_lifted_tensor_constants
-    constants: dict[str, torch.Tensor] = {}
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
     users = _source_signature(graph, call)
     arguments: list[fx.Node] = []
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            if node.name in targets:
-                new = graph.get_attr(targets[node.name].removeprefix(f"{_ROOT}."))
-            elif node.name in lifted:
-                name = "_constant_" + lifted[node.name].rsplit(".", 1)[-1]
-                value = program.constants[lifted[node.name]]
-                if not isinstance(value, torch.Tensor) or value.is_meta:
-                    raise CaptureError(f"the source makes a constant tensor ({name}) that has no value")
-                constants[name] = value
-                new = graph.get_attr(name)
-            else:
-                new = next(users)
-            new.meta.update(node.meta)
-            values[node] = new
-            if node.name not in targets and node.name not in lifted:
-                arguments.append(new)
-        elif node.op == "output":
-            graph.output(_output(structure, [values[n] for n in node.args[0]]))
-        elif node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
-            raise CaptureError(f"{where(node)} is the higher-order op {node.target}; cannot rewrite it")
-        else:
-            values[node] = graph.node_copy(node, lambda n: values[n])
+
+    def argument(_: fx.Node) -> fx.Node:
+        arguments.append(next(users))
+        return arguments[-1]
+
+    outputs, constants = unlift(program, graph, _ROOT, argument)
+    graph.output(_output(structure, outputs))
     clean(graph)
     if call.cached is not None:
         emit_anchor(graph, Evaluator(call.module, constants))

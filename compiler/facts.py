@@ -25,46 +25,13 @@ from attnedit.compiler.dataflow import (
 )
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.rope import combine, measure
-from attnedit.compiler.sites import NormKind, Projection, Rope
+from attnedit.compiler.sites import Facts, NormKind, Projection, Rope
 
 _EXACT = 1e-9
 
 
 class NoOutputProjectionError(CaptureError):
     """The output projection is not in the module that runs attention."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The facts that all sites of a kind share; meanings as in `AttentionSite`."""
-
-    hidden: str
-    query: str
-    key: str
-    value: str
-    anchor: str
-    output_projection: str
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    v_head_dim: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    sinks: str | None
-    mask: str | None
-    bias: bool
-    rope: Rope | None
-    unread_rope: str | None
-    q_proj: Projection | None
-    k_proj: Projection | None
-    v_proj: Projection | None
-    o_proj: Projection
-    key_norm: NormKind | None
-    query_norm: NormKind | None
-    output_gate: bool
-    linear_kv: bool
-    already_mla: bool
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,13 @@ class CachedCall:
 @contextlib.contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Dropout and gradient checkpointing off inside the block; every module's `training` flag is restored."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
 
 
 def probe_inputs(model: torch.nn.Module, length: int = LENGTH) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,13 @@ from attnedit.compiler.compatibility.torch_names import hint_of
 from attnedit.compiler.dataflow import anchors, aten, is_size, value_ancestors, where
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.export import PROBE_DTYPE
-from attnedit.compiler.fused import fused_attention
 from attnedit.compiler.language import SETTINGS
-from attnedit.compiler.normalise import follow_dtype, prune
+from attnedit.compiler.normalise import follow_dtype
 from attnedit.compiler.pattern import ANCHOR_OP, Binding
 from attnedit.compiler.recorder import LENGTH
 from attnedit.compiler.rewrite import FACTS, Match, Rewrite, with_parts
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.surgery import prune, with_graph
 from attnedit.compiler.tracing import PAST, Traced, as_forward, parameters_of, place_of, trace
 
 CACHE_OP = torch.ops.attnedit.cache.default
@@ -77,7 +77,7 @@ def graft(
     traced = _trace(state, rewrite, match, binding, new, sources, memo)
     _check_outputs(traced, binding, where_)
     _check_settings(traced, binding, where_)
-    root = fx.GraphModule(state.root, copy.deepcopy(state.root.graph), class_name=type(state.root).__name__)
+    root = with_graph(state.root, copy.deepcopy(state.root.graph))
     # The graph is copied so that whoever holds the old root still has what was there before.
     twin = dict(zip(state.root.graph.nodes, root.graph.nodes, strict=True))
     outputs = tuple(twin[node] for node in binding.outputs)
@@ -104,25 +104,8 @@ def graft(
     # Inputs of the replacement may stand later in the graph than what it replaces.
     stable_topological_sort(root)
     root.graph.lint()
-    result_root = fx.GraphModule(root, root.graph, class_name=type(root).__name__)  # takes along only what is used
-    result_root.train(state.root.training)
-    state.root = result_root
+    state.root = with_graph(root, root.graph).train(state.root.training)
     return tuple(result.name for result in results)
-
-
-def cut(root: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
-    """The graph cut off at some of its nodes: forward returns their values as a tuple.
-
-    Attention in it is computed by a fused kernel where one can, so that long windows need no logits in memory.
-    """
-    graph: fx.Graph = copy.deepcopy(root.graph)
-    nodes = {node.name: node for node in graph.nodes}
-    output = next(node for node in graph.nodes if node.op == "output")
-    output.args = (tuple(nodes[name] for name in names),)
-    prune(graph)
-    for anchor in anchors(graph):
-        anchor.target = fused_attention
-    return fx.GraphModule(root, graph)
 
 
 def _check_parameters(rewrite: Rewrite, binding: Binding, where_: str) -> None:

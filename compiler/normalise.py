@@ -10,6 +10,7 @@ from torch import fx
 
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.dataflow import anchors, is_tensor, sources, value_inputs
+from attnedit.compiler.surgery import prune, substitute
 
 aten = torch.ops.aten
 
@@ -63,11 +64,6 @@ def merge_duplicates(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
-
-
-def prune(graph: fx.Graph) -> None:
-    """Remove nodes nothing uses; every op of an exported inference graph is free of side effects."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 
 def _whole_slice(node: fx.Node) -> bool:
@@ -128,9 +124,7 @@ def follow_dtype(graph: fx.Graph, node: fx.Node, hidden: fx.Node) -> None:
             new = graph.call_function(aten.type_as.default, (source, hidden))
         else:
             new = graph.call_function(aten.to.dtype, (source, dtype))
-    new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    substitute(node, new)
 
 
 def _children(node: fx.Node, root: str) -> list[tuple[str, int]]:

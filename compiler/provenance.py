@@ -18,6 +18,14 @@ def mark(fresh: Iterable[fx.Node], replaced: fx.Node, rule: str) -> None:
             node.meta["stack_trace"] = replaced.meta["stack_trace"]
 
 
+def replace(old: fx.Node, new: fx.Node, rule: str, others: Iterable[fx.Node] = ()) -> None:
+    """Put a node in place of another, which goes, and `mark` it and `others` that it needs."""
+    mark([*others, new], old, rule)
+    new.meta.update({key: old.meta[key] for key in ("val", "stack_trace") if key in old.meta})
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
 def rules(node: fx.Node) -> set[str]:
     """The rules that made a node, and those that made what it stands in place of."""
     return {source.pass_name for source in node.meta.get("from_node", ())}

@@ -72,16 +72,10 @@ class RotarySource:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """One attention module of the live model, its graph and its facts. Names of nodes refer to `graph`.
+class Facts:
+    """What all attention sites of one kind share. Names of nodes refer to their graph.
 
     Attributes:
-        name: FQN of the attention module.
-        layer_idx: its cache slot.
-        kind: equal for sites that share a graph.
-        structure: Weisfeiler-Lehman hash of the graph; sites of different kinds may have it in common.
-        graph: forward has the signature of the attention module; targets are relative to that module.
-        constants: tensors that tracing lifted out of the source code, by the graph's get_attr target.
         hidden: input of the region, [B, T, E].
         query: before rope, after any norm, [B, H, T, d].
         key: before rope, after any norm, [B, G, T, d].
@@ -101,22 +95,14 @@ class AttentionSite:
         rope: None for a site without rotary embedding.
         unread_rope: why positions reach queries and keys in a way that is no rotary embedding, or None; `query` and
             `key` are then the anchor's inputs, so that keys are compressed as they are, positions included.
-        rotary: where its angles come from; None without rope, or where the attention module itself computes them.
         q_proj, k_proj, v_proj: None where the path from hidden starts with no linear module.
         o_proj: the output projection.
         key_norm, query_norm: what stands between projection and key or query.
         output_gate: the attention output is multiplied by something computed from hidden.
         linear_kv: key and value are affine in hidden.
         already_mla: key and value come from a shared low-rank latent.
-        implementation: where the source calls no attention interface, the implementation whose arguments the graph
-            takes (`attnedit.compiler.capture.as_captured`); None for any.
     """
 
-    name: str
-    layer_idx: int
-    kind: str
-    structure: str
-    graph: fx.Graph
     hidden: str
     query: str
     key: str
@@ -135,7 +121,6 @@ class AttentionSite:
     bias: bool
     rope: Rope | None
     unread_rope: str | None
-    rotary: RotarySource | None
     q_proj: Projection | None
     k_proj: Projection | None
     v_proj: Projection | None
@@ -145,6 +130,30 @@ class AttentionSite:
     output_gate: bool
     linear_kv: bool
     already_mla: bool
+
+
+@dataclass(frozen=True)
+class AttentionSite(Facts):
+    """One attention module of the live model, its graph and its facts.
+
+    Attributes:
+        name: FQN of the attention module.
+        layer_idx: its cache slot.
+        kind: equal for sites that share a graph.
+        structure: Weisfeiler-Lehman hash of the graph; sites of different kinds may have it in common.
+        graph: forward has the signature of the attention module; targets are relative to that module.
+        constants: tensors that tracing lifted out of the source code, by the graph's get_attr target.
+        rotary: where its angles come from; None without rope, or where the attention module itself computes them.
+        implementation: where the source calls no attention interface, the implementation whose arguments the graph
+            takes (`attnedit.compiler.capture.as_captured`); None for any.
+    """
+
+    name: str
+    layer_idx: int
+    kind: str
+    structure: str
+    graph: fx.Graph
+    rotary: RotarySource | None
     implementation: str | None = None
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnedit.compiler.anchor import ANCHOR
-from attnedit.compiler.compatibility.torch_names import FakeTensor, HigherOrderOperator, pytree
+from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError, RewriteError
-from attnedit.compiler.export import PROBE_DTYPE, export_program, record_children, shadow
+from attnedit.compiler.export import PROBE_DTYPE, export_program, record_children, shadow, unlift
 from attnedit.compiler.forwards import PAST as PROBED_PAST
 from attnedit.compiler.language import LEGEND, AttentionUse, Speaking, known_sizes, shape_letters, speaking
-from attnedit.compiler.normalise import clean, prune, raise_children
+from attnedit.compiler.normalise import clean, raise_children
 from attnedit.compiler.recorder import BATCH, LENGTH
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.surgery import prune
 
 PAST = 23
 """Cached tokens in traces; a prime like the probe's sizes."""
@@ -230,46 +231,26 @@ def _assemble(
     dynamic: Mapping[str, dict[int, Any]],
     uses: tuple[AttentionUse, ...],
 ) -> Traced:
-    signature = program.graph_signature
-    own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    lifted = signature.inputs_to_lifted_tensor_constants
-    constants: dict[str, Tensor] = {}
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
     given = iter(names)
-    outputs: list[fx.Node] = []
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            if node.name in own:
-                new = graph.get_attr(own[node.name].removeprefix(f"{PARTS}."))
-            elif node.name in lifted:
-                name = "constant_" + lifted[node.name].rsplit(".", 1)[-1]
-                constant = program.constants[lifted[node.name]]
-                if not isinstance(constant, Tensor) or isinstance(constant, FakeTensor) or constant.is_meta:
-                    raise RewriteError(
-                        f"{where}: makes a constant tensor on the device of its inputs; return it from parts() instead"
-                    )
-                constants[name] = constant
-                new = graph.get_attr(name)
-            else:
-                name = next(given)
-                new = graph.placeholder(name)
-                for dim in dynamic.get(name, {}):
-                    size = node.meta["val"].shape[dim]
-                    if assumed := _assumed(size, program):
-                        raise RewriteError(
-                            f"{where}: takes dim {dim} of {name} to be {assumed}, but it changes from call to call; do "
-                            "not compare sizes in Python, and give reshape sizes read from a tensor's shape"
-                        )
-            new.meta.update(node.meta)
-            values[node] = new
-        elif node.op == "output":
-            outputs = [values[n] for n in node.args[0]]
-            graph.output(tuple(outputs))
-        elif node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
-            raise RewriteError(f"{where}: {node.target} cannot be part of a graph; write plain torch code")
-        else:
-            values[node] = graph.node_copy(node, lambda n: values[n])
+
+    def argument(node: fx.Node) -> fx.Node:
+        name = next(given)
+        for dim in dynamic.get(name, {}):
+            if assumed := _assumed(node.meta["val"].shape[dim], program):
+                raise RewriteError(
+                    f"{where}: takes dim {dim} of {name} to be {assumed}, but it changes from call to call; do "
+                    "not compare sizes in Python, and give reshape sizes read from a tensor's shape"
+                )
+        return graph.placeholder(name)
+
+    try:
+        outputs, constants = unlift(program, graph, PARTS, argument, "constant_")
+    except CaptureError as error:
+        raise RewriteError(
+            f"{where}: {error}; write plain torch code, and return tensors that need no input from parts()"
+        ) from error
+    graph.output(tuple(outputs))
     clean(graph)
     raise_children(graph, children, PARTS)
     prune(graph)

@@ -20,6 +20,7 @@ from torch import fx
 from attnedit.compiler.dataflow import Evaluator, aten, is_tensor, value_ancestors, where
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.normalise import hidden_input
+from attnedit.compiler.surgery import substitute
 
 
 @torch.library.custom_op("attnedit::cached", mutates_args=())
@@ -373,7 +374,5 @@ def drop_past(graph: fx.Graph, past: list[fx.Node], attended: tuple[fx.Node, int
                     new = graph.call_function(operator.sub, (total, length))
                     shape = attended[0].meta["val"].shape
                     total.meta["val"], length.meta["val"] = shape[attended[1]], hidden.meta["val"].shape[1]
-            new.meta.update(node.meta)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+            substitute(node, new)
         graph.erase_node(placeholder)

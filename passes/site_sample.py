@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnedit.compiler.capture import graph_module
@@ -17,23 +16,13 @@ from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs
+from attnedit.compiler.surgery import cut
 from attnedit.passes.sample import FIRST_POSITIONS, LayerSample, Rotation
 
 NEAR = 1024
 """Positions up to which a long sequence's queries are sampled evenly."""
 SHORT_WORK, LONG_WORK = 0.5, 1.0
 """Work on windows up to `NEAR` tokens and on longer ones, where there are both; see `sampled_queries`."""
-
-
-def part_of(model: nn.Module, site: AttentionSite, names: tuple[str, ...]) -> fx.GraphModule:
-    """The site's graph cut off at some of its nodes: forward returns their values as a tuple."""
-    whole = graph_module(model, site)
-    graph: fx.Graph = copy.deepcopy(whole.graph)
-    nodes = {node.name: node for node in graph.nodes}
-    output = next(node for node in graph.nodes if node.op == "output")
-    output.args = (tuple(nodes[name] for name in names),)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    return fx.GraphModule(whole, graph)
 
 
 @dataclass
@@ -74,8 +63,8 @@ def take_samples(
     """
     names = (site.query, site.key, site.value, site.hidden)
     rope = site.rope
-    graph = part_of(model, site, names + ((rope.cos, rope.sin) if rope else ()))
-    biased = part_of(model, site, (site.mask,)) if site.bias and site.mask else None
+    graph = cut(graph_module(model, site), names + ((rope.cos, rope.sin) if rope else ()))
+    biased = cut(graph_module(model, site), (site.mask,)) if site.bias and site.mask else None
     taken: dict[int, _Taken] = {}
     for batch in inputs:
         query, key, value, before, *angles = graph(*batch.args, **batch.kwargs)

@@ -15,14 +15,15 @@ from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture import capture, graph_module
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
+from attnedit.compiler.surgery import cut
 from attnedit.passes.mla.assemble import exact_factors, kv_as_affine
 from attnedit.passes.mla.budget import EXPONENT, allocate, exact_shape, least_values, plan, shape_for, source_values
 from attnedit.passes.mla.weights import output_error
-from attnedit.passes.site_sample import output_weight, part_of, take_samples
+from attnedit.passes.site_sample import output_weight, take_samples
 
 LINEAR = ["llama", "qwen2", "granite", "phi3", "gpt2", "gpt_neox", "starcoder2"]
 
@@ -110,7 +111,7 @@ def test_affine_keys_and_values(family: str) -> None:
     for site in capture(model):
         assert site.linear_kv
         matrix, offset = kv_as_affine(model, site)
-        graph = part_of(model, site, (site.key, site.value)).double()
+        graph = cut(graph_module(model, site), (site.key, site.value)).double()
         hidden = torch.randn(2, 5, matrix.shape[1], dtype=torch.float64)
         unused = {n.target: None for n in graph.graph.nodes if n.op == "placeholder" and not n.target.startswith("*")}
         key, value = graph(**{**unused, site.hidden: hidden})

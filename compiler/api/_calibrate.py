@@ -16,6 +16,7 @@ from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.data import context_length, shares_of, token_windows
 from attnedit.compiler.devices import device_failures
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.forwards import evaluation_mode
 from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
@@ -83,10 +84,9 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
     share(model, teacher)
     directory = None if options.run_directory is None else Path(options.run_directory)
     seconds: dict[str, float] = dict(result.report.seconds)
-    modes = [(module, module.training) for part in (teacher, model) for module in part.modules()]
-    teacher.eval()
-    model.eval()
     implementation = contextlib.ExitStack()
+    for part in (teacher, model):
+        implementation.enter_context(evaluation_mode(part))
     try:
         with stage("capture teacher", progress):
             sites = [site for site in capture(teacher) if site.name in names]
@@ -112,8 +112,6 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
                 checks.append(same_decode(model, ids, own=own))
     finally:
         implementation.close()
-        for module, training_mode in modes:
-            module.training = training_mode
     length = batches.held_out.shape[1]
     record_lengths(model, training=length)
     report = result.report.model_copy(

@@ -8,12 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from attnedit.compiler.capture import graph_module
 from attnedit.compiler.dataflow import sources
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.surgery import cut
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.linear import LinearSite
 from attnedit.passes.mla.weights import Factors
-from attnedit.passes.site_sample import output_weight, part_of
+from attnedit.passes.site_sample import output_weight
 from attnedit.passes.solve import thin
 from attnedit.targets.attention.mla import MLA, MLAConfig
 from attnedit.targets.attention.mla_graph import QUERY_MODULE, mla_graph, without_bias
@@ -150,7 +152,7 @@ def kv_as_affine(model: nn.Module, site: AttentionSite) -> tuple[Tensor, Tensor]
     Returns:
         matrix [G d + G e, D] and offset [G d + G e], float64 on the model's device.
     """
-    graph = part_of(model, site, (site.key, site.value))
+    graph = cut(graph_module(model, site), (site.key, site.value))
     # float64 copies of the projections: folded weights should be rounded once, at the end
     graph = copy.deepcopy(graph).double()
     hidden = next(n for n in graph.graph.nodes if n.name == site.hidden)

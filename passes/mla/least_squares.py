@@ -21,7 +21,6 @@ from attnedit.passes.mla.weights import (
     mix,
     output_error,
     query_features,
-    rotate,
     score,
     slot_tables,
 )
@@ -36,6 +35,7 @@ from attnedit.passes.solve import (
     spectrum,
     thin,
 )
+from attnedit.targets.attention.mla import rotate
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the weights it starts from, as a fraction of the mean diagonal of its Gram

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnedit.passes.sample import Chunk, LayerSample
+from attnedit.targets.attention.mla import rotate
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,6 @@ class Factors:
     def rank(self) -> int:
         """Latent size r."""
         return self.latent.shape[0]
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [..., 2 s] slots laid out [real | imaginary] by cos, sin [..., s]."""
-    re, im = states.chunk(2, -1)
-    return torch.cat([re * cos - im * sin, im * cos + re * sin], -1)
 
 
 def slot_tables(sample: LayerSample, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.masks import hidden_value, masked, shown
 from attnedit.targets.attention.config import GateSWAConfig
 from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks
 from attnedit.targets.attention.gateswa_documents import Documents
 from attnedit.targets.attention.gateswa_layers import bounded_layer
 from attnedit.targets.attention.gateswa_ring import RingLayer
-from attnedit.targets.attention.kernels import kernel_for, shown, with_virtual_keys
+from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 
 __all__ = ["GateSWA", "GateSWAConfig"]
 
@@ -285,17 +286,11 @@ class GateSWA(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if config.softcap is not None:
             logits = config.softcap * torch.tanh(logits / config.softcap)
-        lowest = torch.finfo(logits.dtype).min
         virtual = [logit for logit in (sinks, self.sink_logit) if logit is not None]
         if virtual and mask.shape[1] > 1 and mask.dtype != torch.bool:
             # A bias per head may count from either end of the keys, which only a key without bias would notice.
             mask = mask - mask.amax(-1, keepdim=True)
-        # Clamped: a row of -inf only would be 0 / 0.
-        logits = (
-            logits.masked_fill(~mask, lowest)
-            if mask.dtype == torch.bool
-            else (logits + mask.to(logits.dtype)).clamp(min=lowest)
-        )
+        logits = masked(logits, mask)
         count = logits.shape[-1]
         if virtual:
             extra = torch.stack(virtual, dim=-1).to(logits.dtype)[None, :, None]
@@ -333,7 +328,7 @@ class GateSWA(nn.Module):
             raise UsageError(
                 f"layer {self.config.layer_idx}: the attention mask has {mask.shape[-1]} columns for {columns} keys"
             )
-        return F.pad(mask, (0, missing), value=False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+        return F.pad(mask, (0, missing), value=hidden_value(mask))
 
 
 @dataclass(frozen=True)
@@ -368,15 +363,14 @@ class _View:
 
 def _real(mask: Tensor) -> Tensor:
     """Say which keys of a mask [B, 1 or H, T, S] some query sees, bool [B, S]: all but padding and the future."""
-    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return shown.any(dim=1).any(dim=1)
+    return shown(mask).any(dim=1).any(dim=1)
 
 
 def _restrict(visible: Tensor, mask: Tensor) -> Tensor:
     """Hide more: a bool mask and another one, bool or additive; the result is of the latter's kind."""
     if mask.dtype == torch.bool:
         return visible & mask
-    return torch.where(visible, mask, torch.finfo(mask.dtype).min)
+    return torch.where(visible, mask, hidden_value(mask))
 
 
 def _at(x: Tensor, positions: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnedit.compiler.masks import shown
+
 EMPTY = 2**31 - 1
 """Position of a slot without token: later than every query."""
 
@@ -37,8 +39,7 @@ class Documents:
             real: which tokens some token sees, bool [B, T].
             count: kept sinks of a document, n.
         """
-        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        seen = shown.any(dim=1)
+        seen = shown(mask).any(dim=1)
         own = torch.arange(seen.shape[1], device=seen.device)
         starts = seen.diagonal(dim1=1, dim2=2) & (seen.to(torch.uint8).argmax(-1) == own)
         start = torch.where(starts, own, -1).cummax(-1).values

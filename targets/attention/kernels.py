@@ -52,11 +52,6 @@ def kernel_for(x: Tensor, mask: Tensor | None = None) -> Kernel | None:
     return None if bias else _KERNELS.get(x.device.type)
 
 
-def shown(mask: Tensor) -> Tensor:
-    """Turn a mask of either kind, bool or floats to add, into bool, True where to attend."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def with_virtual_keys(
     query: Tensor,
     key: Tensor,

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from attnedit.compiler.compatibility.live import is_plain_linear
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.masks import causal, masked, shown
 from attnedit.targets.attention.config import MLAConfig
-from attnedit.targets.attention.kernels import kernel_for, shown, with_virtual_keys
+from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 from attnedit.targets.attention.latent_decode import decodes_fused, latent_decode
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
@@ -158,9 +159,9 @@ class MLA(nn.Module):
             if cos is None or sin is None:
                 raise UsageError(f"layer {config.layer_idx}: rotary slots need cos and sin, got None")
             cos, sin = self._table(cos, slots), self._table(sin, slots)
-            slots = _rotate(slots, cos, sin)
+            slots = rotate(slots, cos, sin)
             query_rope = torch.einsum("bhtd,hsd->bhts", query, self.q_rope_proj)
-            query_rope = _rotate(query_rope, cos.unsqueeze(-3), sin.unsqueeze(-3))
+            query_rope = rotate(query_rope, cos.unsqueeze(-3), sin.unsqueeze(-3))
         latent, slots = latent.unsqueeze(1), slots.unsqueeze(1)
         past: int | Tensor = 0
         if past_key_values is not None:
@@ -194,8 +195,8 @@ class MLA(nn.Module):
             span = slice(first, first + block)
             up = F.linear(latent, weight[span].flatten(0, 1))
             rope = None if query_rope is None else query_rope[:, span]
-            shown = mask if mask is None or mask.shape[1] == 1 else mask[:, span]
-            parts.append(self._expanded_heads(query[:, span], rope, up, slots, shown))
+            own = mask if mask is None or mask.shape[1] == 1 else mask[:, span]
+            parts.append(self._expanded_heads(query[:, span], rope, up, slots, own))
         return torch.cat(parts, dim=2)
 
     def _expanded_heads(
@@ -211,19 +212,19 @@ class MLA(nn.Module):
             rotated = slots.unsqueeze(1).expand(-1, heads, -1, -1)
             query = torch.cat((query, query_rope), dim=-1) if nope else query_rope
             key = torch.cat((key, rotated), dim=-1) if nope else rotated
-        causal = mask is None and length > 1
+        is_causal = mask is None and length > 1
         dropout = self.attention_dropout if self.training else 0.0
         kernel = None if dropout else kernel_for(query, mask)
-        if kernel is not None and config.softcap is None and (causal or mask is not None):
+        if kernel is not None and config.softcap is None and (is_causal or mask is not None):
             visible = None if mask is None else shown(mask)
             if self.sinks is not None:
-                visible = _causal(length, key.shape[2], 0, config.window, query.device) if visible is None else visible
+                visible = causal(length, key.shape[2], 0, config.window, query.device) if visible is None else visible
                 virtual = [(self.sinks, None)]
                 query, key, value, visible = with_virtual_keys(query, key, value, visible, config.scale, virtual)
             return kernel(query, key, value, visible, config.scale).transpose(1, 2)
         if config.softcap is not None or self.sinks is not None:
-            if causal:
-                mask = _causal(length, key.shape[2], 0, config.window, query.device)
+            if is_causal:
+                mask = causal(length, key.shape[2], 0, config.window, query.device)
             logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
             return torch.matmul(self._probabilities(logits, mask).to(value.dtype), value).transpose(1, 2)
         # Fused kernels want one head size for all three, a multiple of eight; padding with zeros is 3 to 4 times
@@ -232,7 +233,7 @@ class MLA(nn.Module):
         query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal, scale=config.scale)
+        out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal, scale=config.scale)
         return out[..., : config.v_head_dim].transpose(1, 2)
 
     def _absorbed(
@@ -275,7 +276,7 @@ class MLA(nn.Module):
             raise AssertionError("MLAConfig allows no attention without keys")
         length, keys_seen = logits.shape[2:]
         if mask is None and length > 1:
-            mask = _causal(length, keys_seen, 0, self.config.window, logits.device)
+            mask = causal(length, keys_seen, 0, self.config.window, logits.device)
         weights = self._probabilities(logits, mask).to(latent.dtype)
         return torch.bmm(weights.flatten(1, 2), latent).view(*logits.shape[:3], -1)
 
@@ -286,12 +287,7 @@ class MLA(nn.Module):
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if mask is not None:
-            lowest = torch.finfo(logits.dtype).min
-            if mask.dtype == torch.bool:
-                logits = logits.masked_fill(~mask, lowest)
-            else:
-                # A row of -inf only would be 0 / 0.
-                logits = (logits + mask.to(logits.dtype)).clamp(min=lowest)
+            logits = masked(logits, mask)
         if self.sinks is None:
             weights = logits.softmax(dim=-1)
         else:
@@ -335,11 +331,11 @@ class MLA(nn.Module):
         if mask is None:
             if length == 1 or (keys == length and (window is None or keys <= window)):
                 return None
-            return _causal(length, keys, offset, window, device)
+            return causal(length, keys, offset, window, device)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise self._no_mask(mask)
         padding = F.pad(mask[:, -keys:].to(torch.bool), (0, max(0, keys - mask.shape[1])))[:, None, None, :]
-        return padding if length == 1 else padding & _causal(length, keys, offset, window, device)
+        return padding if length == 1 else padding & causal(length, keys, offset, window, device)
 
     def _no_mask(self, mask: Any) -> UsageError:
         form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -360,20 +356,10 @@ def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn [.., 2 s], real parts first, by cos and sin [.., s]."""
     real, imaginary = x.chunk(2, dim=-1)
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
-
-
-def _causal(length: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:
-    """Mask [1, 1, T, S], True where query t, at position ``offset + t``, sees key s."""
-    position = torch.arange(length, device=device)[:, None] + offset
-    key = torch.arange(keys, device=device)[None, :]
-    mask = key <= position
-    if window is not None:
-        mask = mask & (key > position - window)
-    return mask[None, None]
 
 
 _INDICES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}

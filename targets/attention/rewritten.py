@@ -24,10 +24,10 @@ from attnedit.compiler.dataflow import anchors
 from attnedit.compiler.errors import RewriteError, UsageError
 from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import CACHE_OP, SiteGraph
-from attnedit.compiler.normalise import prune
 from attnedit.compiler.pattern import ANCHOR_OP, Pattern
 from attnedit.compiler.rewrite import Rewrite, options_of, rewrite_from
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.surgery import prune, substitute, with_graph
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kv_cache import Attend, DenseMask, KVCache
 from attnedit.targets.attention.site_graph import checked_cache
@@ -90,7 +90,7 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
         CaptureError: the attention module is not given the cache.
     """
     graph: fx.Graph = copy.deepcopy(root.graph)
-    result = fx.GraphModule(root, graph, class_name=f"Rewritten{type(root).__name__.removeprefix('Rewritten')}")
+    result = with_graph(root, graph, f"Rewritten{type(root).__name__.removeprefix('Rewritten')}")
     attentions, caches = anchors(graph), [node for node in graph.nodes if node.target is CACHE_OP]
     names = ", ".join(entry["rewrite"].rpartition(":")[2] for entry in config.rewrites)
     if len(caches) > 1 or (not caches and len(attentions) != 1):
@@ -117,17 +117,11 @@ def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: 
                     node.meta["val"] = source.meta.get("val") if isinstance(source, fx.Node) else None
                 fresh, key, value = [both, keys, values], keys, values
             node = graph.call_module(name, (query, key, value, mask, sinks))
-        node.meta.update({key: value for key, value in anchor.meta.items() if key in ("val", "stack_trace")})
-        provenance.mark([*fresh, node], anchor, LOWERING)
-        anchor.replace_all_uses_with(node)
-        graph.erase_node(anchor)
+        provenance.replace(anchor, node, LOWERING, fresh)
     for cache in caches:
         with graph.inserting_before(cache):
             node = graph.call_module(KV_CACHE_MODULE, (*cache.args[:2], past))
-        node.meta.update({key: value for key, value in cache.meta.items() if key in ("val", "stack_trace")})
-        provenance.mark([node], cache, LOWERING)
-        cache.replace_all_uses_with(node)
-        graph.erase_node(cache)
+        provenance.replace(cache, node, LOWERING)
     _lower_mask(result, site)
     result.graph.lint()
     result.recompile()
@@ -190,16 +184,14 @@ def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
                 new = graph.call_function(CACHE_OP, (*node.args[:2], None, site.layer_idx))
         else:
             continue
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        substitute(node, new)
     prune(graph)
     if any("val" not in node.meta for node in anchors(graph)):
         raise UsageError(
             f"{site.name}: its graph lost what is known of its nodes (pickle drops it); save and load instead"
         )
     graph.lint()
-    return fx.GraphModule(module, graph, class_name=type(module).__name__)
+    return with_graph(module, graph)
 
 
 def rewritten_graph(model: nn.Module, site: AttentionSite, config: RewrittenConfig) -> fx.GraphModule:

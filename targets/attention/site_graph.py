@@ -12,9 +12,9 @@ from torch import fx, nn
 from attnedit.compiler import provenance
 from attnedit.compiler.capture import graph_module
 from attnedit.compiler.compatibility.caches import CACHE_NAMES, known_cache
-from attnedit.compiler.compatibility.torch_names import own_buffers, temporary_buffers
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.surgery import prune, with_graph
 
 _ANCHOR_ARGUMENTS = ("q", "k", "v", "mask", "scale", "softcap", "sinks", "window", "layer")
 
@@ -72,14 +72,9 @@ def replace_attention(
         root.set_submodule(site.o_proj.module, output_projection)
     graph = copy.deepcopy(root.graph)
     _rewrite(graph, site, name, arguments)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    prune(graph)
     graph.lint()
-    # A new GraphModule takes along only what its graph uses.
-    source = type(model.get_submodule(site.name)).__name__
-    result = fx.GraphModule(root, graph, class_name=f"{type(module).__name__}{source}")
-    for path, part in result.named_modules():
-        known = temporary_buffers(root.get_submodule(path))  # a new one saves all
-        temporary_buffers(part).update(known & set(own_buffers(part)))
+    result = with_graph(root, graph, f"{type(module).__name__}{type(root).__name__}")
     # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
     tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
     object.__setattr__(result, "tables", tables)
@@ -122,9 +117,7 @@ def _rewrite(
     with graph.inserting_before(anchor):
         call = AnchorCall(graph, nodes.__getitem__, _named(anchor), cache)
         node = graph.call_module(name, arguments(call))
-    provenance.mark(set(graph.nodes) - set(nodes.values()), anchor, f"attnedit.{name}")
-    anchor.replace_all_uses_with(node)
-    graph.erase_node(anchor)
+    provenance.replace(anchor, node, f"attnedit.{name}", set(graph.nodes) - {*nodes.values(), node})
 
 
 def checked_cache(graph: fx.Graph, site: AttentionSite) -> fx.Node:

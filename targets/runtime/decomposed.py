@@ -6,12 +6,13 @@ Shapes: B batch, T new tokens, S keys, H heads, G key/value heads, d query size,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnedit.compiler.errors import AttneditError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
 
@@ -62,6 +63,76 @@ class WindowedAttention(nn.Module, ABC):
     @abstractmethod
     def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, virtual: Virtual) -> Tensor:
         """Attend to the window, and write what is new; returns [B, H, T, dv]."""
+
+
+class AbsorbedAttention(nn.Module):
+    """`MLA` as exports have it: queries can be taken down to what is cached, outputs up from it.
+
+    Args:
+        mla: the trained module; weights are computed from it.
+        scale: factor on the queries that is computed into the weights.
+    """
+
+    query_down: Tensor
+    value_up: Tensor
+    columns: Tensor
+
+    def __init__(self, mla: MLA, scale: float = 1.0) -> None:
+        super().__init__()
+        self.config = mla.config
+        self.kv_a_proj_with_mqa, self.sinks = mla.kv_a_proj_with_mqa, mla.sinks
+        query_down, value_up = absorbed(mla)
+        self.register_buffer("query_down", query_down * scale)  # [H, d, r + 2 s], or [H, d, 2 s] without nope
+        self.register_buffer("value_up", value_up)  # [H, r, dv]
+        self.register_buffer("columns", torch.tensor(mla.config.rope_columns, dtype=torch.int64))
+
+    def tables(self, cos: Tensor | None, sin: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of cos and sin, one per slot, [B or 1, 1, T, s].
+
+        Raises:
+            AttneditError: the graph has none.
+        """
+        if cos is None or sin is None:
+            raise AttneditError(f"layer {self.config.layer_idx}: rotary slots need cos and sin, and its graph has none")
+        picked = (table.index_select(-1, self.columns).to(like.dtype).unsqueeze(-3) for table in (cos, sin))
+        return next(picked), next(picked)
+
+
+def lower_attention(
+    model: nn.Module, latent: Callable[[MLA], nn.Module], window: Callable[[GateSWA], nn.Module]
+) -> None:
+    """Replace every rewritten attention in a model by the form that is exported, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MLA):
+            model.set_submodule(name, latent(module))
+        elif isinstance(module, GateSWA):
+            model.set_submodule(name, window(module))
+
+
+def as_interface(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """Attention of layers that were not rewritten, as transformers' attention interface wants it.
+
+    Args:
+        attend: takes module, query [B, H, T, d], key, value, mask, scale, softcap, further keys (`Virtual`); returns
+            [B, H, T, dv].
+    """
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        virtual: Virtual = () if s_aux is None else ((s_aux, None),)
+        return attend(module, query, key, value, attention_mask, scale, softcap, virtual).transpose(1, 2), None
+
+    return attention
 
 
 def attend(
@@ -140,9 +211,3 @@ def absorbed(mla: MLA) -> tuple[Tensor, Tensor]:
     if mla.q_rope_proj is not None:
         down.append(mla.q_rope_proj.transpose(1, 2))
     return torch.cat(down, dim=-1), up[:, nope:].transpose(1, 2).contiguous()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [.., 2 s], real parts first, by cos and sin [.., s]."""
-    real, imaginary = x.chunk(2, dim=-1)
-    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.forwards import evaluation_mode
 from attnedit.compiler.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report
@@ -107,19 +108,13 @@ def export(
     _check_kinds(model)
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with staged(target) as staging:
-            with stage("write", progress):
-                notes = _write(model, staging, profile, kernel_dims, gguf)
-                _write_rest(result, staging, profile, notes)
-            with stage("check", progress):
-                written = load_code(staging) if profile == REMOTE_PROFILE else read_native(staging)
-                checks: list[Check] = check_same(model, written.to(model.device))  # type: ignore[arg-type]
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluation_mode(model), staged(target) as staging:
+        with stage("write", progress):
+            notes = _write(model, staging, profile, kernel_dims, gguf)
+            _write_rest(result, staging, profile, notes)
+        with stage("check", progress):
+            written = load_code(staging) if profile == REMOTE_PROFILE else read_native(staging)
+            checks: list[Check] = check_same(model, written.to(model.device))  # type: ignore[arg-type]
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.rope import rope_angles
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.surgery import cut
 from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.mla import MLA
 from attnedit.targets.attention.mla_graph import MLA_MODULE, QUERY_MODULE
@@ -156,17 +158,13 @@ def _check_expressible(
 
 def _query(attention: fx.GraphModule, site: AttentionSite, size: int) -> Tensor:
     """Read the pre-rope query off as a linear map of the hidden states [H, d, D]."""
-    graph = copy.deepcopy(attention.graph)
-    call = next(node for node in graph.nodes if node.op == "call_module" and node.target == MLA_MODULE)
-    output = next(node for node in graph.nodes if node.op == "output")
-    output.args = (call.args[0],)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    part = copy.deepcopy(fx.GraphModule(attention, graph)).double()
+    call: Any = next(n for n in attention.graph.nodes if n.op == "call_module" and n.target == MLA_MODULE)
+    part = copy.deepcopy(cut(attention, [call.args[0].name])).double()
     device = next(part.parameters()).device
-    names = [str(n.target) for n in graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")]
+    names = [str(n.target) for n in part.graph.nodes if n.op == "placeholder" and not str(n.target).startswith("*")]
     # Twice the unit vectors at once: a map that is not linear shows.
     unit = torch.eye(size, dtype=torch.float64, device=device)
-    query: Tensor = part(**{**dict.fromkeys(names), site.hidden: torch.stack([unit, 2 * unit])})
+    query: Tensor = part(**{**dict.fromkeys(names), site.hidden: torch.stack([unit, 2 * unit])})[0]
     if not torch.allclose(query[1], 2 * query[0], rtol=1e-6, atol=1e-9):
         raise UsageError(f"{site.name}: its queries are not linear in the hidden states; {OTHER}")
     return query[0].transpose(1, 2)

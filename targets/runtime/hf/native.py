@@ -165,7 +165,15 @@ def read_native(directory: Path) -> PreTrainedModel:
         VerificationError: a weight is missing or left over.
     """
     auto: Any = AutoModelForCausalLM
-    model, info = auto.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    return complete(*auto.from_pretrained(directory, dtype="auto", output_loading_info=True))
+
+
+def complete(model: PreTrainedModel, info: Mapping[str, Any]) -> PreTrainedModel:
+    """A model that was just loaded, in evaluation mode; `info` is what loading says of its keys.
+
+    Raises:
+        VerificationError: a weight is missing or left over.
+    """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(str(key) for key in info.get(kind) or ()):
             raise VerificationError(f"the written checkpoint has {kind.replace('_', ' ')}, first {keys[0]}")

@@ -21,10 +21,11 @@ from typing import Any
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
-from attnedit.compiler.errors import UsageError, VerificationError
+from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.kinds import KINDS
 from attnedit.targets.runtime.eager.checkpoint import CONFIG_FILE
 from attnedit.targets.runtime.eager.classes import source_classes
+from attnedit.targets.runtime.hf.native import complete
 
 MODELING = "modeling_attnedit"
 ROOTS = (
@@ -140,12 +141,7 @@ def load_code(directory: Path) -> PreTrainedModel:
         code = importlib.import_module(f"{package}.{MODELING}")
         values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["auto_map"]
         cls: Any = getattr(code, values["AutoModelForCausalLM"].rpartition(".")[2])
-        model, info = cls.from_pretrained(directory, dtype="auto", output_loading_info=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(str(key) for key in info.get(kind) or ()):
-            raise VerificationError(f"the written checkpoint has {kind.replace('_', ' ')}, first {keys[0]}")
-    result: PreTrainedModel = model.eval()
-    return result
+        return complete(*cls.from_pretrained(directory, dtype="auto", output_loading_info=True))
 
 
 @contextmanager

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.mla import MLA
-from attnedit.targets.runtime.decomposed import Virtual, WindowedAttention, as_bias, attend
+from attnedit.targets.runtime.decomposed import (
+    Virtual,
+    WindowedAttention,
+    as_bias,
+    as_interface,
+    attend,
+    lower_attention,
+)
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_cache, current_step
 from attnedit.targets.runtime.npu.extras import prompt_extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
@@ -112,33 +117,14 @@ def _token_attention(layer: NpuLayer, query: Tensor, value_size: int, scale: flo
 def lower(model: nn.Module, plans: list[LayerPlan]) -> None:
     """Replace every rewritten attention in a model by the form that Ascend runs, in place."""
     by_layer = {plan.site.layer: plan for plan in plans}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, MLA):
-            model.set_submodule(name, LatentAttention(module, by_layer[module.config.layer_idx]))
-        elif isinstance(module, GateSWA):
-            model.set_submodule(name, WindowAttention(module))
+    lower_attention(model, lambda mla: LatentAttention(mla, by_layer[mla.config.layer_idx]), WindowAttention)
 
 
-def npu_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of layers that were not rewritten, as transformers' attention interface wants it.
-
-    Returns:
-        [B, T, H, dv], and no probabilities.
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: NpuLayer = current_cache().layers[int(module.layer_idx)]  # type: ignore[arg-type]
-    virtual: Virtual = [] if s_aux is None else [(s_aux, None)]
-    return grouped_attention(layer, query, key, value, scale, softcap, virtual).transpose(1, 2), None
+npu_attention = as_interface(
+    lambda module, query, key, value, mask, *others: grouped_attention(
+        current_cache().layers[int(module.layer_idx)], query, key, value, *others
+    )
+)
 
 
 def npu_mask(*args: Any, **kwargs: Any) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnedit.compiler.errors import AttneditError
-from attnedit.targets.attention.mla import MLA
-from attnedit.targets.runtime.decomposed import Virtual, absorbed, attend, rotate
+from attnedit.targets.attention.mla import MLA, rotate
+from attnedit.targets.runtime.decomposed import AbsorbedAttention, Virtual, attend
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_step
 from attnedit.targets.runtime.npu.extras import Extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
@@ -23,7 +22,7 @@ from attnedit.targets.runtime.npu.limits import BLOCK
 ops = torch.ops.npu
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(AbsorbedAttention):
     """`MLA` with a paged cache: expanded for the prompt, absorbed in decode.
 
     Args:
@@ -31,19 +30,10 @@ class LatentAttention(nn.Module):
         plan: how it runs.
     """
 
-    query_down: Tensor
-    value_up: Tensor
-    columns: Tensor
-
     def __init__(self, mla: MLA, plan: LayerPlan) -> None:
-        super().__init__()
-        self.config, self.plan = mla.config, plan
-        self.kv_a_proj_with_mqa, self.kv_b_proj = mla.kv_a_proj_with_mqa, mla.kv_b_proj
-        self.q_rope_proj, self.sinks = mla.q_rope_proj, mla.sinks
-        query_down, value_up = absorbed(mla)
-        self.register_buffer("query_down", query_down)  # [H, d, r + 2 s], or [H, d, 2 s] without nope
-        self.register_buffer("value_up", value_up)  # [H, r, dv]
-        self.register_buffer("columns", torch.tensor(mla.config.rope_columns, dtype=torch.int64))
+        super().__init__(mla)
+        self.plan = plan
+        self.kv_b_proj, self.q_rope_proj = mla.kv_b_proj, mla.q_rope_proj
 
     def forward(
         self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Any, cache: Any
@@ -57,9 +47,7 @@ class LatentAttention(nn.Module):
         rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
         latent, slots = self.kv_a_proj_with_mqa(kv_input).unsqueeze(1).split([rank, rope], dim=-1)
         if rope:
-            if cos is None or sin is None:
-                raise AttneditError(f"layer {config.layer_idx}: rotary slots need cos and sin, and its graph has none")
-            cos, sin = self._columns(cos, slots), self._columns(sin, slots)
+            cos, sin = self.tables(cos, sin, slots)
             slots = self._turned(slots, cos, sin)
         layer: NpuLayer = cache.layers[config.layer_idx]
         layer.write_pages(*self._packed(latent, slots))
@@ -154,10 +142,6 @@ class LatentAttention(nn.Module):
         beside, within = slots[..., :rope], slots[..., rope:]
         joined = torch.cat((latent, within), dim=-1)
         return [F.pad(joined, (0, self.plan.size - joined.shape[-1])), F.pad(beside, (0, rope - beside.shape[-1]))]
-
-    def _columns(self, table: Tensor, like: Tensor) -> Tensor:
-        """Columns of cos or sin, one per slot, [B or 1, 1, T, s]."""
-        return table.index_select(-1, self.columns).to(like.dtype).unsqueeze(-3)
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if not self.plan.prefill.fused and not self.plan.decode.fused:

@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from attnedit.compiler.errors import AttneditError
-from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.mla import MLA
+from attnedit.targets.attention.mla import MLA, rotate
 from attnedit.targets.runtime.decomposed import (
+    AbsorbedAttention,
     Virtual,
     WindowedAttention,
-    absorbed,
     as_bias,
+    as_interface,
     attend,
+    lower_attention,
     probabilities,
-    rotate,
 )
 from attnedit.targets.runtime.onnx.cache import ExportLayer, Step, current_step
 
@@ -34,7 +33,7 @@ EXPORT = "attnedit_onnx"
 """Name of the attention implementation, to transformers."""
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(AbsorbedAttention):
     """`MLA` with everything absorbed that can be: queries go to the latent, outputs come from it.
 
     The logits are two products with the two parts of the cache, and the latent is the value as it stands: no part
@@ -45,19 +44,8 @@ class LatentAttention(nn.Module):
         mla: the trained module; weights are computed from it.
     """
 
-    query_down: Tensor
-    value_up: Tensor
-    columns: Tensor
-
     def __init__(self, mla: MLA) -> None:
-        super().__init__()
-        config = self.config = mla.config
-        self.kv_a_proj_with_mqa = mla.kv_a_proj_with_mqa
-        self.sinks = mla.sinks
-        query_down, value_up = absorbed(mla)
-        self.register_buffer("query_down", query_down * config.scale)  # [H, d, r + 2 s], or [H, d, 2 s] without nope
-        self.register_buffer("value_up", value_up)  # [H, r, dv]
-        self.register_buffer("columns", torch.tensor(config.rope_columns, dtype=torch.int64))
+        super().__init__(mla, mla.config.scale)
 
     def forward(
         self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor, cache: Any
@@ -74,11 +62,9 @@ class LatentAttention(nn.Module):
         down = torch.matmul(query, self.query_down)
         onto_latent = down[..., :rank] if config.qk_nope_head_dim else None
         onto_slots = None
-        if rope and cos is not None and sin is not None:
-            cos, sin = (self._columns(table, slots) for table in (cos, sin))
+        if rope:
+            cos, sin = self.tables(cos, sin, slots)
             slots, onto_slots = rotate(slots, cos, sin), rotate(down[..., -rope:], cos, sin)
-        elif onto_latent is None:
-            raise AttneditError(f"layer {config.layer_idx}: rotary slots need cos and sin, and its graph has none")
         layer: ExportLayer = cache.layers[config.layer_idx]
         even = layer.keys is not None and layer.keys.shape[-1] != rank
         if even and layer.keys is not None:
@@ -96,10 +82,6 @@ class LatentAttention(nn.Module):
         values = torch.cat([torch.matmul(weights, half) for half in ((latent, slots) if even else (latent,))], dim=-1)
         context = values[..., :rank].reshape(batch, heads, length, rank)
         return torch.matmul(context, self.value_up).transpose(1, 2)
-
-    def _columns(self, table: Tensor, like: Tensor) -> Tensor:
-        """Columns of cos or sin, one per slot, [B or 1, 1, T, s]."""
-        return table.index_select(-1, self.columns).to(like.dtype).unsqueeze(-3)
 
 
 class WindowAttention(WindowedAttention):
@@ -158,11 +140,7 @@ def first_real(step: Step, count: int) -> Tensor:
 
 def lower(model: nn.Module) -> None:
     """Replace every rewritten attention in a model by the form that is exported, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, MLA):
-            model.set_submodule(name, LatentAttention(module))
-        elif isinstance(module, GateSWA):
-            model.set_submodule(name, WindowAttention(module))
+    lower_attention(model, LatentAttention, WindowAttention)
 
 
 def _halves(parts: tuple[Tensor | None, ...], size: int) -> tuple[Tensor, Tensor]:
@@ -181,25 +159,9 @@ def _products(cached: Tensor, queries: Tensor) -> Tensor:
     return torch.matmul(cached.squeeze(1), queries.flatten(1, 2).transpose(1, 2))
 
 
-def export_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of layers that were not rewritten, as transformers' attention interface wants it.
-
-    Returns:
-        [B, T, H, dv], and no probabilities.
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    virtual: Virtual = () if s_aux is None else ((s_aux, None),)
-    return attend(query * scale, key, value, attention_mask, softcap, virtual).transpose(1, 2), None
+export_attention = as_interface(
+    lambda module, query, key, value, mask, scale, *others: attend(query * scale, key, value, mask, *others)
+)
 
 
 def export_mask(*args: Any, mask_function: Any, **kwargs: Any) -> Tensor:
