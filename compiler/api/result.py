@@ -25,7 +25,7 @@ from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
-BUILT_IN = {name: f"attnedit.targets.runtime.{name}:export" for name in ("hf", "npu", "onnx")}
+BUILT_IN = {name: f"attnedit.targets.runtime.{name}:export" for name in ("gguf", "hf", "npu", "onnx")}
 
 
 @dataclass
@@ -72,13 +72,14 @@ class CompileResult:
         return save(self.model, directory, self.tokenizer, **given)
 
     def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
-        """Lower to another runtime: "onnx", "hf", "npu", or a name among the entry points `attnedit.runtimes`.
+        """Lower to another runtime: "onnx", "hf", "gguf", "npu", or a name among the entry points `attnedit.runtimes`.
 
         Args:
             runtime: its name.
-            directory: where to; missing or empty.
+            directory: where to; missing or empty. For "gguf" a new .gguf file as well.
             **options: of the runtime; see `attnedit.targets.runtime.onnx.export`,
-                `attnedit.targets.runtime.hf.export` and `attnedit.targets.runtime.npu.export`.
+                `attnedit.targets.runtime.hf.export`, `attnedit.targets.runtime.gguf.export` and
+                `attnedit.targets.runtime.npu.export`.
 
         Raises:
             UsageError: no runtime of that name is installed, or it lacks a package.

@@ -40,6 +40,19 @@ def staged(target: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+@contextmanager
+def staged_file(target: Path, name: str) -> Iterator[Path]:
+    """Give a directory beside `target` to write into, whose file `name` becomes `target` if the block ends well.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    with staged(target.with_name(f"{target.name}.parts")) as staging:
+        yield staging
+        (staging / name).rename(target)
+    shutil.rmtree(target.with_name(f"{target.name}.parts"))
+
+
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """Refuse a value that is none of the choices.
 

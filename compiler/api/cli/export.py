@@ -32,8 +32,10 @@ from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
 @takes(SourceOptions, without=("device", "dtype"))
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="Runtime: onnx, hf or npu.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; missing or empty.")],
+    to: Annotated[str, typer.Option(help="Runtime: onnx, hf, gguf or npu.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write, missing or empty; gguf: a new .gguf file too.")
+    ],
     flavor: Annotated[
         str | None, typer.Option(help="ort: for ONNX Runtime; genai: for onnxruntime-genai; atc: for Ascend's ATC.")
     ] = None,
@@ -42,9 +44,9 @@ def export(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or (npu) bfloat16; the model's own unless given."),
+        typer.Option(help="float32, float16 or (npu, gguf) bfloat16; the model's own unless given."),
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8 or int4 weights in linear layers.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="onnx: int8 or int4 in linear layers; gguf: q8_0.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen by what the runtime can run.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="atc, npu: rows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="atc: tokens of one prefill call.")] = None,
@@ -56,7 +58,8 @@ def export(
         bool, typer.Option("--kernel-dims", help="hf: sizes and norms that engines' kernels for latent attention want.")
     ] = False,
     gguf: Annotated[
-        bool, typer.Option("--gguf", help="hf: the form of a latent profile that llama.cpp's converter reads.")
+        bool,
+        typer.Option("--gguf", help="hf: a latent profile for llama.cpp's converter; better is --to gguf."),
     ] = False,
     soc: Annotated[str | None, typer.Option(help="npu: 910b, 910_93 or 310p; its limits decide.")] = None,
     *,
@@ -82,7 +85,7 @@ def export(
     checks = getattr(manifest, "checks", [])
     decisions = list(getattr(manifest, "summary", []))
     worst = max((check["deviation"] for check in checks), default=None)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
     if json:
         facts = {"model": model, "to": to, "output": str(output), "bytes": size, "checks": checks, **options}
         print_json({**facts, "decisions": decisions} if decisions else facts)

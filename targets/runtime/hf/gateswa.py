@@ -59,9 +59,9 @@ def laguna_checkpoint(model: PreTrainedModel) -> Native:
     Raises:
         UsageError: the class cannot express the model; the message says what of it.
     """
-    layers = _layers(model, "laguna")
+    layers = windowed_layers(model, "laguna")
     for layer in layers:
-        gate = _gate(model, layer)
+        gate = gate_weight(model, layer)
         if gate is not None and bool(gate.any()):
             raise UsageError(
                 f"{layer.site.name} has a trained gate, a sigmoid; Laguna's is a softplus: use lfm3 or remote"
@@ -75,7 +75,7 @@ def laguna_checkpoint(model: PreTrainedModel) -> Native:
     }
     config = decoder_config(source, "laguna", **fields)
     gain = 1 / math.log(2)
-    state = _state(model, layers, lambda layer: gain if _gate(model, layer) is None else gain / 2)
+    state = _state(model, layers, lambda layer: gain if gate_weight(model, layer) is None else gain / 2)
     for layer in layers:
         heads = layer.site.num_attention_heads
         state[f"{layer.site.name}.g_proj.weight"] = torch.zeros(heads, source.hidden_size)
@@ -88,8 +88,8 @@ def lfm3_checkpoint(model: PreTrainedModel) -> Native:
     Raises:
         UsageError: the class cannot express the model; the message says what of it.
     """
-    layers = _layers(model, "lfm3")
-    gates = {layer.site.name: _gate(model, layer) for layer in layers}
+    layers = windowed_layers(model, "lfm3")
+    gates = {layer.site.name: gate_weight(model, layer) for layer in layers}
     gated = any(gate is not None for gate in gates.values())
     for layer in layers:
         config, gate = layer.config, gates[layer.site.name]
@@ -120,9 +120,9 @@ def native_checkpoint(model: PreTrainedModel) -> Native:
     Raises:
         UsageError: the class cannot express the model; the message says what of it.
     """
-    layers = _layers(model, "native", sink_logits=True)
+    layers = windowed_layers(model, "native", sink_logits=True)
     for layer in layers:
-        gate = _gate(model, layer)
+        gate = gate_weight(model, layer)
         if gate is not None and bool(gate.any()):
             raise UsageError(f"{layer.site.name} has a trained gate, which plain classes do not; use lfm3 or remote")
         if layer.config is not None and layer.config.sink_logit and layer.site.sinks is None:
@@ -130,7 +130,7 @@ def native_checkpoint(model: PreTrainedModel) -> Native:
     source: Any = copy.deepcopy(source_config(model.config))
     state = {name: value for name, value in model.state_dict().items() if f".{GATESWA_MODULE}." not in name}
     for layer in layers:
-        if _gate(model, layer) is not None:  # all zeros: 1/2
+        if gate_weight(model, layer) is not None:  # all zeros: 1/2
             name = f"{layer.site.name}.{layer.site.o_proj.weight}"
             state[name] = state[name] / 2
         if layer.config is not None and layer.config.sink_logit:
@@ -139,7 +139,7 @@ def native_checkpoint(model: PreTrainedModel) -> Native:
             state[own] = torch.logaddexp(state[own].double(), model.get_parameter(ours).double())
     if getattr(source, "layer_types", None) is None:
         return _as_qwen2(source, layers, state)
-    source.sliding_window = _window(layers)
+    source.sliding_window = common_window(layers)
     source.layer_types = [FULL if layer.window is None else SLIDING for layer in layers]
     if hasattr(source, "use_sliding_window"):
         source.use_sliding_window = True
@@ -156,7 +156,7 @@ def _as_qwen2(source: Any, layers: list[Layer], state: dict[str, Tensor]) -> Nat
         num_key_value_heads=first.num_key_value_heads,
         rope_parameters=_rope(source),
         use_sliding_window=True,
-        sliding_window=_window(layers),
+        sliding_window=common_window(layers),
         **sizes,
     )
     config.head_dim = first.head_dim
@@ -169,8 +169,17 @@ def _as_qwen2(source: Any, layers: list[Layer], state: dict[str, Tensor]) -> Nat
     return Native(config, state, [note, *_notes(layers)])
 
 
-def _layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> list[Layer]:
-    """Read the layers, and refuse what none of the classes has."""
+def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> list[Layer]:
+    """Read the layers of a model with sliding windows, and refuse what none of the classes has.
+
+    Args:
+        model: the rewritten model.
+        profile: what messages call the class.
+        sink_logits: whether the class has them.
+
+    Raises:
+        UsageError: a layer has something else, or there is more than one window.
+    """
     layers = []
     for site in source_sites(model).values():
         module = getattr(model.get_submodule(site.name), GATESWA_MODULE, None)
@@ -187,19 +196,24 @@ def _layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> 
             if fact := next((fact for fact, holds in found.items() if holds), None):
                 raise UsageError(f"{site.name} has {fact}, which {profile} does not; {OTHER}")
         layers.append(Layer(site, config))
-    _window(layers)
+    common_window(layers)
     return layers
 
 
-def _window(layers: list[Layer]) -> int:
+def common_window(layers: list[Layer]) -> int:
+    """Return the window of all layers that have one.
+
+    Raises:
+        UsageError: there are several, or none.
+    """
     windows = sorted({layer.window for layer in layers if layer.window is not None})
     if len(windows) != 1:
         raise UsageError(f"the class has one sliding window, the model {windows or 'none'}; {OTHER}")
     return windows[0]
 
 
-def _gate(model: PreTrainedModel, layer: Layer) -> Tensor | None:
-    """Weight of the layer's gate [H or H e, D]; None without."""
+def gate_weight(model: PreTrainedModel, layer: Layer) -> Tensor | None:
+    """Return the weight of the layer's gate [H or H e, D]; None without."""
     if layer.config is None or layer.config.gate == "none":
         return None
     return model.get_parameter(f"{layer.site.name}.{GATESWA_MODULE}.g_proj.weight").detach()
@@ -215,6 +229,27 @@ def _rope(source: Any) -> dict[str, Any]:
 
 def _fields(layers: list[Layer], source: Any, model: PreTrainedModel) -> dict[str, Any]:
     """Fields that Laguna and LFM3 have in common."""
+    check_plain(layers)
+    if any(norm is None for layer in layers for norm in (layer.site.query_norm, layer.site.key_norm)):
+        refuse_half("the class", model.dtype)
+    first = layers[0].site
+    rope = _rope(source)
+    return {
+        "num_key_value_heads": first.num_key_value_heads,
+        "head_dim": first.head_dim,
+        "layer_types": [FULL if layer.window is None else SLIDING for layer in layers],
+        "sliding_window": common_window(layers),
+        "rope_parameters": {SLIDING: dict(rope), FULL: dict(rope)},
+        "attention_bias": any(bool(bias.any()) for bias in _biases(model, layers).values()),
+    }
+
+
+def check_plain(layers: list[Layer]) -> None:
+    """Refuse layers that are not Llama's attention with norms per head, biases and windows.
+
+    Raises:
+        UsageError: a layer is not; the message names what it has.
+    """
     for layer in layers:
         site = layer.site
         found = {
@@ -229,18 +264,6 @@ def _fields(layers: list[Layer], source: Any, model: PreTrainedModel) -> dict[st
         }
         if fact := next((fact for fact, holds in found.items() if holds), None):
             raise UsageError(f"{site.name} has {fact}, which the class does not; {OTHER}")
-    if any(norm is None for layer in layers for norm in (layer.site.query_norm, layer.site.key_norm)):
-        refuse_half("the class", model.dtype)
-    first = layers[0].site
-    rope = _rope(source)
-    return {
-        "num_key_value_heads": first.num_key_value_heads,
-        "head_dim": first.head_dim,
-        "layer_types": [FULL if layer.window is None else SLIDING for layer in layers],
-        "sliding_window": _window(layers),
-        "rope_parameters": {SLIDING: dict(rope), FULL: dict(rope)},
-        "attention_bias": any(bool(bias.any()) for bias in _biases(model, layers).values()),
-    }
 
 
 def _plain(site: AttentionSite) -> bool:
@@ -298,5 +321,5 @@ def _renamed(name: str) -> str:
 
 
 def _notes(layers: list[Layer]) -> list[str]:
-    count = sum(layer.window is not None for layer in layers)
-    return [f"{count} of {len(layers)} layers attend to the last {_window(layers)} tokens, the token itself included."]
+    count, window = sum(layer.window is not None for layer in layers), common_window(layers)
+    return [f"{count} of {len(layers)} layers attend to the last {window} tokens, the token itself included."]

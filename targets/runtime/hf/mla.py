@@ -72,7 +72,7 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
     layers = latent_sites(model)
 
     def make(rope: int, parameters: dict[str, Any]) -> PreTrainedConfig:
-        sizes = _sizes(layers, rope, kernel_dims)
+        sizes = common_sizes(layers, rope, kernel_dims)
         return latent_config(source, model_type, sizes, parameters, source.hidden_size if gguf else None)
 
     size = KERNEL_DIMS["qk_rope_head_dim"] if kernel_dims else None
@@ -85,11 +85,11 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
     config: Any = make(table.size, table.parameters)
     if table.type == "default":
         config.rope_theta = table.parameters["rope_theta"]  # where engines looked before rope_parameters
-    sizes, scaling = _sizes(layers, table.size, kernel_dims), float(_first_attention(config).scaling)
+    sizes, scaling = common_sizes(layers, table.size, kernel_dims), float(_first_attention(config).scaling)
     names = tuple(f"{layer.site.name}." for layer in layers)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(names)}
     for layer in layers:
-        made = _weights(layer, latent_weights(model, layer.site), sizes, table, scaling)
+        made = layer_weights(layer, latent_weights(model, layer.site), sizes, table, scaling)
         if gguf:
             made |= _query_in_two_steps(made.pop("q_proj"), model.dtype)
         state |= {f"{layer.site.name}.{name}.weight": value.to(model.dtype) for name, value in made.items()}
@@ -111,7 +111,12 @@ def check_activation(source: Any) -> None:
         )
 
 
-def _sizes(layers: list[LatentSite], rope: int, kernel_dims: bool) -> Sizes:
+def common_sizes(layers: list[LatentSite], rope: int, kernel_dims: bool = False) -> Sizes:
+    """Return the sizes that hold every layer, with ``qk_rope_head_dim`` rope.
+
+    Raises:
+        UsageError: the kernels' sizes are asked for and are too small.
+    """
     # Kernels have no form without a part that meets the latent, so a model that is rotary throughout gets zeros there.
     least = {
         "kv_lora_rank": max(layer.config.kv_lora_rank for layer in layers),
@@ -158,10 +163,24 @@ def _first_attention(config: Any) -> Any:
     return small.model.layers[0].self_attn
 
 
-def _weights(
-    layer: LatentSite, weights: LatentWeights, sizes: Sizes, table: Table, scaling: float
+def layer_weights(
+    layer: LatentSite,
+    weights: LatentWeights,
+    sizes: Sizes,
+    table: Table,
+    scaling: float,
+    norm: tuple[float, float] | None = None,
 ) -> dict[str, Tensor]:
-    """Weights of one layer by DeepSeek's names, in float64."""
+    """Return the weights of one layer by DeepSeek's names, in float64.
+
+    Args:
+        layer: the layer.
+        weights: its matrices.
+        sizes: those of the class.
+        table: its rotary embedding.
+        scaling: factor of the logits there.
+        norm: factors on input and weight of the latent's norm; those that neutralise it in transformers unless given.
+    """
     places = table.places(layer.frequencies)
     if places is None:
         raise AssertionError("the table has a place for every slot")
@@ -174,7 +193,7 @@ def _weights(
     queries = query.new_zeros(heads, sizes.qk_nope_head_dim + sizes.qk_rope_head_dim, hidden)
     queries[:, :nope] = query[:, :nope]
     down = query.new_zeros(sizes.kv_lora_rank + sizes.qk_rope_head_dim, hidden)
-    factor, weight = neutral_norm(LATENT_EPSILON)
+    factor, weight = norm or neutral_norm(LATENT_EPSILON)
     # Zeros that pad the latent lower its mean square, which only helps to neutralise the norm.
     down[:rank] = factor * weights.latent
     for part in (0, 1):
