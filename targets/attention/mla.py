@@ -158,9 +158,9 @@ class MLA(nn.Module):
             if cos is None or sin is None:
                 raise UsageError(f"layer {config.layer_idx}: rotary slots need cos and sin, got None")
             cos, sin = self._table(cos, slots), self._table(sin, slots)
-            slots = _rotate(slots, cos, sin)
+            slots = rotate(slots, cos, sin)
             query_rope = torch.einsum("bhtd,hsd->bhts", query, self.q_rope_proj)
-            query_rope = _rotate(query_rope, cos.unsqueeze(-3), sin.unsqueeze(-3))
+            query_rope = rotate(query_rope, cos.unsqueeze(-3), sin.unsqueeze(-3))
         latent, slots = latent.unsqueeze(1), slots.unsqueeze(1)
         past: int | Tensor = 0
         if past_key_values is not None:
@@ -360,7 +360,7 @@ def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn [.., 2 s], real parts first, by cos and sin [.., s]."""
     real, imaginary = x.chunk(2, dim=-1)
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
