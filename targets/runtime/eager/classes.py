@@ -213,7 +213,7 @@ def source_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def source_sites(model: PreTrainedModel) -> Mapping[str, AttentionSite]:
     """Return the attention sites of a rewritten model's source, by module name, in order."""
-    return _sites(cast(ModelClass, type(model).__bases__[1]), model.config)
+    return sites_of_class(cast(ModelClass, type(model).__bases__[1]), model.config)
 
 
 def use_captured_implementation(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> None:
@@ -270,7 +270,7 @@ def _rebuild(model: PreTrainedModel) -> None:
     record = getattr(model.config, "attnedit", None)
     if not record:
         raise UsageError(f"{type(model).__name__} needs a configuration with the attribute 'attnedit'")
-    sites = _sites(cast(ModelClass, type(model).__bases__[1]), model.config)
+    sites = sites_of_class(cast(ModelClass, type(model).__bases__[1]), model.config)
     graphs = {}
     for name, values in record["sites"].items():
         if name not in sites:
@@ -284,7 +284,7 @@ def _rebuild(model: PreTrainedModel) -> None:
     ignore_on_load(model, (f"^{re.escape(name)}$" for name in tables))
 
 
-def _sites(model_class: ModelClass, config: PreTrainedConfig) -> Mapping[str, AttentionSite]:
+def sites_of_class(model_class: ModelClass, config: PreTrainedConfig) -> Mapping[str, AttentionSite]:
     """Attention sites of the source, captured on a skeleton without weights (seconds), remembered for a few models."""
     source: Any = source_config(config)
     # No part of a site; without them models that differ in nothing else share their sites.

@@ -1,0 +1,100 @@
+"""What the vLLM plugin cannot serve: read off a configuration, before any weight is, and refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from attnedit.compiler.errors import UsageError
+from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
+from attnedit.targets.attention.kinds import AnyConfig, config_from_dict
+
+TESTED = ("0.32",)
+"""Releases of vLLM that the tests ran with."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of an engine's settings decides whether a model can be served.
+
+    Attributes:
+        device: where it runs: "cpu", "cuda" or another of torch's names.
+        tensor_parallel: ranks that share the heads.
+        others: further settings, each with whether it is in use: those named in `NOT_SERVED`.
+    """
+
+    device: str = "cpu"
+    tensor_parallel: int = 1
+    others: Mapping[str, bool] | None = None
+
+
+NOT_SERVED = {
+    "pipeline parallelism": "use --pipeline-parallel-size 1",
+    "context parallelism": "leave --decode-context-parallel-size and --prefill-context-parallel-size at 1",
+    "expert parallelism": "leave out --enable-expert-parallel",
+    "speculative decoding": "leave out --speculative-config",
+    "LoRA": "leave out --enable-lora; fold the adapter into the model before compiling",
+    "a quantised KV cache": "use --kv-cache-dtype auto",
+}
+"""Features of vLLM that nobody ran with rewritten attention, and what to do instead."""
+
+
+def check(record: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse what cannot be served.
+
+    Args:
+        record: "attnedit" of config.json.
+        settings: of the engine.
+
+    Raises:
+        UsageError: one line with the layer, the feature and the remedy.
+    """
+    for feature, used in (settings.others or {}).items():
+        if used:
+            raise UsageError(f"{feature} was not tested with rewritten attention in vLLM; {NOT_SERVED[feature]}")
+    for name, values in record["sites"].items():
+        config = config_from_dict(values)
+        for feature, remedy in _problems(config, settings):
+            layer = getattr(config, "layer_idx", name)
+            raise UsageError(f"layer {layer} has {feature}; {remedy}")
+
+
+def _problems(config: AnyConfig, settings: Settings) -> Iterator[tuple[str, str]]:
+    ranks = settings.tensor_parallel
+    if isinstance(config, MLAConfig):
+        if config.num_attention_heads % ranks:
+            yield f"{config.num_attention_heads} heads for {ranks} ranks", "use a --tensor-parallel-size that divides it"
+        if settings.device == "cpu":
+            return
+        for feature, there in {
+            "latent attention with a window": config.window is not None,
+            "latent attention with a softcap": config.softcap is not None,
+            "latent attention with sink logits": config.sinks,
+        }.items():
+            if there:
+                yield (
+                    f"{feature}, which vLLM has on no GPU",
+                    "compile that source with --target gateswa, or use attnedit.load",
+                )
+        if not config.rope_columns or not config.qk_nope_head_dim:
+            which = "no rotary slots" if not config.rope_columns else "rotary slots only"
+            yield f"latent attention with {which}, which vLLM's kernels do not take", "use attnedit.load"
+    elif isinstance(config, GateSWAConfig):
+        if config.sink_tokens:
+            yield (
+                f"{config.sink_tokens} kept first tokens (--sinks keep:{config.sink_tokens}), for which vLLM's cache has "
+                "no place",
+                "compile with --sinks none or --sinks logit",
+            )
+        if config.sinks and config.sink_value:
+            yield "a sink value beside the source's own sink logits", "compile with --sinks none or --sinks logit"
+        if config.v_head_dim > config.head_dim:
+            yield f"values of {config.v_head_dim} numbers and keys of {config.head_dim}", "use attnedit.load"
+        if config.num_key_value_heads % ranks:
+            yield (
+                f"{config.num_key_value_heads} key/value heads for {ranks} ranks",
+                "use a --tensor-parallel-size that divides it",
+            )
+    else:
+        yield "a rewrite of another package, which the plugin does not know", "use attnedit.load"

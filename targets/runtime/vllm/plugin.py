@@ -1,0 +1,57 @@
+"""What vLLM calls in each of its processes before it reads a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from attnedit.targets.runtime.eager.classes import PREFIX
+from attnedit.targets.runtime.vllm.limits import TESTED, Settings, check
+
+MODEL = "attnedit.targets.runtime.vllm.model:AttneditForCausalLM"
+
+
+def register() -> None:
+    """Tell vLLM of the classes that saved results name, and of what is checked before one is loaded."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class Checked(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            check_engine(vllm_config)
+
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        for source in (name,) if isinstance(name, str) else name:
+            ModelRegistry.register_model(f"{PREFIX}{source}", MODEL)
+            MODELS_CONFIG_MAP[f"{PREFIX}{source}"] = Checked
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse what `attnedit.targets.runtime.vllm.limits.check` refuses; warn once of a vLLM that was not tested.
+
+    Raises:
+        UsageError: the model or a setting cannot be served.
+    """
+    import vllm
+    from vllm.logger import init_logger
+
+    if not vllm.__version__.startswith(tuple(f"{release}." for release in TESTED)):
+        init_logger(f"vllm.{__name__}").warning_once(
+            "attnedit's plugin was tested with vLLM %s, this is %s", ", ".join(TESTED), vllm.__version__
+        )
+    parallel = vllm_config.parallel_config
+    others = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": max(
+            parallel.decode_context_parallel_size, getattr(parallel, "prefill_context_parallel_size", 1)
+        )
+        > 1,
+        "expert parallelism": parallel.enable_expert_parallel,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "a quantised KV cache": vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
+    }
+    settings = Settings(vllm_config.device_config.device_type, parallel.tensor_parallel_size, others)
+    check(vllm_config.model_config.hf_config.attnedit, settings)
