@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 __all__ = [
     "ATTENTION_FIELD",
@@ -38,6 +39,7 @@ __all__ = [
     "has_default_gate",
     "ignore_on_load",
     "ignored_on_save",
+    "records_attention",
     "rename_source_key",
     "revert_weight_conversion",
     "set_conversions",
@@ -78,6 +80,11 @@ def set_implementations(config: Any, attention: str, experts: str | None = None)
 def attention_of(config: Any) -> str:
     """Name of the attention implementation that a model is set to."""
     return str(config._attn_implementation)
+
+
+def records_attention(model: PreTrainedModel) -> bool:
+    """Whether a model's class has transformers collect the attention weights of its layers."""
+    return "attentions" in (_CAN_RECORD_REGISTRY.get(model) or {})
 
 
 def supports_sdpa(model: Any) -> bool:

@@ -24,7 +24,9 @@ from attnedit.compiler.compatibility.torch_names import share_class
 from attnedit.compiler.compatibility.transformers_names import (
     NOT_SAVED_AS_CODE,
     LoadingHook,
+    attention_of,
     ignore_on_load,
+    records_attention,
     set_implementations,
 )
 from attnedit.compiler.errors import CaptureError, UsageError
@@ -32,6 +34,7 @@ from attnedit.compiler.models import forget_quantised_storage
 from attnedit.compiler.remote_code import class_references, own_class
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
+from attnedit.targets.attention.kv_cache import Attend
 from attnedit.targets.runtime.eager.cache import BoundedGeneration
 from attnedit.targets.runtime.eager.conversions import register_conversions
 from attnedit.targets.runtime.eager.splice import splice
@@ -41,7 +44,7 @@ FORMAT_VERSION = 1
 PREFIX = "Attnedit"
 
 NO_WEIGHTS = (
-    "output_attentions: rewritten attention computes no weights that could be given out; leave it out, "
+    "output_attentions: {kind} keeps no attention weights that could be given out; leave it out, "
     "and set it to false in the configuration"
 )
 
@@ -96,17 +99,35 @@ class _Rewritten(BoundedGeneration, LoadingHook):
         _rebuild(cast(PreTrainedModel, self))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
+        """Run the model; attention weights, where they are asked for, come from the eager implementation.
+
+        A rewritten layer's are of all tokens so far [B, H, T, S], with none for a token that it no longer holds.
 
         Raises:
-            UsageError: attention weights are asked for, which new attention does not give.
+            UsageError: attention weights are asked for, and the model's class or a rewrite of the user's gives none.
         """
         parent: Any = super()
         asked = kwargs.get("output_attentions")
         config: Any = cast(PreTrainedModel, self).config
-        if asked or (asked is None and getattr(config, "output_attentions", False)):
-            raise UsageError(NO_WEIGHTS)
-        return parent.__call__(*args, **kwargs)
+        if not (asked or (asked is None and getattr(config, "output_attentions", False))):
+            return parent.__call__(*args, **kwargs)
+        self._check_weights()
+        implementation = attention_of(config)
+        if implementation == "eager":
+            return parent.__call__(*args, **kwargs)
+        try:
+            set_implementations(config, "eager")
+            return parent.__call__(*args, **kwargs)
+        finally:
+            set_implementations(config, implementation)
+
+    def _check_weights(self) -> None:
+        modules = list(cast(torch.nn.Module, self).modules())
+        kinds = {type(module) for module in modules if isinstance(module, Attend)}
+        if not any(isinstance(module, PreTrainedModel) and records_attention(module) for module in modules):
+            kinds.add(type(self).__bases__[1])
+        if kinds:
+            raise UsageError(NO_WEIGHTS.format(kind=min(kind.__name__ for kind in kinds)))
 
     def missing_keys_filled(self) -> None:
         """Fill the tables of the new graphs, which loading has just emptied; the source's class knows its own only."""
