@@ -210,10 +210,7 @@ class GateSWA(nn.Module):
         recorded = recorded_attention()
         if recorded is not None or not self.blocks or torch.compiler.is_compiling():
             mask = self._bias(view, 0, length, 0, columns)
-            whole, weights = self._attend_block(query, view.keys, view.values, mask, sinks)
-            if recorded is not None and weights is not None:
-                recorded.append(view.by_token(weights))
-            return whole
+            return self._attend_block(query, view.keys, view.values, mask, sinks, None if recorded is None else view)
         size = min(max(window, MIN_BLOCK), MAX_BLOCK)
         out = []
         for first in range(0, length, size):
@@ -222,7 +219,7 @@ class GateSWA(nn.Module):
             high = min(columns, view.before + last)
             keys, values = (_cut(x, slots, low, high) for x in (view.keys, view.values))
             mask = self._bias(view, first, last, low, high)
-            out.append(self._attend_block(query[:, :, first:last], keys, values, mask, sinks)[0])
+            out.append(self._attend_block(query[:, :, first:last], keys, values, mask, sinks))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
     def _bias(self, view: View, first: int, last: int, low: int, high: int) -> Tensor:
@@ -271,18 +268,23 @@ class GateSWA(nn.Module):
         return near | kept if near.dtype == torch.bool else torch.where(kept, 0.0, near)
 
     def _attend_block(
-        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend with queries [B, H, t, d] to keys [B, G, S, d] under a mask.
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        sinks: Tensor | None,
+        recorded: View | None = None,
+    ) -> Tensor:
+        """Attend with queries [B, H, t, d] to keys [B, G, S, d] under a mask; returns [B, t, H, dv].
 
-        Returns:
-            [B, t, H, dv], and the weights of the keys [B, H, t, S]; None from a fused kernel.
+        Weights are recorded where `recorded` says of which tokens the keys are.
         """
         config = self.config
         batch, heads, length, _ = query.shape
         groups = config.num_key_value_heads
         dropout = self.attention_dropout if self.training else 0.0
-        kernel = None if dropout or recorded_attention() is not None else kernel_for(query, mask)
+        kernel = None if dropout or recorded is not None else kernel_for(query, mask)
         if kernel is not None and config.softcap is None:
             more: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
             if self.sink_logit is not None:
@@ -290,7 +292,7 @@ class GateSWA(nn.Module):
             given = (query, keys, values, shown(mask))
             if more:
                 given = with_virtual_keys(*given, config.scale, more)
-            return kernel(*given, config.scale).transpose(1, 2), None
+            return kernel(*given, config.scale).transpose(1, 2)
         # The heads of a group stand side by side as more queries: keys and values are read once, not repeated.
         grouped = (query * config.scale).reshape(batch, groups, -1, config.head_dim)
         logits = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, length, -1)
@@ -315,12 +317,17 @@ class GateSWA(nn.Module):
         weights = logits.softmax(dim=-1)
         if dropout:
             weights = F.dropout(weights, dropout)
-        seen = weights[..., :count].to(values.dtype).reshape(batch, groups, -1, count)
-        out = torch.matmul(seen, values).view(batch, heads, length, config.v_head_dim)
+        seen = weights[..., :count].to(values.dtype)
+        if recorded is not None and (collected := recorded_attention()) is not None:
+            seen, values = recorded.by_token(seen, values)
+            collected.append(seen)
+        out = torch.matmul(seen.reshape(batch, groups, -1, seen.shape[-1]), values).view(
+            batch, heads, length, config.v_head_dim
+        )
         if self.sink_value is not None:
             value = self.sink_value.repeat_interleave(heads // groups, dim=0)[:, None]
             out = out + weights[..., -1:].to(out.dtype) * value.to(out.dtype)
-        return out.transpose(1, 2), weights[..., :count].to(out.dtype)
+        return out.transpose(1, 2)
 
     def _mask(self, mask: Tensor | None, length: int) -> Tensor | None:
         """Bring every form of mask to None or [B, 1 or H, T, M], bool or float; M columns, the last for the newest."""

@@ -42,12 +42,23 @@ class View:
     by_position: bool = False
     documents: Documents | None = None
 
-    def by_token(self, weights: Tensor) -> Tensor:
-        """Weights [B, H, T, n + C] as weights of all tokens so far [B, H, T, S]; those not at hand have none."""
+    def by_token(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Spread weights and values over all tokens so far; those that are not at hand have none.
+
+        Args:
+            weights: [B, H, T, n + C]; a token that has a slot and a column has a weight in one of them.
+            values: [B, G, n + C, dv].
+
+        Returns:
+            [B, H, T, S] and [B, G, S, dv].
+        """
         if self.by_position and self.near is not None:
             width = self.near.shape[-1]
         else:
             width = max(int(self.past) + weights.shape[2], self.columns.shape[0])
         position = torch.cat((self.slots, self.columns.expand(weights.shape[0], -1)), dim=1).clamp(max=width)
         index = position[:, None, None].expand(weights.shape)
-        return weights.new_zeros((*weights.shape[:3], width + 1)).scatter_add(-1, index, weights)[..., :width]
+        spread = weights.new_zeros((*weights.shape[:3], width + 1)).scatter_add(-1, index, weights)
+        index = position[:, None, :, None].expand(values.shape)
+        tokens = values.new_zeros((*values.shape[:2], width + 1, values.shape[-1])).scatter(2, index, values)
+        return spread[..., :width], tokens[:, :, :width]

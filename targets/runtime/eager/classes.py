@@ -16,7 +16,14 @@ from typing import Any, cast
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from attnedit.compiler.capture import capture, captured_implementation
@@ -33,8 +40,10 @@ from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.models import forget_quantised_storage
 from attnedit.compiler.remote_code import class_references, own_class
 from attnedit.compiler.sites import AttentionSite
+from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
 from attnedit.targets.attention.kv_cache import Attend
+from attnedit.targets.attention.mla import MLA
 from attnedit.targets.runtime.eager.cache import BoundedGeneration
 from attnedit.targets.runtime.eager.conversions import register_conversions
 from attnedit.targets.runtime.eager.splice import splice
@@ -96,7 +105,9 @@ class _Rewritten(BoundedGeneration, LoadingHook):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        _rebuild(cast(PreTrainedModel, self))
+        model = cast(PreTrainedModel, self)
+        _rebuild(model)
+        model.init_weights()  # of what is new; the source's own are marked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; attention weights, where they are asked for, come from the eager implementation.
@@ -136,6 +147,12 @@ class _Rewritten(BoundedGeneration, LoadingHook):
             for name, value in tables.items():
                 with torch.no_grad():
                     module.get_buffer(name).copy_(value)
+
+    def weights_missing(self) -> None:
+        """Give new attention the values that it has when it is made."""
+        for module in cast(torch.nn.Module, self).modules():
+            if isinstance(module, MLA | GateSWA):
+                module.reset_parameters()
 
 
 def attnedit_classes(
@@ -283,7 +300,7 @@ def _new_classes(config_class: ConfigClass, model_class: ModelClass) -> tuple[Co
     name = PREFIX + model_class.__name__
     documented = f"`{model_class.__name__}` with other attention in the layers its configuration names."
     own = {**common, "__qualname__": name, "__doc__": documented, "config_class": new_config}
-    return new_config, cast(ModelClass, type(name, (_Rewritten, model_class), own))
+    return new_config, cast(ModelClass, type(name, (_Rewritten, model_class, GenerationMixin), own))
 
 
 def _rebuild(model: PreTrainedModel) -> None:
