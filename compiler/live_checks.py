@@ -50,8 +50,8 @@ def check_live(model: PreTrainedModel, name: str) -> None:
         )
     if getattr(model.config, "output_attentions", False):
         raise UsageError(
-            f"the configuration of {name} has output_attentions, and rewritten attention computes no weights that "
-            "could be given out; set it to false"
+            f"the configuration of {name} has output_attentions, which keeps the attention weights of every forward; "
+            "set it to false, and ask for them in the calls that want them"
         )
 
 

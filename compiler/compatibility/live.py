@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from transformers import conversion_mapping
+from transformers.utils import output_capturing
 
 
 class GenerationHook:
@@ -33,6 +34,15 @@ class GenerationHook:
 
     def cache_made(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Change the cache among the model's arguments in place."""
+
+
+def recorded_attention() -> list[Tensor] | None:
+    """Where a forward that is asked for attention weights collects them, layer by layer; None if it is not asked."""
+    collector = output_capturing._active_collector
+    if torch.compiler.is_compiling() and not collector.compiling:
+        return None  # compilers do not read what the forward around them has set
+    collected: dict[str, list[Tensor]] | None = collector.get()
+    return None if collected is None else collected.get("attentions")
 
 
 def kept_conversions(name: str) -> Any:

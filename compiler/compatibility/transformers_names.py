@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -18,7 +19,9 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 __all__ = [
     "ATTENTION_FIELD",
@@ -38,6 +41,7 @@ __all__ = [
     "has_default_gate",
     "ignore_on_load",
     "ignored_on_save",
+    "records_attention",
     "rename_source_key",
     "revert_weight_conversion",
     "set_conversions",
@@ -57,7 +61,7 @@ NOT_SAVED_AS_CODE = {"_auto_class": None}
 
 
 class LoadingHook:
-    """First base of a model class: `missing_keys_filled` runs once loading has emptied what no checkpoint holds."""
+    """First base of a model class: its methods run once loading has emptied what no checkpoint holds."""
 
     def _move_missing_keys_from_meta_to_device(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
@@ -66,6 +70,16 @@ class LoadingHook:
 
     def missing_keys_filled(self) -> None:
         """Fill what the source's class does not know."""
+
+    def initialize_weights(self) -> None:
+        """Give weights that were not loaded random values; those that were stay, whatever `torch.nn.init` is told."""
+        parent: Any = super()
+        parent.initialize_weights()
+        with torch.no_grad(), guard_torch_init_functions():
+            self.weights_missing()
+
+    def weights_missing(self) -> None:
+        """Give weights that the source's class does not know values by `torch.nn.init`."""
 
 
 def set_implementations(config: Any, attention: str, experts: str | None = None) -> None:
@@ -78,6 +92,11 @@ def set_implementations(config: Any, attention: str, experts: str | None = None)
 def attention_of(config: Any) -> str:
     """Name of the attention implementation that a model is set to."""
     return str(config._attn_implementation)
+
+
+def records_attention(model: PreTrainedModel) -> bool:
+    """Whether a model's class has transformers collect the attention weights of its layers."""
+    return "attentions" in (_CAN_RECORD_REGISTRY.get(model) or {})
 
 
 def supports_sdpa(model: Any) -> bool:

@@ -9,13 +9,13 @@ D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnedit.compiler.compatibility.live import recorded_attention
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.masks import hidden_value, masked, shown
 from attnedit.targets.attention.config import GateSWAConfig
@@ -23,6 +23,7 @@ from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks
 from attnedit.targets.attention.gateswa_documents import Documents
 from attnedit.targets.attention.gateswa_layers import bounded_layer
 from attnedit.targets.attention.gateswa_ring import RingLayer
+from attnedit.targets.attention.gateswa_view import View
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 
 __all__ = ["GateSWA", "GateSWAConfig"]
@@ -142,7 +143,7 @@ class GateSWA(nn.Module):
         gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
         return out * gate.to(out.dtype)
 
-    def _bounded_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any, layer: GateSWALayer) -> _View:
+    def _bounded_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any, layer: GateSWALayer) -> View:
         """Put the new tokens into the bounded layer of the cache; key [B, G, T, d], mask [B, 1 or H, T, M]."""
         config, length, past = self.config, key.shape[2], layer.get_seq_length()
         real = None if mask is None else _real(mask[..., -length:])
@@ -153,9 +154,9 @@ class GateSWA(nn.Module):
         # A mask as narrow as the source's own window says nothing of the slots.
         far = mask if mask is not None and mask.shape[-1] == past + length else None
         position = torch.arange(past + length - columns, past + length, device=keys.device)
-        return _View(keys, values, slots, position, past, columns - length, near, far)
+        return View(keys, values, slots, position, past, columns - length, near, far)
 
-    def _ring_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any, layer: RingLayer) -> _View:
+    def _ring_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any, layer: RingLayer) -> View:
         """Put the new tokens into the ring of a static cache; no number is read off a tensor."""
         length = key.shape[2]
         past = layer.get_seq_length() + torch.zeros((), dtype=torch.long, device=key.device)  # it changes in place
@@ -164,9 +165,9 @@ class GateSWA(nn.Module):
             real = _real(mask.index_select(-1, past + torch.arange(length, device=key.device)))
         keys, values = cache.update(key, value, self.config.layer_idx, real=real)
         slots, columns = layer.slot_positions(), layer.column_positions(length)
-        return _View(keys, values, slots, columns, past, columns.shape[0] - length, mask, mask, by_position=True)
+        return View(keys, values, slots, columns, past, columns.shape[0] - length, mask, mask, by_position=True)
 
-    def _all_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, length: int, cache: Any) -> _View:
+    def _all_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, length: int, cache: Any) -> View:
         """Take all keys of a cache that drops none (or of no cache); the sinks are found anew among them."""
         config, past = self.config, 0
         if cache is not None:
@@ -188,27 +189,29 @@ class GateSWA(nn.Module):
             documents = Documents.of(mask, real.expand(mask.shape[0], -1), config.sink_tokens)
             if torch.compiler.is_compiling():  # how many there are is not to be read
                 slots = position.new_zeros((key.shape[0], 0))
-                return _View(key, value, slots, position, past, past, mask, mask, documents=documents)
+                return View(key, value, slots, position, past, past, mask, mask, documents=documents)
             if documents.several():
                 slots = documents.slots().expand(key.shape[0], -1)
                 keys, values = (torch.cat((_at(x, slots), x), dim=2) for x in (key, value))
-                return _View(keys, values, slots, position, past, past, mask, mask, documents=documents)
+                return View(keys, values, slots, position, past, past, mask, mask, documents=documents)
         sinks = Sinks.empty(key, value, config.sink_tokens).extended(key, value, real, 0)
         keys, values = torch.cat((sinks.keys, key), dim=2), torch.cat((sinks.values, value), dim=2)
-        return _View(keys, values, sinks.positions, position, past, past, mask, mask)
+        return View(keys, values, sinks.positions, position, past, past, mask, mask)
 
     def _may_hold_documents(self, mask: Tensor, length: int, cache: Any) -> bool:
         """Whether rows of tokens may be packed documents: transformers tells them apart where nothing is cached."""
         square = cache is None and length > 1 and mask.shape[-2] == mask.shape[-1]
         return bool(self.config.sink_tokens) and square and not torch.compiler.is_exporting()
 
-    def _attend(self, query: Tensor, view: _View, sinks: Tensor | None) -> Tensor:
+    def _attend(self, query: Tensor, view: View, sinks: Tensor | None) -> Tensor:
         """Attend in blocks of queries [B, H, T, d], each to the slots and the columns that some of them sees."""
         length, slots = query.shape[2], view.slots.shape[1]
         columns = view.keys.shape[2] - slots
         window = self.config.sliding_window
-        if not self.blocks or torch.compiler.is_compiling():
-            return self._attend_block(query, view.keys, view.values, self._bias(view, 0, length, 0, columns), sinks)
+        recorded = recorded_attention()
+        if recorded is not None or not self.blocks or torch.compiler.is_compiling():
+            mask = self._bias(view, 0, length, 0, columns)
+            return self._attend_block(query, view.keys, view.values, mask, sinks, None if recorded is None else view)
         size = min(max(window, MIN_BLOCK), MAX_BLOCK)
         out = []
         for first in range(0, length, size):
@@ -220,7 +223,7 @@ class GateSWA(nn.Module):
             out.append(self._attend_block(query[:, :, first:last], keys, values, mask, sinks))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
-    def _bias(self, view: _View, first: int, last: int, low: int, high: int) -> Tensor:
+    def _bias(self, view: View, first: int, last: int, low: int, high: int) -> Tensor:
         """Mask of queries first..last over slots and columns low..high.
 
         Returns:
@@ -253,7 +256,7 @@ class GateSWA(nn.Module):
         return torch.cat((far.expand(*shape, -1), near.expand(*shape, -1)), dim=-1)
 
     def _with_kept(
-        self, view: _View, near: Tensor, behind: Tensor, first: int, last: int, low: int, high: int
+        self, view: View, near: Tensor, behind: Tensor, first: int, last: int, low: int, high: int
     ) -> Tensor:
         """A mask `near` over columns, with each document's kept tokens in it where they stand; see `_bias`."""
         if view.documents is None or view.near is None:
@@ -265,13 +268,24 @@ class GateSWA(nn.Module):
             return _restrict(kept | (behind < self.config.sliding_window) & (behind >= 0), view.near[:, :, first:last])
         return near | kept if near.dtype == torch.bool else torch.where(kept, 0.0, near)
 
-    def _attend_block(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
-        """Attend with queries [B, H, t, d] to keys [B, G, S, d] under a mask; returns [B, t, H, dv]."""
+    def _attend_block(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        sinks: Tensor | None,
+        recorded: View | None = None,
+    ) -> Tensor:
+        """Attend with queries [B, H, t, d] to keys [B, G, S, d] under a mask; returns [B, t, H, dv].
+
+        Weights are recorded where `recorded` says of which tokens the keys are.
+        """
         config = self.config
         batch, heads, length, _ = query.shape
         groups = config.num_key_value_heads
         dropout = self.attention_dropout if self.training else 0.0
-        kernel = None if dropout else kernel_for(query, mask)
+        kernel = None if dropout or recorded is not None else kernel_for(query, mask)
         if kernel is not None and config.softcap is None:
             more: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
             if self.sink_logit is not None:
@@ -298,8 +312,13 @@ class GateSWA(nn.Module):
         weights = logits.softmax(dim=-1)
         if dropout:
             weights = F.dropout(weights, dropout)
-        seen = weights[..., :count].to(values.dtype).reshape(batch, groups, -1, count)
-        out = torch.matmul(seen, values).view(batch, heads, length, config.v_head_dim)
+        seen = weights[..., :count].to(values.dtype)
+        if recorded is not None and (collected := recorded_attention()) is not None:
+            seen, values = recorded.by_token(seen, values)
+            collected.append(seen)
+        out = torch.matmul(seen.reshape(batch, groups, -1, seen.shape[-1]), values).view(
+            batch, heads, length, config.v_head_dim
+        )
         if self.sink_value is not None:
             value = self.sink_value.repeat_interleave(heads // groups, dim=0)[:, None]
             out = out + weights[..., -1:].to(out.dtype) * value.to(out.dtype)
@@ -329,36 +348,6 @@ class GateSWA(nn.Module):
                 f"layer {self.config.layer_idx}: the attention mask has {mask.shape[-1]} columns for {columns} keys"
             )
         return F.pad(mask, (0, missing), value=hidden_value(mask))
-
-
-@dataclass(frozen=True)
-class _View:
-    """What the queries of one call attend to.
-
-    Attributes:
-        keys: [B, G, n + C, d], slots first, then columns: neighbouring positions in order.
-        values: [B, G, n + C, dv].
-        slots: positions of the sink slots, int64 [B, n].
-        columns: positions of the columns, int64 [C]; ascending and without gaps where there are several queries.
-        past: position of the first query; a tensor where it is not to be read.
-        before: columns before that of the first query.
-        near: the given mask at the columns, [B, 1 or H, T, C]; like `far` if `by_position`.
-        far: the given mask by position, [B, 1 or H, T, past + T or more]; None where it does not reach back so far.
-        by_position: `near` has a column per position.
-        documents: packed into each row, of which every one has slots of its own; without slots, a mask of all columns
-            shows them. None where rows are one document.
-    """
-
-    keys: Tensor
-    values: Tensor
-    slots: Tensor
-    columns: Tensor
-    past: int | Tensor
-    before: int
-    near: Tensor | None
-    far: Tensor | None
-    by_position: bool = False
-    documents: Documents | None = None
 
 
 def _real(mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnedit.compiler.compatibility.live import is_plain_linear
+from attnedit.compiler.compatibility.live import is_plain_linear, recorded_attention
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.masks import causal, masked, shown
 from attnedit.targets.attention.config import MLAConfig
@@ -173,7 +173,7 @@ class MLA(nn.Module):
                 latent, slots = (x[:, :, : int(past) + length] for x in (latent, slots))
         mask = self._mask(attention_mask, length, latent.shape[2], past, query.device)
         path = choose_path(length, latent.shape[2], config) if self.path == "auto" else self.path
-        if path == "expanded":
+        if path == "expanded" and recorded_attention() is None:
             return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], mask)
         return self._absorbed(query, query_rope, latent[:, 0], slots[:, 0], mask, past_key_values)
 
@@ -253,7 +253,7 @@ class MLA(nn.Module):
         down = torch.einsum("bhtd,hdr->bhtr", query * config.scale, weight[:, :nope]) if nope else None
         rotary = None if query_rope is None else query_rope * config.scale
         plain = config.softcap is None and self.sinks is None and not (self.training and self.attention_dropout)
-        if plain and decodes_fused(down, rotary, latent, mask):
+        if plain and recorded_attention() is None and decodes_fused(down, rotary, latent, mask):
             row = None if mask is None else mask[:, 0, 0]
             one, turned = (None if x is None else x[:, :, 0] for x in (down, rotary))
             context = latent_decode(one, turned, latent, slots, row, _filled(cache, config.layer_idx)).unsqueeze(2)
@@ -278,6 +278,8 @@ class MLA(nn.Module):
         if mask is None and length > 1:
             mask = causal(length, keys_seen, 0, self.config.window, logits.device)
         weights = self._probabilities(logits, mask).to(latent.dtype)
+        if (recorded := recorded_attention()) is not None:
+            recorded.append(weights)
         return torch.bmm(weights.flatten(1, 2), latent).view(*logits.shape[:3], -1)
 
     def _probabilities(self, logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,7 +16,14 @@ from typing import Any, cast
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from attnedit.compiler.capture import capture, captured_implementation
@@ -24,14 +31,19 @@ from attnedit.compiler.compatibility.torch_names import share_class
 from attnedit.compiler.compatibility.transformers_names import (
     NOT_SAVED_AS_CODE,
     LoadingHook,
+    attention_of,
     ignore_on_load,
+    records_attention,
     set_implementations,
 )
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.models import forget_quantised_storage
 from attnedit.compiler.remote_code import class_references, own_class
 from attnedit.compiler.sites import AttentionSite
+from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
+from attnedit.targets.attention.kv_cache import Attend
+from attnedit.targets.attention.mla import MLA
 from attnedit.targets.runtime.eager.cache import BoundedGeneration
 from attnedit.targets.runtime.eager.conversions import register_conversions
 from attnedit.targets.runtime.eager.splice import splice
@@ -41,7 +53,7 @@ FORMAT_VERSION = 1
 PREFIX = "Attnedit"
 
 NO_WEIGHTS = (
-    "output_attentions: rewritten attention computes no weights that could be given out; leave it out, "
+    "output_attentions: {kind} keeps no attention weights that could be given out; leave it out, "
     "and set it to false in the configuration"
 )
 
@@ -93,20 +105,40 @@ class _Rewritten(BoundedGeneration, LoadingHook):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        _rebuild(cast(PreTrainedModel, self))
+        model = cast(PreTrainedModel, self)
+        _rebuild(model)
+        model.init_weights()  # of what is new; the source's own are marked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
+        """Run the model; attention weights, where they are asked for, come from the eager implementation.
+
+        A rewritten layer's are of all tokens so far [B, H, T, S], with none for a token that it no longer holds.
 
         Raises:
-            UsageError: attention weights are asked for, which new attention does not give.
+            UsageError: attention weights are asked for, and the model's class or a rewrite of the user's gives none.
         """
         parent: Any = super()
         asked = kwargs.get("output_attentions")
         config: Any = cast(PreTrainedModel, self).config
-        if asked or (asked is None and getattr(config, "output_attentions", False)):
-            raise UsageError(NO_WEIGHTS)
-        return parent.__call__(*args, **kwargs)
+        if not (asked or (asked is None and getattr(config, "output_attentions", False))):
+            return parent.__call__(*args, **kwargs)
+        self._check_weights()
+        implementation = attention_of(config)
+        if implementation == "eager":
+            return parent.__call__(*args, **kwargs)
+        try:
+            set_implementations(config, "eager")
+            return parent.__call__(*args, **kwargs)
+        finally:
+            set_implementations(config, implementation)
+
+    def _check_weights(self) -> None:
+        modules = list(cast(torch.nn.Module, self).modules())
+        kinds = {type(module) for module in modules if isinstance(module, Attend)}
+        if not any(isinstance(module, PreTrainedModel) and records_attention(module) for module in modules):
+            kinds.add(type(self).__bases__[1])
+        if kinds:
+            raise UsageError(NO_WEIGHTS.format(kind=min(kind.__name__ for kind in kinds)))
 
     def missing_keys_filled(self) -> None:
         """Fill the tables of the new graphs, which loading has just emptied; the source's class knows its own only."""
@@ -115,6 +147,12 @@ class _Rewritten(BoundedGeneration, LoadingHook):
             for name, value in tables.items():
                 with torch.no_grad():
                     module.get_buffer(name).copy_(value)
+
+    def weights_missing(self) -> None:
+        """Give new attention the values that it has when it is made."""
+        for module in cast(torch.nn.Module, self).modules():
+            if isinstance(module, MLA | GateSWA):
+                module.reset_parameters()
 
 
 def attnedit_classes(
@@ -262,7 +300,7 @@ def _new_classes(config_class: ConfigClass, model_class: ModelClass) -> tuple[Co
     name = PREFIX + model_class.__name__
     documented = f"`{model_class.__name__}` with other attention in the layers its configuration names."
     own = {**common, "__qualname__": name, "__doc__": documented, "config_class": new_config}
-    return new_config, cast(ModelClass, type(name, (_Rewritten, model_class), own))
+    return new_config, cast(ModelClass, type(name, (_Rewritten, model_class, GenerationMixin), own))
 
 
 def _rebuild(model: PreTrainedModel) -> None:

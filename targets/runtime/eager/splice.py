@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 
@@ -41,6 +43,16 @@ def splice(model: nn.Module, graphs: Mapping[str, nn.Module]) -> None:
             part.attention_dropout = rate
         graph.train(replaced.training)
         model.set_submodule(name, graph)
+    _keep_whole(model, graphs)
+
+
+def _keep_whole(model: nn.Module, names: Iterable[str]) -> None:
+    """Take modules out of the plans for tensor parallelism: new attention works with all heads, on every device."""
+    for place, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part.tp_plan:
+            inside = f"{place}." if place else ""
+            whole = {re.sub(r"\.\d+(?=\.|$)", ".*", name.removeprefix(inside)) + "." for name in names}
+            part.tp_plan = {entry: how for entry, how in part.tp_plan.items() if not entry.startswith(tuple(whole))}
 
 
 def dropout_rate(attention: nn.Module) -> float:

@@ -1,0 +1,57 @@
+"""No check of transformers' own suites passes for a source and fails for its result; the page says what was found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers_checks import CHECKS, FAILS, FAMILIES, PASSES, SLOW, TARGETS, DoesNotApply, Subject, outcome, subject
+from transformers_page import PAGE, SUBJECTS, recorded, tables, worse
+
+FAST = "llama"
+RUNS = [
+    pytest.param(family, name, marks=[] if family == FAST and name not in SLOW else [pytest.mark.long])
+    for family in FAMILIES
+    for name in CHECKS
+]
+
+
+@pytest.mark.parametrize(("family", "name"), RUNS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_result_passes_what_its_source_passes(family: str, name: str) -> None:
+    known = recorded()[family][name]
+    for kind in SUBJECTS:
+        found, reason = outcome(name, subject(family, kind))
+        assert found == known[kind], f"{kind}: {reason}"
+
+
+def test_the_page_says_what_was_found() -> None:
+    known = recorded()
+    assert known.keys() == FAMILIES.keys()
+    assert all(checks.keys() == CHECKS.keys() for checks in known.values())
+    assert not worse(known)
+    assert tables(known) in PAGE.read_text(encoding="utf-8")
+
+
+def test_a_check_that_fails_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that changes what it was given."""
+
+    def broken(checked: Subject) -> None:
+        assert checked.target == "source"
+
+    def careless(checked: Subject) -> None:
+        checked.made.config.use_cache = not checked.made.config.use_cache
+
+    def nothing(checked: Subject) -> None:
+        raise DoesNotApply("no experts")
+
+    for check in (broken, careless, nothing):
+        monkeypatch.setitem(CHECKS, check.__name__, check)
+    made = Subject("llama", "source", torch.nn.Identity())
+    made.made.config = subject(FAST, "source").config
+    assert outcome("broken", made) == (PASSES, "")
+    assert outcome("broken", Subject("llama", "mla", made.made))[0] == FAILS
+    assert outcome("nothing", made)[1] == "no experts"
+    with pytest.raises(AssertionError, match="careless changed the model"):
+        outcome("careless", made)
+    found = {"llama": {"broken": {"source": PASSES, **dict.fromkeys(TARGETS, FAILS)}}}
+    assert worse(found) == [f"llama: broken: {kind}" for kind in TARGETS]
