@@ -101,7 +101,8 @@ def compile(
             indices. A quarter unless given.
         gate: GateSWA: output gate per "head", per "element" or "none", the default. It starts without effect.
         sinks: GateSWA: what stands for tokens outside the window: "none", or "logit", "value" (a value for the
-            logit) and "keep:N" (the first tokens stay visible) with commas between; "keep:4" unless given.
+            logit) and "keep:N" (the first tokens stay visible) with commas between; "logit,value,keep:4"
+            unless given.
         profile: of a checkpoint that the result is to become (docs/export-hf.md): what its class lacks is left out
             from the start, so that export changes nothing. For "mla" norms and biases become linear maps.
         kernel_dims: with profile "deepseek_v3" or "youtu": the sizes of engines' kernels, in place of `kv_budget`.
