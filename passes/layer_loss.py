@@ -17,8 +17,8 @@ from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import Walk, decoder_layers, replaced_forward
 from attnedit.passes.repeats import with_repeats
 
-MEASURED_LONG, MEASURED = 1, 8
-"""Windows that losses are measured on: of each longer length, and of the shortest."""
+MEASURED = 8
+"""Windows of the shortest length that losses are measured on; of longer ones see `attnedit.passes.effort`."""
 _CHUNK = 128
 """Positions whose distributions are held in float32 at once."""
 
@@ -65,7 +65,7 @@ def loss_increases(
     return total
 
 
-def measured_rows(windows: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+def measured_rows(windows: Sequence[Tensor], seed: int, long_rows: int) -> tuple[list[Tensor], list[Tensor]]:
     """Split calibration windows into those that layers are fitted on and those that their losses are measured on.
 
     Passages come again in the measured long windows, thousands of tokens later, and in every second short one: a few
@@ -75,6 +75,7 @@ def measured_rows(windows: Sequence[Tensor], seed: int) -> tuple[list[Tensor], l
     Args:
         windows: token ids [N, T] of each length T, longest first.
         seed: of the repeated passages.
+        long_rows: windows of each longer length to measure on.
 
     Returns:
         What is left for fitting, of each length; rows [1, T] to measure on. Of a length with one window both have it.
@@ -83,7 +84,7 @@ def measured_rows(windows: Sequence[Tensor], seed: int) -> tuple[list[Tensor], l
     left, rows = [], []
     for part in windows:
         long = len(windows) > 1 and part is not windows[-1]
-        held = min(MEASURED_LONG if long else MEASURED, max(1, len(part) // 3))
+        held = min(long_rows if long else MEASURED, max(1, len(part) // 3))
         left.append(part[: len(part) - held] if len(part) > held else part)
         for index, row in enumerate(part[len(part) - held :].split(1)):
             repeated = long or index % 2 == 1
@@ -93,8 +94,8 @@ def measured_rows(windows: Sequence[Tensor], seed: int) -> tuple[list[Tensor], l
 
 def _divergence(expected: Tensor, found: Tensor) -> float:
     """Mean over positions of KL(softmax expected || softmax found), logits [T, V]."""
-    total = 0.0
+    total = expected.new_zeros((), dtype=torch.float64)
     for p, q in zip(expected.split(_CHUNK), found.split(_CHUNK), strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return total / len(expected)
+        total += (log_p.exp() * (log_p - log_q)).sum()
+    return float(total) / len(expected)

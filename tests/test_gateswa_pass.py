@@ -22,7 +22,7 @@ from attnedit.compiler.stream import Walk, decoder_layers
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions, Sinks, full_count, full_layers_of
-from attnedit.passes.layer_loss import MEASURED, MEASURED_LONG, loss_increases, measured_rows
+from attnedit.passes.layer_loss import MEASURED, loss_increases, measured_rows
 from attnedit.passes.sample import LayerSample
 from attnedit.targets.attention import GateSWAConfig
 from attnedit.targets.runtime.eager import share_copy, splice
@@ -179,15 +179,15 @@ def test_losses_are_those_of_models_with_one_layer_replaced(family: str) -> None
 
 def test_losses_are_measured_far_back_and_on_what_was_not_fitted() -> None:
     windows = [tokens(4, 256), tokens(30, 64)]
-    left, rows = measured_rows(windows, seed=0)
-    assert [part.shape for part in left] == [(4 - MEASURED_LONG, 256), (30 - MEASURED, 64)]
-    assert [row.shape[1] for row in rows] == [256] * MEASURED_LONG + [64] * MEASURED
+    left, rows = measured_rows(windows, seed=0, long_rows=1)
+    assert [part.shape for part in left] == [(3, 256), (30 - MEASURED, 64)]
+    assert [row.shape[1] for row in rows] == [256] + [64] * MEASURED
     given = {tuple(row) for part in windows for row in part.tolist()}
     untouched = [row for row in rows if tuple(row[0].tolist()) in given]
     # Passages come again in the long ones and in every second short one.
     assert [row.shape[1] for row in untouched] == [64] * (MEASURED // 2)
     only = tokens(1, 64)
-    left, rows = measured_rows([only], seed=0)
+    left, rows = measured_rows([only], seed=0, long_rows=3)
     assert torch.equal(left[0], only)
     assert torch.equal(rows[0], only)
 

@@ -13,7 +13,7 @@ from attnedit.targets.attention.config import Gate, GateSWAConfig
 from attnedit.targets.attention.gateswa_graph import gateswa_config
 
 DEFAULT_WINDOW = 128
-DEFAULT_SINKS = "keep:4"
+DEFAULT_SINKS = "logit,value,keep:4"
 DEFAULT_GATE: Gate = "none"
 FULL_SHARE = 4
 """One layer of so many stays full where nothing says how many."""
@@ -74,7 +74,7 @@ class GateSWAOptions:
 
     window: int = DEFAULT_WINDOW
     gate: Gate = DEFAULT_GATE
-    sinks: Sinks = Sinks(tokens=4)
+    sinks: Sinks = Sinks.parse(DEFAULT_SINKS)
 
     def __post_init__(self) -> None:
         """Refuse what no layer could have."""

@@ -12,6 +12,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
+from attnedit.passes.effort import effort_on
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions
@@ -75,7 +76,8 @@ def window_layers(
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, WindowFit] = {}
 
-    queries = sampled_queries(windows, QUERIES)
+    effort = effort_on(source)
+    queries = sampled_queries(windows, round(effort.queries * QUERIES))
 
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
         made_from = digest(*windows, configs[site.name], seed)
@@ -92,7 +94,8 @@ def window_layers(
         return Windowed(graphs, fits, full)
     increases: dict[str, float] = {}
     if full:
-        increases = loss_increases(source, tried, graphs, measured_rows(windows, seed)[1], progress=progress)
+        rows = measured_rows(windows, seed, effort.measured_long)[1]
+        increases = loss_increases(source, tried, graphs, rows, progress=progress)
     dearest = sorted(tried, key=lambda site: -increases.get(site.name, 0.0))[:full]
     stay = {site.name for site in dearest}
     return Windowed(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
+from attnedit.passes.effort import effort_on
 from attnedit.passes.kept_fits import KeptFits, digest
 from attnedit.passes.layer_loss import loss_increases, measured_rows
 from attnedit.passes.mla.assemble import build, exact_factors
@@ -77,7 +78,7 @@ def latent_layers(
             graphs[site.name] = exact_layer(result, site, shapes[site.name])
         return Latent(graphs, fits)
 
-    queries = sampled_queries(windows, options.output_queries)
+    queries = sampled_queries(windows, round(effort_on(source).queries * options.output_queries))
 
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
         shape = shapes[site.name]
@@ -127,7 +128,7 @@ def single_losses(
     Raises:
         CaptureError: a layer cannot be rewritten, or layers exchange more than hidden states.
     """
-    seen, rows = measured_rows(windows, seed)
+    seen, rows = measured_rows(windows, seed, effort_on(source).measured_long)
     few = [part[: max(2, FIT_TOKENS // part.shape[1])] for part in seen]
     latent = latent_layers(source, result, sites, shapes, FitOptions.of(1), few, seed=seed, progress=progress)
     return loss_increases(source, sites, latent.graphs, rows, progress=progress)
