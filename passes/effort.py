@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnedit.compiler.source_checks import embedding_weight
+from attnedit.passes.site_sample import sampled_queries
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,8 @@ ON_GPU = Effort(queries=2.0, measured_long=3)
 def effort_on(model: PreTrainedModel) -> Effort:
     """What the device of the model's embeddings, where calibration runs, can do."""
     return ON_CPU if embedding_weight(model).device.type == "cpu" else ON_GPU
+
+
+def queries_for(model: PreTrainedModel, windows: Sequence[Tensor], total: int) -> Callable[[int], int]:
+    """`sampled_queries` of the windows, as many times `total` as the model's device can do."""
+    return sampled_queries(windows, round(effort_on(model).queries * total))

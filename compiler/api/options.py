@@ -101,7 +101,7 @@ class AttentionOptions(DataOptions):
 
     Per head or per element. It starts without effect."""
     sinks: Annotated[str | None, WINDOWED] = None
-    """GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; logit,value,keep:4 unless given.
+    """GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; all (keep:4) unless given.
 
     A sink logit per head, a value for it (which needs the logit), and the first N tokens, which stay visible."""
     profile: Annotated[str | None, OURS] = None

@@ -74,7 +74,7 @@ class GateSWAOptions:
 
     window: int = DEFAULT_WINDOW
     gate: Gate = DEFAULT_GATE
-    sinks: Sinks = Sinks.parse(DEFAULT_SINKS)
+    sinks: Sinks = Sinks(logit=True, value=True, tokens=4)
 
     def __post_init__(self) -> None:
         """Refuse what no layer could have."""

@@ -12,13 +12,13 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
-from attnedit.passes.effort import effort_on
+from attnedit.passes.effort import effort_on, queries_for
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions
 from attnedit.passes.kept_fits import KeptFits, digest
 from attnedit.passes.layer_loss import loss_increases, measured_rows
-from attnedit.passes.site_sample import sampled_queries, take_samples
+from attnedit.passes.site_sample import take_samples
 
 QUERIES = 16384
 """Sampled queries over all calibration sequences."""
@@ -76,8 +76,7 @@ def window_layers(
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, WindowFit] = {}
 
-    effort = effort_on(source)
-    queries = sampled_queries(windows, round(effort.queries * QUERIES))
+    queries = queries_for(source, windows, QUERIES)
 
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
         made_from = digest(*windows, configs[site.name], seed)
@@ -94,7 +93,7 @@ def window_layers(
         return Windowed(graphs, fits, full)
     increases: dict[str, float] = {}
     if full:
-        rows = measured_rows(windows, seed, effort.measured_long)[1]
+        rows = measured_rows(windows, seed, effort_on(source).measured_long)[1]
         increases = loss_increases(source, tried, graphs, rows, progress=progress)
     dearest = sorted(tried, key=lambda site: -increases.get(site.name, 0.0))[:full]
     stay = {site.name for site in dearest}

@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
-from attnedit.passes.effort import effort_on
+from attnedit.passes.effort import effort_on, queries_for
 from attnedit.passes.kept_fits import KeptFits, digest
 from attnedit.passes.layer_loss import loss_increases, measured_rows
 from attnedit.passes.mla.assemble import build, exact_factors
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import Fit, FitOptions, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
-from attnedit.passes.site_sample import output_weight, sampled_queries, take_samples
+from attnedit.passes.site_sample import output_weight, take_samples
 
 FIT_TOKENS = 16_384
 """Calibration tokens of each length for the quick fits whose losses are measured; at least two windows."""
@@ -78,7 +78,7 @@ def latent_layers(
             graphs[site.name] = exact_layer(result, site, shapes[site.name])
         return Latent(graphs, fits)
 
-    queries = sampled_queries(windows, round(effort_on(source).queries * options.output_queries))
+    queries = queries_for(source, windows, options.output_queries)
 
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
         shape = shapes[site.name]
