@@ -180,7 +180,7 @@ def test_the_demo_in_small() -> None:
         (["compile", "x"], "Missing option '--output'"),
         (["compile", "x", "-o", "y", "--kv-budget", "2"], "kv_budget must be above 0 and at most 1, got 2"),
         (["compile", "x", "-o", "y", "--kv-budget", "half"], "--kv-budget"),
-        (["compile", "x", "-o", "y", "--allocation", "best"], "allocation must be one of even, loss"),
+        (["compile", "x", "-o", "y", "--allocation", "best"], "allocation must be one of auto, even, loss"),
         (["compile", "x", "-o", "y", "--repeats", "2"], "repeats must be from 0 to 1"),
         (["compile", "./x", "-o", "y", "--calibration", "gone.txt"], "calibration text gone.txt does not exist"),
         (["compile", "./x", "-o", "y"], "./x does not exist"),

@@ -92,7 +92,7 @@ def test_unsupported_families_are_refused_by_site(family: str) -> None:
         ({"calibration_tokens": "many"}, "calibration_tokens must be a whole number"),
         ({"target": "gateswa", "window": True}, "window must be a whole number, got True"),
         ({"seed": None, "window": "3"}, "window must be a whole number, got '3'"),
-        ({"allocation": "best"}, "allocation must be one of even, loss, got 'best'"),
+        ({"allocation": "best"}, "allocation must be one of auto, even, loss, got 'best'"),
         ({"allocation": "loss", "target": "gateswa"}, "not for gateswa"),
         ({"allocation": "loss", "profile": "deepseek_v3"}, "one size for all layers"),
         ({"calibration": torch.tensor([[5, 64]])}, "64"),

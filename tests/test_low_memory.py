@@ -277,7 +277,7 @@ def test_the_command(tmp_path: Path, saved_llama: Path, text_file: Path, capsys:
     assert "not empty" in refusal(capsys, *low, out)
     assert "fit_steps needs the whole model" in refusal(capsys, *low, tmp_path / "x", "--fit-steps", 3)
     assert "dequantize needs the whole model" in refusal(capsys, *low, tmp_path / "x", "--dequantize")
-    assert "allocation needs the whole" in refusal(capsys, *low, tmp_path / "x", "--allocation", "loss")
+    assert "allocation loss needs the whole" in refusal(capsys, *low, tmp_path / "x", "--allocation", "loss")
     nothing = [saved_llama, "--low-memory", "-o", tmp_path / "x"]
     assert "own samples" in refusal(capsys, "compile", *nothing)
     assert "safetensors" in refusal(capsys, "compile", "smollm2", *low[2:], tmp_path / "x")

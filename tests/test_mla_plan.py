@@ -21,7 +21,17 @@ from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.compiler.surgery import cut
 from attnedit.passes.mla.assemble import exact_factors, kv_as_affine
-from attnedit.passes.mla.budget import EXPONENT, allocate, exact_shape, least_values, plan, shape_for, source_values
+from attnedit.passes.mla.budget import (
+    EXPONENT,
+    Shape,
+    allocate,
+    by_loss,
+    exact_shape,
+    least_values,
+    plan,
+    shape_for,
+    source_values,
+)
 from attnedit.passes.mla.weights import output_error
 from attnedit.passes.site_sample import output_weight, take_samples
 
@@ -158,3 +168,16 @@ def keep_input(
     store: dict[str, torch.Tensor], name: str, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     store[name] = hidden_states(args, kwargs)
+
+
+def test_small_shares_go_by_loss_unless_the_job_is_quick_or_it_is_said_otherwise(sites: list[AttentionSite]) -> None:
+    def decided(share: float, allocation: Any = "auto", alternations: int = 2, count: int = 2) -> bool:
+        shapes = {site.name: Shape(rank=int(share * source_values(site)) - 2, slots=1) for site in sites}
+        return by_loss(allocation, alternations, shapes, sites[:count])
+
+    assert decided(0.25)
+    assert not decided(0.5)
+    assert not decided(0.25, alternations=1)
+    assert not decided(0.25, count=1)  # nothing to share with
+    assert not decided(0.25, allocation="even")
+    assert decided(0.5, allocation="loss", alternations=0)

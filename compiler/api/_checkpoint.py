@@ -33,6 +33,7 @@ from attnedit.figures import site_graphs
 from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
 from attnedit.passes.gateswa.rewrite import check_loss
+from attnedit.passes.mla.budget import by_loss
 from attnedit.planning import Plan, calibration_windows, plan_sites
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
@@ -80,11 +81,19 @@ def compile_checkpoint(
     return compile_in_parts(fspath(model), directory, CompileOptions.of(target=target, **given))
 
 
+_EVEN_NOTE = (
+    "all latent layers cache the same: so small a cache is better shared by what each layer costs, which takes the "
+    "whole model in memory"
+)
+
+
 def compile_in_parts(model: str, directory: str | PathLike[str], options: CompileOptions) -> Report:
     """`compile_checkpoint` with options that are checked."""
     for field, facts in CompileOptions.model_fields.items():
         if field not in {"target", *get_type_hints(CheckpointArguments)} and getattr(options, field) != facts.default:
             raise UsageError(f"{field} needs the whole model in memory; leave it out, or compile without low memory")
+    if options.allocation == "loss":
+        raise UsageError("allocation loss needs the whole model in memory; leave it out, or compile without low memory")
     if not options.ours:
         raise UsageError(f"layer by layer there is only {', '.join(TARGETS)}, not {options.target_name!r}")
     if processes().count > 1:
@@ -113,6 +122,8 @@ def compile_in_parts(model: str, directory: str | PathLike[str], options: Compil
     windowed = [site for site in plan.chosen if windowing is not None and site.layer_idx not in _full(plan)]
     kept = plan.latent_sites([site.name for site in windowed])
     shapes = plan.shapes(kept)
+    if plan.form is None and by_loss(options.allocation, options.alternations, shapes, kept):
+        plan.notes.append(_EVEN_NOTE)
     exact = windowing is None and all(shape.exact for shape in shapes.values())
     if options.calibration is None and not exact:
         raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")

@@ -31,6 +31,7 @@ from attnedit.figures import linear_notes, site_graphs
 from attnedit.options import CompileOptions
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.kept_fits import KeptFits
+from attnedit.passes.mla.budget import by_loss
 from attnedit.passes.mla.rewrite import Latent, latent_layers, single_losses
 from attnedit.planning import calibration_windows, check_fresh, plan_sites
 from attnedit.recipe import Recipe
@@ -151,10 +152,12 @@ def _one_shot(model: PreTrainedModel, options: CompileOptions, kept: KeptFits | 
             latent_sites = plan.latent_sites(list(windowed.graphs))
             if latent_sites:
                 shapes = plan.shapes(latent_sites)
-                if options.allocation == "loss" and windows is not None:
+                by_cost = plan.form is None and by_loss(options.allocation, options.alternations, shapes, latent_sites)
+                if by_cost and windows is not None:
                     with timed(seconds, "allocation"):
                         alone = single_losses(model, result, latent_sites, shapes, windows, **work)
                     shapes, losses = plan.shapes(latent_sites, alone), {**losses, **alone}
+                    plan.notes.append(_SHARES_NOTE)
                 with timed(seconds, "fit"):
                     form_of_work: dict[str, Any] = {"linear": plan.linear, "kept": kept, **work}
                     latent = latent_layers(model, result, latent_sites, shapes, options.fit, windows, **form_of_work)
@@ -212,6 +215,9 @@ def _set_modes(model: PreTrainedModel, modes: dict[str, bool]) -> None:
     for name, module in model.named_modules():  # parents come first
         if name in modes:
             module.train(modes[name])
+
+
+_SHARES_NOTE = "latent layers share the cache by what each costs alone; allocation='even' gives all the same"
 
 
 def _choice_note(full: list[int]) -> str:

@@ -43,6 +43,7 @@ class AttentionArguments(DataArguments, total=False):
     full_layers: FullLayers
     gate: str | None
     sinks: str | None
+    allocation: Allocation
     calibration_tokens: int | None
     calibration_length: int | None
     alternations: int
@@ -92,7 +93,6 @@ class CompileArguments(AttentionArguments, TrainingArguments, total=False):
 
     profile: str | None
     kernel_dims: bool
-    allocation: Allocation
     in_place: bool
     partial: bool
     fuel: int | None

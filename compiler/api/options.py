@@ -110,11 +110,12 @@ class AttentionOptions(DataOptions):
     What its class lacks is left out from the start. For "mla" norms and biases become linear maps."""
     kernel_dims: Annotated[Switch, OURS] = False
     """With a latent profile: the sizes of engines' kernels, in place of a budget."""
-    allocation: Annotated[Allocation, LATENT] = "even"
-    """How layers share the latent cache: even, or loss, by what each costs alone.
+    allocation: Annotated[Allocation, LATENT] = "auto"
+    """How layers share the latent cache: even, or loss, by what each costs alone; auto unless given.
 
-    That is measured first (gains: docs/benchmarks.md). A native checkpoint, whose layers have all one size, is then as
-    large as the largest."""
+    What each costs is measured first. "auto" is by loss where latent layers keep less than a third of the source's
+    cache and `alternations` is above 1; it is even where layers must be of one size or are rewritten one by one. A
+    native checkpoint, whose layers have all one size, is then as large as the largest."""
     calibration_tokens: Annotated[Whole | None, Field(ge=2)] = None
     """How many calibration tokens to use.
 
@@ -206,7 +207,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
                     raise UsageError(f"{name} is for the targets {readers}, not for {self.target_name}")
         if self.target == "gateswa" and self.kv_budget is not None and self.full_layers is not None:
             raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
-        if self.allocation != "even" and (self.profile is not None or self.kernel_dims):
+        if self.allocation == "loss" and (self.profile is not None or self.kernel_dims):
             raise UsageError("a profile's class has one size for all layers; leave allocation out, or the profile")
         _ = self.form, self.windowing, self.fit
         return self

@@ -17,8 +17,11 @@ VALUES_TO_UNFOLD = 4
 """Cached values per rotary frequency from which frequencies are not folded in pairs."""
 VALUES_TO_ALIGN = 256
 """Cached values from which latent and slots are multiples of eight values: GPUs read 16 bytes at a time."""
-Allocation = Literal["even", "loss"]
-"""How layers share a budget."""
+Allocation = Literal["auto", "even", "loss"]
+"""How layers share a budget; see `by_loss` for "auto"."""
+LOSS_SHARE = 1 / 3
+"""Of the source's cache: with less in every latent layer, shares by loss are worth measuring. SmolLM2 at a quarter
+finds most facts instead of few of them; at 0.4 and a half nothing changes (docs/notebook/2026-11-long-context.md)."""
 EXPONENT = 1.5
 """Of a layer's loss in its cached values. Between a sixteenth and a quarter it measures about 0.6; a higher one moves
 less between layers, which allows for the noise of their losses (docs/benchmarks.md)."""
@@ -137,6 +140,23 @@ def _of_rank(site: AttentionSite, shape: Shape, rank: int) -> Shape:
 def least_values(site: AttentionSite) -> int:
     """The smallest cache a converted layer can have: one slot, if it has rope, and a latent of one."""
     return 3 if site.rope else 1
+
+
+def by_loss(
+    allocation: Allocation, alternations: int, shapes: Mapping[str, Shape], sites: Sequence[AttentionSite]
+) -> bool:
+    """Whether layers share their cache by what each costs.
+
+    Args:
+        allocation: as asked for; "auto" is by loss where the shares are small, but not for a quick job.
+        alternations: of the fits; up to one is a quick job.
+        shapes: of even shares, by the site's name.
+        sites: those that become latent.
+    """
+    if allocation != "auto":
+        return allocation == "loss"
+    values = sum(shapes[site.name].values for site in sites)
+    return alternations > 1 and len(sites) > 1 and values < LOSS_SHARE * sum(map(source_values, sites))
 
 
 def allocate(
