@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 from attnedit.compiler.evaluate import text_windows, window_losses
 from attnedit.compiler.intervals import Interval, exponential, interval_of_exponential
 from attnedit.compiler.progress import Progress
+from attnedit.compiler.report import LossCurve
 
 FIRST_RANGE = 1024
 """Tokens in the first range; every further one ends at twice the position."""
 WINDOWS = 12
+FIRST_END = 64
+"""Of the ranges of a curve."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,32 @@ def perplexity_by_position(
             against, text_windows(against, tokens, seq_len=seq_len, windows=windows), batch=batch, progress=progress
         )
     return losses_by_position(window_losses(model, rows, batch=batch, progress=progress), other)
+
+
+def loss_curve(
+    source: PreTrainedModel, result: PreTrainedModel, rows: Tensor, data: str, progress: Progress | None = None
+) -> LossCurve:
+    """Loss of source and result over the positions of the same windows, in ranges whose ends double.
+
+    Args:
+        source: causal language model.
+        result: what became of it.
+        rows: token ids [N, T].
+        data: what the windows are, see `LossCurve`.
+        progress: told after every forward pass.
+
+    Raises:
+        AttneditError: the loss of one of the models is not finite.
+    """
+    ends = [min(FIRST_END, rows.shape[1])]
+    while ends[-1] < rows.shape[1]:
+        ends.append(min(2 * ends[-1], rows.shape[1]))
+
+    def means(model: PreTrainedModel) -> list[float]:
+        losses = window_losses(model, rows, progress=progress)
+        return [float(_window_means(losses, start, end).mean()) for start, end in itertools.pairwise([0, *ends])]
+
+    return LossCurve(data=data, windows=len(rows), ends=ends, source=means(source), result=means(result))
 
 
 def losses_by_position(losses: Tensor, against: Tensor | None = None) -> list[RangePerplexity]:

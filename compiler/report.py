@@ -123,6 +123,26 @@ class StageReport(BaseModel):
     skipped: int = 0
 
 
+class LossCurve(BaseModel):
+    """Mean loss of tokens by their position in long windows, of source and result.
+
+    Attributes:
+        data: what the windows are, and what they were used for.
+        windows: how many.
+        ends: position after the last token of each range, ascending; the first range begins with the second token.
+        source: mean negative log-likelihood in nats of the source in each range.
+        result: of the result.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    windows: int
+    ends: list[int]
+    source: list[float]
+    result: list[float]
+
+
 class KVCurve(BaseModel):
     """Memory of the cache of one sequence, by the cost model.
 
@@ -186,6 +206,7 @@ class Report(BaseModel):
         notes: what the user should know.
         license: of the source, as its model card says; None if not known.
         kv_curve: memory of the cache against the length of the context; None in reports of earlier versions.
+        loss_curve: loss over position, last measured; None where nothing was fitted, or by a quick job.
         graphs: before and after, of each kind of attention module.
     """
 
@@ -215,6 +236,7 @@ class Report(BaseModel):
     notes: list[str] = Field(default_factory=list)
     license: str | None = None
     kv_curve: KVCurve | None = None
+    loss_curve: LossCurve | None = None
     graphs: list[SiteGraphs] = Field(default_factory=list)
 
     def to_json(self) -> str:

@@ -61,6 +61,7 @@ def report_html(report: Report, recipe: str = "") -> str:
         report=report,
         tiles=_tiles(report),
         memory=_memory(report),
+        losses=_losses(report),
         layers=_layers(report),
         columns=["layer", "attention", "becomes", *cells],
         rows=[
@@ -159,6 +160,25 @@ def _memory(report: Report) -> Markup | None:
     axes.set_ylim(0, None)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return _svg(figure, "memory")
+
+
+def _losses(report: Report) -> Markup | None:
+    """Loss against position, of source and result."""
+    curve = report.loss_curve
+    if curve is None:
+        return None
+    figure, axes = _figure(9.0, 3.2)
+    for name, values, colour in (("source", curve.source, SOURCE), ("result", curve.result, RESULT)):
+        axes.plot(
+            curve.ends, values, "o-", color=colour, linewidth=2.2, markersize=4, label=f"{name}, {values[-1]:.3f}"
+        )
+    axes.set_xlabel("tokens before, up to")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(curve.ends, [f"{end:,}" for end in curve.ends])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return _svg(figure, "losses")
 
 
 def _layers(report: Report) -> Markup:

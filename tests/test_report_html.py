@@ -15,7 +15,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from compiled import MODULE, _remembered, compile_tiny, half, source, tokens
+import torch
+from compiled import MODULE, _remembered, compile_tiny, half, logits, source, tokens
 from families import build
 from PIL import Image
 
@@ -89,7 +90,7 @@ def test_the_page_is_complete_and_needs_nothing_else(make: Any) -> None:
     for row in report.layers:
         assert row.name in page.text
     assert f"{report.kv_bytes_after:,.0f}" in page.text
-    assert html.count("<svg") == 2 + 2 * len(report.graphs)
+    assert html.count("<svg") == 3 + 2 * len(report.graphs)
     assert {graphs.kind for graphs in report.graphs} == {row.kind for row in report.layers}
     assert report.to_html() == html
 
@@ -190,3 +191,27 @@ def test_a_browser_shows_it(width: int, tmp_path: Path) -> None:
     assert looked["smallest"] > 40
     assert looked["overflow"] <= 0
     assert any(text.startswith("result, ") for text in looked["text"])
+
+
+def test_the_loss_over_position_is_that_of_the_windows_it_names() -> None:
+    """Of a fit with alternations, and again after training; a quick job does not measure it."""
+    model, ids = source("llama"), tokens(6, 120, seed=3)
+    fitted = attnedit.compile(model, kv_budget=0.5, calibration=ids, alternations=2)
+    curve = fitted.report.loss_curve
+    assert curve is not None
+    assert curve.ends == [64, 120]
+    with torch.no_grad():
+        for found, measured in ((model, curve.source), (fitted.model, curve.result)):
+            each = torch.nn.functional.cross_entropy(logits(found, ids[:1])[0, :-1], ids[0, 1:], reduction="none")
+            for (start, end), mean in zip(itertools.pairwise([0, 63, 119]), measured, strict=True):
+                assert mean == pytest.approx(float(each[start:end].mean()), abs=1e-4)
+    assert curve.source != curve.result
+    page = fitted.report.to_html()
+    assert 'id="losses"' in page
+    assert "calibration windows, on which it was fitted" in page
+    trained = attnedit.calibrate(fitted, model, calibration=ids, distill_steps=1, batch_size=2, seq_len=100)
+    again = trained.report.loss_curve
+    assert again is not None
+    assert again.ends == [64, 100]
+    assert "has not seen" in again.data
+    assert compile_tiny(model, 0.5, alternations=1).report.loss_curve is None

@@ -18,6 +18,7 @@ from attnedit.compiler.devices import device_failures
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.forwards import evaluation_mode
 from attnedit.compiler.lengths import record_lengths
+from attnedit.compiler.positions import loss_curve
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
 from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
@@ -31,6 +32,7 @@ from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import share
 from attnedit.passes.calibration.run import calibrate as run_training
 from attnedit.passes.calibration.training import DivergedError, StageState
+from attnedit.passes.effort import effort_on
 from attnedit.result import CompileResult
 
 START_DIRECTORY = "start"
@@ -104,12 +106,14 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
                 if processes().main:
                     result.save(directory / BEST_DIRECTORY, overwrite=True)
                 raise DivergedError(f"{error}; its best state is saved in {directory / BEST_DIRECTORY}") from error
-        checks = list(result.report.verification)
+        checks, curve = list(result.report.verification), None
         if options.verify:
             with timed(seconds, "verify"), stage("verify", progress):
                 ids = check_tokens([batches.held_out], model)
                 own = decode_error(teacher, ids, result.report.sites_matched)
                 checks.append(same_decode(model, ids, own=own))
+                held = batches.held_out[: effort_on(model).measured_long]
+                curve = loss_curve(teacher, model, held, "windows that training has not seen", progress)
     finally:
         implementation.close()
     length = batches.held_out.shape[1]
@@ -121,6 +125,7 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
             "perplexity": done.perplexity,
             "verification": checks,
             "seconds": seconds,
+            "loss_curve": curve,
             "calibration": calibration_name(options.calibration),
             "peak_memory_bytes": peak_memory_bytes(),
         }

@@ -21,6 +21,7 @@ from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Target
+from attnedit.compiler.positions import loss_curve
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
 from attnedit.compiler.remote_code import is_own_class
@@ -29,6 +30,7 @@ from attnedit.compiler.source_checks import check_config, check_weights, model_n
 from attnedit.compiler.verify import check_tokens, decode_error, decode_note, logits_of, same_decode, same_logits
 from attnedit.figures import linear_notes, site_graphs
 from attnedit.options import CompileOptions
+from attnedit.passes.effort import effort_on
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.mla.budget import by_loss
@@ -176,11 +178,17 @@ def _one_shot(model: PreTrainedModel, options: CompileOptions, kept: KeptFits | 
         if form is not None:
             check_form(result, form)
         checks: list[Verification] = []
+        losses_far = None
         if verify:
             with timed(seconds, "verify"), stage("verify", progress):
                 if expected is not None:
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids, own=own_error))
+                if windows is not None and options.alternations > 1 and not in_place:
+                    long = windows[0][: effort_on(model).measured_long]
+                    losses_far = loss_curve(
+                        model, result, long, "calibration windows, on which it was fitted", progress
+                    )
     finally:
         implementation.close()
         _set_modes(model, modes)
@@ -207,7 +215,7 @@ def _one_shot(model: PreTrainedModel, options: CompileOptions, kept: KeptFits | 
         notes=[*plan.notes, *linear_notes(latent), *limit.note(), *decode_note(own_error)],
         graphs=drawn,
     )
-    return CompileResult(result, report, options.tokenizer)
+    return CompileResult(result, report.model_copy(update={"loss_curve": losses_far}), options.tokenizer)
 
 
 def _set_modes(model: PreTrainedModel, modes: dict[str, bool]) -> None:
