@@ -11,13 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
-from compiled import MODULE, _remembered, logits, source, tokens
+from compiled import MODULE, _remembered, compile_tiny, logits, source, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attnedit
 from attnedit.compiler.capture import capture
+from attnedit.compiler.errors import UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.calibration.batches import mix
 from attnedit.passes.calibration.distillation import Distillation
@@ -74,6 +75,40 @@ def test_batches_leave_held_out_windows_alone(sizes: list[int], steps: int, batc
         rows = made.order.flatten().tolist()
         count = len(made.windows)
         assert all(len(set(rows[i : i + count])) == len(rows[i : i + count]) for i in range(0, len(rows), count))
+
+
+def test_early_steps_see_pieces_of_the_windows_that_late_ones_see_whole() -> None:
+    options = CalibrationOptions(fit_steps=4, distill_steps=10, seq_len=8, short_seq_len=3, short_share=0.5)
+    assert options.lengths(8) == [3] * 2 + [8] * 2 + [3] * 5 + [8] * 5
+    assert options.lengths(2) == [2] * 14  # the model's context may be shorter than both
+    assert CalibrationOptions(fit_steps=1, distill_steps=2).lengths(8) == [8] * 3
+    windows = torch.arange(20 * 8).view(20, 8)
+    made = mix([windows], [1.0], steps=14, batch_size=3, lengths=options.lengths(8), seed=0)
+    whole = mix([windows], [1.0], steps=14, batch_size=3, seed=0)
+    assert torch.equal(made.order, whole.order)
+    starts = set()
+    for step in range(14):
+        ids = made[step]
+        assert ids.shape == (3, options.lengths(8)[step])
+        assert made.tokens(step) == ids.numel()
+        assert bool((ids.diff(dim=1) == 1).all())
+        assert torch.equal(ids[:, 0] // 8, ids[:, -1] // 8)  # of one window
+        starts |= {int(first) % 8 for first in ids[:, 0]} if ids.shape[1] == 3 else set()
+        assert ids.shape[1] == 3 or torch.equal(ids, whole[step])
+    assert starts == set(range(6))
+
+
+def test_short_windows_are_shorter_and_not_for_layers_fitted_in_turn() -> None:
+    with pytest.raises(UsageError, match=r"short_seq_len must be below seq_len \(8\), got 8"):
+        CalibrationOptions.of(seq_len=8, short_seq_len=8)
+    model = source("llama")
+    result = compile_tiny(model, 0.5, alternations=1)
+    options = {"calibration": tokens(6, 32), "seq_len": 32, "short_seq_len": 8, "batch_size": 2}
+    with pytest.raises(UsageError, match="2 turns"):
+        attnedit.calibrate(result, model, fit_steps=2, memory_limit=1, **options)
+    trained = attnedit.calibrate(result, model, fit_steps=4, distill_steps=2, short_share=0.5, **options)
+    assert [stage.tokens for stage in trained.report.stages] == [2 * (2 * 8 + 2 * 32), 2 * (8 + 32)]
+    assert trained.report.training_length == 32
 
 
 def test_weights_say_how_often_a_source_is_seen() -> None:

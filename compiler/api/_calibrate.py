@@ -178,7 +178,10 @@ def training_batches(
         sources.append(own_windows(teacher, tokenizer, **wanted, text=text, progress=progress))
         weights.append(fraction)
     size = options.batch_size
-    return mix(sources, weights, steps=options.steps, batch_size=size, repeats=options.repeats, seed=seed)
+    lengths = options.lengths(length)
+    return mix(
+        sources, weights, steps=options.steps, batch_size=size, repeats=options.repeats, lengths=lengths, seed=seed
+    )
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, names: list[str]) -> None:

@@ -66,6 +66,8 @@ class TrainingArguments(TypedDict, total=False):
     distill_steps: int
     batch_size: int
     seq_len: int
+    short_seq_len: int | None
+    short_share: float
     accumulation: int
     fit_learning_rate: float | None
     distill_learning_rate: float | None

@@ -24,15 +24,24 @@ class Batches:
             same windows with repeats.
         order: rows of `windows` by step [steps, B].
         held_out: token ids [M, L] that no step sees; the training windows themselves where there is only one.
+        lengths: tokens of a window that each step sees [steps], at most L.
+        starts: where in its window each place of a batch starts [steps, B].
     """
 
     windows: Tensor
     order: Tensor
     held_out: Tensor
+    lengths: Tensor
+    starts: Tensor
 
     def __getitem__(self, step: int) -> Tensor:
-        """Rows of a step, [B, L]."""
-        return self.windows[self.order[step]]
+        """What a step sees, token ids [B, its length]."""
+        columns = self.starts[step][:, None] + torch.arange(int(self.lengths[step]))
+        return self.windows[self.order[step]].gather(1, columns)
+
+    def tokens(self, step: int) -> int:
+        """That a step sees."""
+        return self.order.shape[1] * int(self.lengths[step])
 
 
 def mix(
@@ -42,6 +51,7 @@ def mix(
     steps: int,
     batch_size: int,
     repeats: float = 0.0,
+    lengths: Sequence[int] | None = None,
     seed: int,
 ) -> Batches:
     """Hold some windows out and mix the rest.
@@ -56,6 +66,7 @@ def mix(
         batch_size: B.
         repeats: fraction of the places in the first batches whose window goes through `with_repeats`; falls linearly to
             none in the last.
+        lengths: tokens of a window that each step sees, at most L, from a random place on; None for all.
         seed: same seed, same batches.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +90,11 @@ def mix(
         again = torch.rand(len(order), generator=generator) < falling
         order[again] += len(windows)
         windows = torch.cat([windows, with_repeats(windows, generator)])
-    return Batches(windows, order.view(steps, batch_size), torch.cat(held))
+    order = order.view(steps, batch_size)
+    seen = torch.tensor([windows.shape[1]] * steps if lengths is None else lengths, dtype=torch.int64)
+    room = (windows.shape[1] - seen + 1)[:, None]
+    starts = (torch.rand(order.shape, generator=generator, dtype=torch.float64) * room).long()
+    return Batches(windows, order, torch.cat(held), seen, starts)
 
 
 def hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,13 @@ class CalibrationOptions(Options):
     """Training: windows per step."""
     seq_len: Annotated[Whole, Field(ge=2)] = 1024
     """Training: tokens per window; the model's positions if those are fewer."""
+    short_seq_len: Annotated[Whole | None, Field(ge=2)] = None
+    """Training: tokens per window in the first steps of each stage; all of `seq_len` unless given.
+
+    Steps on fewer tokens are cheaper, and more of them fit into as many tokens; what lies far back is learned in the
+    last ones. Not with layers fitted in turn (`memory_limit`), whose hidden states are kept on disk."""
+    short_share: Annotated[Number, Field(ge=0, le=1)] = 0.7
+    """Training: fraction of each stage's steps that have the shorter windows."""
     accumulation: Annotated[Whole, Field(ge=1)] = 1
     """Training: parts that a batch is computed in, to save memory.
 
@@ -86,6 +93,14 @@ class CalibrationOptions(Options):
     torch_compile: Switch | None = None
     """Training: layers through torch.compile; unless told, on a GPU and for runs long enough."""
 
+    @field_validator("short_seq_len")
+    @classmethod
+    def _shorter(cls, value: int | None, info: ValidationInfo) -> int | None:
+        longest = info.data.get("seq_len", value)
+        if value is not None and value >= longest:
+            raise ValueError(f"must be below seq_len ({longest}), got {value}")
+        return value
+
     @field_validator("accumulation")
     @classmethod
     def _parts_of_a_batch(cls, value: int, info: ValidationInfo) -> int:
@@ -93,6 +108,14 @@ class CalibrationOptions(Options):
         if value > batch_size:
             raise ValueError(f"must be at most batch_size ({batch_size}), got {value}")
         return value
+
+    def lengths(self, longest: int) -> list[int]:
+        """Tokens per window of every step, fitting first, where windows have `longest` tokens."""
+        found = []
+        for steps in (self.fit_steps, self.distill_steps):
+            short = 0 if self.short_seq_len is None else round(self.short_share * steps)
+            found += [min(self.short_seq_len or longest, longest)] * short + [longest] * (steps - short)
+        return found
 
     @property
     def steps(self) -> int:

@@ -164,6 +164,11 @@ def _fit(
     own = {site.name: trainable(student, [site.name], "attention") for site in sites}
     sizes = {name: sum(p.numel() for p in parameters.values()) for name, parameters in own.items()}
     parts = groups(sites, sizes, options.memory_limit)
+    if len(parts) > 1 and options.short_seq_len is not None:
+        raise UsageError(
+            f"memory_limit fits the layers in {len(parts)} turns, with hidden states of whole windows; give it more, "
+            "or leave out short_seq_len"
+        )
     states: list[StageState] = []
     # Between the pieces the source's attention shows what goes in and comes out.
     parts_of = pieces(decoder_layers(teacher, list(sites))[0]) + [student.get_submodule(site.name) for site in sites]
@@ -178,12 +183,13 @@ def _fit(
             held = LayerFit(teacher, students, group)
 
             def learn(step: int, layer_fit: LayerFit = layer_fit) -> Mapping[str, float]:
-                rows = batches.order[step]
+                ids, rows = batches[step], batches.order[step]
                 found = []
-                for part in processes().share(rows).chunk(options.accumulation):
+                parts = (processes().share(of_all).chunk(options.accumulation) for of_all in (ids, rows))
+                for part, places in zip(*parts, strict=True):
                     with mixed_precision(teacher):
                         share = len(part) / len(rows)
-                        found.append((share, layer_fit.losses(batches.windows[part].to(device), part, share)))
+                        found.append((share, layer_fit.losses(part.to(device), places, share)))
                 return _mean(weighted_sum(found))
 
             def evaluate(held: LayerFit = held, group: list[AttentionSite] = group) -> list[float]:
@@ -200,7 +206,7 @@ def _fit(
                 parts=[list(own[site.name]) for site in group],
                 steps=options.fit_steps,
                 rate=_rate(options.fit_learning_rate, fitting_rate),
-                tokens=batches.order.shape[1] * batches.windows.shape[1],
+                tokens=batches.tokens,
                 learn=learn,
                 evaluate=evaluate,
             )
@@ -250,7 +256,7 @@ def _distill(
         parts=[list(learned)],
         steps=options.distill_steps,
         rate=_rate(options.distill_learning_rate, distillation_rate),
-        tokens=batches.order.shape[1] * batches.windows.shape[1],
+        tokens=lambda step: batches.tokens(options.fit_steps + step),
         learn=learn,
         evaluate=evaluate,
         orthogonal=matrices(student, learned) if options.distill_optimizer == "muon" else (),

@@ -94,7 +94,7 @@ class Stage:
         parts: names of parameters by the loss that they have a part in; losses of different parts are independent.
         steps: how many.
         rate: highest learning rate of a part, for its held-out loss before training.
-        tokens: per step.
+        tokens: of a step.
         learn: accumulates this process's part of a step's gradients and returns its part of the losses by name;
             "loss" is the one watched.
         evaluate: this process's share of each part's loss on held-out windows.
@@ -106,7 +106,7 @@ class Stage:
     parts: Sequence[Sequence[str]]
     steps: int
     rate: Callable[[float], float]
-    tokens: int
+    tokens: Callable[[int], int]
     learn: Callable[[int], Mapping[str, float]]
     evaluate: Callable[[], Sequence[float]]
     orthogonal: Collection[str] = ()
@@ -189,8 +189,8 @@ class _Run:
         for name, parameter in stage.parameters.items():
             self._local[name].grad = local_gradient(parameter)
         norms = self._clip()
+        state.tokens += stage.tokens(state.step)
         state.step += 1
-        state.tokens += stage.tokens
         broken = state.spikes(losses["loss"]) or not all(math.isfinite(norm) for norm in norms)
         if broken:
             state.skipped += 1
