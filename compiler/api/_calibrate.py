@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit._stages import Log, said
 from attnedit.arguments import CalibrateArguments, check_known, shown
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.data import context_length, shares_of, token_windows
@@ -19,7 +20,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
-from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
+from attnedit.compiler.report import PipelineStage, Report, StageReport, peak_memory_bytes
 from attnedit.compiler.sampling import own_windows
 from attnedit.compiler.source_checks import model_name
 from attnedit.compiler.verify import check_tokens, decode_error, same_decode
@@ -82,7 +83,7 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
     model.to(next(teacher.parameters()).device)  # type: ignore[arg-type]  # transformers wraps it
     share(model, teacher)
     directory = None if options.run_directory is None else Path(options.run_directory)
-    seconds: dict[str, float] = dict(result.report.seconds)
+    log = Log(progress)
     modes = [(module, module.training) for part in (teacher, model) for module in part.modules()]
     teacher.eval()
     model.eval()
@@ -92,10 +93,10 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
             sites = [site for site in capture(teacher) if site.name in names]
             implementation.enter_context(as_captured(teacher, sites))
         # Own samples are made once, by the main process, and read from the disk by the others.
-        with timed(seconds, "training data"), processes().main_first():
+        with log("training data"), processes().main_first():
             batches = training_batches(teacher, options, tokenizer)
         again = "try again" if directory is None else "the same command goes on from its last checkpoint"
-        with timed(seconds, "training"), _kernels(teacher, model), device_failures("training", LESS_MEMORY, again):
+        with log("training"), _kernels(teacher, model), device_failures("training", LESS_MEMORY, again):
             try:
                 done = run_training(model, teacher, sites, batches, options, directory=directory, progress=progress)
             except DivergedError as error:
@@ -106,7 +107,7 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
                 raise DivergedError(f"{error}; its best state is saved in {directory / BEST_DIRECTORY}") from error
         checks = list(result.report.verification)
         if options.verify:
-            with timed(seconds, "verify"), stage("verify", progress):
+            with log("verify", bar=True):
                 ids = check_tokens([batches.held_out], model)
                 own = decode_error(teacher, ids, result.report.sites_matched)
                 checks.append(same_decode(model, ids, own=own))
@@ -116,13 +117,18 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
             module.training = training_mode
     length = batches.held_out.shape[1]
     record_lengths(model, training=length)
+    seconds, spent = result.report.seconds, log.seconds
+    entry = PipelineStage(name="train", seconds=spent["training data"] + spent["training"])
+    entry.did = ", ".join(f"{state.name}: loss {state.first:.4g} -> {state.best:.4g}" for state in done.stages)
+    entry.checked = [said(check) for check in checks[len(result.report.verification) :]]
     report = result.report.model_copy(
         update={
             "training_length": max(length, result.report.training_length or 0),
             "stages": [*result.report.stages, *(_stage_report(state) for state in done.stages)],
             "perplexity": done.perplexity,
             "verification": checks,
-            "seconds": seconds,
+            "seconds": {**seconds, **{name: seconds.get(name, 0.0) + more for name, more in spent.items()}},
+            "pipeline": [*result.report.pipeline, entry],
             "calibration": calibration_name(options.calibration),
             "peak_memory_bytes": peak_memory_bytes(),
         }
