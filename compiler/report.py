@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from time import perf_counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -95,6 +93,22 @@ class RuleReport(BaseModel):
     rejected: dict[str, int] = Field(default_factory=dict)
     nearest_miss: str | None = None
     seconds: float
+
+
+class PipelineStage(BaseModel):
+    """One stage of a compilation; ``attnedit compile --explain`` says what each does.
+
+    Attributes:
+        name: of the stage.
+        did: what it did, in a line.
+        seconds: it took.
+        checked: what it held to be so, with the figures found.
+    """
+
+    name: str
+    did: str = ""
+    seconds: float = 0.0
+    checked: list[str] = Field(default_factory=list)
 
 
 class StageReport(BaseModel):
@@ -200,6 +214,7 @@ class Report(BaseModel):
         seconds: per stage, in order.
         peak_memory_bytes: of the process, at the end.
         full_layers: layers that kept every token in the cache, where others got a window; None elsewhere.
+        pipeline: what each stage did, in order.
         stages: of training.
         perplexity: on held-out calibration windows: "source", "start" (no training yet), and after "fit" and "distill".
         recipe: what was asked for, with choices that were measured; see `attnedit.recipe.Recipe`.
@@ -230,6 +245,7 @@ class Report(BaseModel):
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int = 0
     full_layers: list[int] | None = None
+    pipeline: list[PipelineStage] = Field(default_factory=list)
     stages: list[StageReport] = Field(default_factory=list)
     perplexity: dict[str, float] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -356,16 +372,6 @@ def peak_memory_bytes() -> int:
     """Largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time spent inside to ``seconds[stage]``."""
-    start = perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + perf_counter() - start
 
 
 def _number(value: int | None) -> str:

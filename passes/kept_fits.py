@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -39,6 +40,14 @@ class KeptFits:
         except (RuntimeError, OSError, EOFError, ValueError):  # cut off by what stopped the run
             return None
         return _build(kind, values["fit"]) if values["made_from"] == made_from else None
+
+    def get(self, kind: type[Fitted], site: str, made_from: str, make: Callable[[], Fitted]) -> Fitted:
+        """The fit of a site; made and kept where there is none. The arguments are those of `find`."""
+        found = self.find(kind, site, made_from)
+        if found is None:
+            found = make()
+            self.keep(found, site, made_from)
+        return found
 
     def keep(self, fit: Any, site: str, made_from: str) -> None:
         """Write a fit; it appears whole or not at all."""

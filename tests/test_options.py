@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -21,6 +22,8 @@ from attnedit.compiler.options import Flag, Whole, help_of
 from attnedit.options import CalibrateOptions, CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.recipe import Recipe
+from attnedit.run_directory import check_run
+from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 from attnedit.testing import refused, tiny_model, tokens
 
 FUNCTIONS = {
@@ -159,6 +162,15 @@ def test_what_needs_the_whole_model_is_refused_by_name_layer_by_layer(tmp_path: 
         said = "is for the targets" if name == "partial" else "needs the whole model in memory"
         with refused(said):
             attnedit.compile_checkpoint("nowhere", tmp_path / "out", calibration="x", **beside, **{name: value})
+
+
+def test_a_run_of_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
+    recipe = {"command": "compile", **Recipe.from_options(CompileOptions.of(seed=3), model="m").model_dump(mode="json")}
+    older = {name: value for name, value in recipe.items() if name not in ("allocation", "kernel_dims", "profile")}
+    (tmp_path / RUN_FILE).write_text(json.dumps({"recipe": older}))
+    assert check_run(tmp_path, recipe, overwrite=False)
+    with refused("another recipe (allocation 'even' there, 'loss' here)"):
+        check_run(tmp_path, {**recipe, "allocation": "loss"}, overwrite=False)
 
 
 def test_training_alone_refuses_what_is_for_compiling() -> None:

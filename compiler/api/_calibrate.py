@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit._stages import Log, said
 from attnedit.arguments import CalibrateArguments, check_known, shown
 from attnedit.compiler.capture import as_captured, capture
 from attnedit.compiler.data import context_length, shares_of, token_windows
@@ -21,7 +22,7 @@ from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.positions import loss_curve
 from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
-from attnedit.compiler.report import Report, StageReport, peak_memory_bytes, timed
+from attnedit.compiler.report import PipelineStage, Report, StageReport, peak_memory_bytes
 from attnedit.compiler.sampling import own_windows
 from attnedit.compiler.source_checks import model_name
 from attnedit.compiler.verify import check_tokens, decode_error, same_decode
@@ -85,7 +86,7 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
     model.to(next(teacher.parameters()).device)  # type: ignore[arg-type]  # transformers wraps it
     share(model, teacher)
     directory = None if options.run_directory is None else Path(options.run_directory)
-    seconds: dict[str, float] = dict(result.report.seconds)
+    log = Log(progress)
     implementation = contextlib.ExitStack()
     for part in (teacher, model):
         implementation.enter_context(evaluation_mode(part))
@@ -94,10 +95,10 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
             sites = [site for site in capture(teacher) if site.name in names]
             implementation.enter_context(as_captured(teacher, sites))
         # Own samples are made once, by the main process, and read from the disk by the others.
-        with timed(seconds, "training data"), processes().main_first():
+        with log("training data"), processes().main_first():
             batches = training_batches(teacher, options, tokenizer)
         again = "try again" if directory is None else "the same command goes on from its last checkpoint"
-        with timed(seconds, "training"), _kernels(teacher, model), device_failures("training", LESS_MEMORY, again):
+        with log("training"), _kernels(teacher, model), device_failures("training", LESS_MEMORY, again):
             try:
                 done = run_training(model, teacher, sites, batches, options, directory=directory, progress=progress)
             except DivergedError as error:
@@ -108,7 +109,7 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
                 raise DivergedError(f"{error}; its best state is saved in {directory / BEST_DIRECTORY}") from error
         checks, curve = list(result.report.verification), None
         if options.verify:
-            with timed(seconds, "verify"), stage("verify", progress):
+            with log("verify", bar=True):
                 ids = check_tokens([batches.held_out], model)
                 own = decode_error(teacher, ids, result.report.sites_matched)
                 checks.append(same_decode(model, ids, own=own))
@@ -118,13 +119,18 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
         implementation.close()
     length = batches.held_out.shape[1]
     record_lengths(model, training=length)
+    seconds, spent = result.report.seconds, log.seconds
+    entry = PipelineStage(name="train", seconds=spent["training data"] + spent["training"])
+    entry.did = ", ".join(f"{state.name}: loss {state.first:.4g} -> {state.best:.4g}" for state in done.stages)
+    entry.checked = [said(check) for check in checks[len(result.report.verification) :]]
     report = result.report.model_copy(
         update={
             "training_length": max(length, result.report.training_length or 0),
             "stages": [*result.report.stages, *(_stage_report(state) for state in done.stages)],
             "perplexity": done.perplexity,
             "verification": checks,
-            "seconds": seconds,
+            "seconds": {**seconds, **{name: seconds.get(name, 0.0) + more for name, more in spent.items()}},
+            "pipeline": [*result.report.pipeline, entry],
             "loss_curve": curve,
             "calibration": calibration_name(options.calibration),
             "peak_memory_bytes": peak_memory_bytes(),

@@ -4,43 +4,40 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Unpack, get_type_hints
+from typing import Any, Unpack, cast, get_type_hints
 
 import torch
 from safetensors import safe_open
-from torch import fx
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit._pipeline import Source, run, with_recipe
+from attnedit._stages import Log
 from attnedit.arguments import CheckpointArguments, shown
-from attnedit.compiler.capture import as_captured, capture
+from attnedit.compiler.capture import capture
 from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
 from attnedit.compiler.compatibility.torch_names import own_buffers
 from attnedit.compiler.demo_model import SMOLLM2
 from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import kv_usage
-from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.models import load_config_only, load_tokenizer
 from attnedit.compiler.processes import processes
-from attnedit.compiler.progress import stage
 from attnedit.compiler.remote_code import copy_code
-from attnedit.compiler.report import Report, Verification, timed
+from attnedit.compiler.report import Report
 from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.verify import check_tokens, logits_of, same_decode, same_logits
-from attnedit.figures import site_graphs
 from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
 from attnedit.passes.gateswa.rewrite import check_loss
 from attnedit.passes.mla.budget import by_loss
-from attnedit.planning import Plan, calibration_windows, plan_sites
+from attnedit.planning import Plan
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
-from attnedit.rows import compile_report
+from attnedit.rows import Fitted
 from attnedit.run_directory import check_run, open_run
-from attnedit.targets.attention.kinds import AnyConfig, kind_of
-from attnedit.targets.runtime.eager import splice, to_attnedit, use_captured_implementation
+from attnedit.targets.attention.kinds import kind_of
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, write_beside
 from attnedit.targets.runtime.eager.classes import source_classes
 from attnedit.targets.runtime.eager.shards import write_index
@@ -100,97 +97,82 @@ def compile_in_parts(model: str, directory: str | PathLike[str], options: Compil
         raise UsageError("layer by layer works in one process; start one")
     if options.calibration is None and options.kv_budget != 1:
         raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
-    windowing, overwrite, progress = options.windowing, options.overwrite, options.progress
-    run = {"command": "compile --low-memory", **Recipe.from_options(options, model=model).model_dump(mode="json")}
-    seconds: dict[str, float] = {}
-    output, where = Path(directory).expanduser().resolve(), resolve_device(options.device)
-    check_run(output, run, overwrite=overwrite)
-    source, reader = _open(model, options, where)
-    name = str(source.config.name_or_path)
-    reading: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    tokenizer = options.tokenizer or load_tokenizer(source, **reading)
-    with timed(seconds, "capture"), stage("capture", progress):
-        sites = _capture(source, name)
-        plan = plan_sites(source, sites, kv_usage(source), options)
-    if where.type != "cpu":
-        _place_buffers(source, where)
-    if isinstance(plan.full, int) and plan.full:
-        raise UsageError(
-            "choosing the full layers by measured loss takes passes through the whole model, which is read layer by "
-            "layer here; name them: full_layers 'every:4', or indices"
-        )
-    windowed = [site for site in plan.chosen if windowing is not None and site.layer_idx not in _full(plan)]
-    kept = plan.latent_sites([site.name for site in windowed])
-    shapes = plan.shapes(kept)
-    if plan.form is None and by_loss(options.allocation, options.alternations, shapes, kept):
-        plan.notes.append(_EVEN_NOTE)
-    exact = windowing is None and all(shape.exact for shape in shapes.values())
-    if options.calibration is None and not exact:
-        raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
-    data = windows = None
-    if not exact:
-        with timed(seconds, "data"):
-            data = calibration_windows(source, options, tokenizer)
-        windows = data.parts
-        plan.notes.extend(data.notes)
-        if windowing is not None:
-            check_loss(windows, windowing)
-    open_run(output, run, overwrite=overwrite)
-    job = Job(windowed, shapes, windowing, options.fit, windows, options.seed)
-    work = LayerwiseRewrite(source, reader, sites, job, output)
-    with as_captured(source, sites):
-        rewritten = work.run(progress)
-    seconds["fit"] = rewritten.seconds
-    write_index(output, work.shards)
+    recipe = {"command": "compile --low-memory", **Recipe.from_options(options, model=model).model_dump(mode="json")}
+    source = CheckpointSource(model, Path(directory).expanduser().resolve(), options, recipe)
+    result, report = run(source, source.options)
+    return _finish(result, source.output, with_recipe(report, options, model), source.options.tokenizer)
 
-    ids = check_tokens(windows, source, 0 if windowing is None else windowing.cached_tokens, where)
-    checks: list[Verification] = []
-    with timed(seconds, "verify"), stage("verify", progress):
-        expected = None
-        if options.verify and exact:
-            layers: Any = source.get_submodule(work.layers)
-            with as_captured(source, sites), reader.streaming(layers):
-                expected = logits_of(source, ids)
-        graphs = _graphs(source, sites, rewritten.configs)
-        drawn = site_graphs(source, plan, graphs, rewritten.configs)
-        splice(source, graphs)
-        result = to_attnedit(source, rewritten.configs)
-        record_lengths(result, calibration=None if data is None else data.length)
-        use_captured_implementation(result, sites)
-        if options.verify:
-            written = CheckpointReader(output, result, device=where, name=str(output))
-            layers = result.get_submodule(work.layers)
-            with written.streaming(layers):
-                if expected is not None:
-                    checks.append(same_logits(expected, result, ids))
-                checks.append(same_decode(result, ids, few_passes=True))
-    full = None if windowing is None else _full(plan)
-    kinds = {name: kind_of(config).name for name, config in rewritten.configs.items()}
-    report = compile_report(
-        result,
-        plan,
-        rewritten.configs,
-        matched={kind: [name for name, own in kinds.items() if own == kind] for kind in set(kinds.values())},
-        spent=rewritten.rule_seconds,
-        exact=exact,
-        energy_kept=rewritten.energy_kept,
-        output_error=rewritten.output_error,
-        loss_increase={},
-        calibration=options.calibration,
-        windows=data,
-        source=name,
-        target=options.target_name,
-        verification=checks,
-        kv_budget_asked=plan.budget_asked,
-        seconds=seconds,
-        full_layers=full,
-        notes=[*plan.notes, "read, rewritten and written layer by layer"],
-        graphs=drawn,
-        recipe=Recipe.from_options(options, full, None if data is None else data.length, model).model_dump(
-            exclude_defaults=True
-        ),
-    )
-    return _finish(result, output, report, tokenizer)
+
+class CheckpointSource(Source):
+    """A checkpoint on meta, rewritten and written layer by layer; see `attnedit._pipeline.Source`."""
+
+    few_passes = True
+
+    def __init__(self, model: str, output: Path, options: CompileOptions, recipe: Mapping[str, Any]) -> None:
+        self.output, self._recipe = output, recipe
+        self.device: torch.device = resolve_device(options.device)
+        check_run(output, recipe, overwrite=options.overwrite)
+        self.model, self._reader = _open(model, options, self.device)
+        self.result, self.name = self.model, str(self.model.config.name_or_path)
+        reading: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+        tokenizer = options.tokenizer or load_tokenizer(self.model, **reading)
+        self.options = options.model_copy(update={"tokenizer": tokenizer})
+        self._layers = ""
+
+    def capture(self) -> list[AttentionSite]:
+        """Its attention sites."""
+        self._sites = _capture(self.model, self.name)
+        return self._sites
+
+    def ready(self, plan: Plan, exact: bool) -> None:
+        """Refuse what takes passes through the whole model."""
+        if self.device.type != "cpu":
+            _place_buffers(self.model, self.device)
+        if isinstance(plan.full, int) and plan.full:
+            raise UsageError(
+                "choosing the full layers by measured loss takes passes through the whole model, which is read layer "
+                "by layer here; name them: full_layers 'every:4', or indices"
+            )
+        if self.options.calibration is None and not exact:
+            raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
+
+    def reading(self, result: PreTrainedModel | None = None) -> AbstractContextManager[None]:
+        """Each part is read as its forward begins, of the checkpoint or of what was written."""
+        reader, layers = self._reader, (result or self.model).get_submodule(self._layers)
+        if result is not None:
+            reader = CheckpointReader(self.output, result, device=self.device, name=str(self.output))
+        return reader.streaming(cast("torch.nn.ModuleList", layers))
+
+    def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
+        """All layers in one walk, each written before the next is read."""
+        options, windowing = self.options, self.options.windowing
+        full = plan.full if isinstance(plan.full, list) else []
+        windowed = [site for site in plan.chosen if windowing is not None and site.layer_idx not in full]
+        latent = plan.latent_sites([site.name for site in windowed])
+        shapes = plan.shapes(latent)
+        by_cost = plan.form is None and by_loss(options.allocation, options.alternations, shapes, latent)
+        if windowing is not None and windows is not None:
+            check_loss(windows, windowing)
+        open_run(self.output, self._recipe, overwrite=options.overwrite)
+        job = Job(windowed, shapes, windowing, options.fit, windows, options.seed)
+        work = LayerwiseRewrite(self.model, self._reader, self._sites, job, self.output)
+        with log("fit") as entry:
+            written = work.run(options.progress)
+            write_index(self.output, work.shards)
+            entry.did = f"{len(work.shards)} parts read, {len(written.configs)} layers rewritten, all written"
+        entry.seconds = written.seconds  # with those of runs that were killed
+        self._layers = work.layers
+        named, configs = {site.name: site for site in self._sites}, written.configs
+        kinds = {name: kind_of(config).name for name, config in configs.items()}
+        return Fitted(
+            {name: kind_of(config).graph(self.model, named[name], config) for name, config in configs.items()},
+            matched={kind: [name for name, own in kinds.items() if own == kind] for kind in set(kinds.values())},
+            spent=written.rule_seconds,
+            energy_kept=written.energy_kept,
+            output_error=written.output_error,
+            full=full if options.windowed else None,
+            notes=[_EVEN_NOTE] * by_cost + ["read, rewritten and written layer by layer"],
+        )
 
 
 def _open(model: str, options: CompileOptions, device: torch.device) -> tuple[PreTrainedModel, CheckpointReader]:
@@ -235,18 +217,6 @@ def _place_buffers(model: PreTrainedModel, device: torch.device) -> None:
         for name, buffer in own_buffers(module).items():
             if buffer is not None and not buffer.is_meta:
                 own_buffers(module)[name] = buffer.to(device)
-
-
-def _full(plan: Plan) -> list[int]:
-    return [] if isinstance(plan.full, int) else plan.full
-
-
-def _graphs(
-    source: PreTrainedModel, sites: list[AttentionSite], configs: Mapping[str, AnyConfig]
-) -> dict[str, fx.GraphModule]:
-    """The new attention by the site's name, its weights on meta."""
-    named = {site.name: site for site in sites}
-    return {name: kind_of(config).graph(source, named[name], config) for name, config in configs.items()}
 
 
 def _finish(result: PreTrainedModel, output: Path, report: Report, tokenizer: PreTrainedTokenizerBase | None) -> Report:

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, Unpack
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnedit._calibrate import START_DIRECTORY, check_length, train
+from attnedit._pipeline import Source, on_device, run, with_recipe
 from attnedit._rewrite import rewrite_live
+from attnedit._stages import Log
 from attnedit.arguments import CompileArguments, check_known, shown
-from attnedit.compiler.capture import as_captured, capture, graph_module
-from attnedit.compiler.devices import device_failures, resolve_device
+from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.devices import device_failures
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import kv_usage
 from attnedit.compiler.fuel import Fuel
-from attnedit.compiler.lengths import record_lengths
 from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Target
-from attnedit.compiler.positions import loss_curve
 from attnedit.compiler.processes import processes
-from attnedit.compiler.progress import stage
 from attnedit.compiler.remote_code import is_own_class
-from attnedit.compiler.report import Verification, timed
+from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.source_checks import check_config, check_weights, model_name
-from attnedit.compiler.verify import check_tokens, decode_error, decode_note, logits_of, same_decode, same_logits
-from attnedit.figures import linear_notes, site_graphs
+from attnedit.figures import linear_notes
 from attnedit.options import CompileOptions
-from attnedit.passes.effort import effort_on
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.mla.budget import by_loss
 from attnedit.passes.mla.rewrite import Latent, latent_layers, single_losses
-from attnedit.planning import calibration_windows, check_fresh, plan_sites
-from attnedit.recipe import Recipe
+from attnedit.planning import Plan, check_fresh
 from attnedit.result import CompileResult, load
-from attnedit.rows import compile_report
+from attnedit.rows import Fitted
 from attnedit.targets.attention.kinds import config_of, kind_of
-from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
-from attnedit.targets.runtime.hf.towards import check_form
+from attnedit.targets.runtime.eager import share_copy
 
 FITS_DIRECTORY = "fits"
 """In a run directory: closed-form fits."""
@@ -75,13 +69,12 @@ def compile_live(model: PreTrainedModel, options: CompileOptions, name: str | No
     directory = options.run_directory
     kept = None if directory is None else KeptFits(Path(directory).expanduser() / FITS_DIRECTORY)
     if not options.steps:
-        return _with_recipe(_one_shot(model, options, kept), options, name)
+        return _asked(_one_shot(model, options, kept), options, name)
     model_name(model)  # refuses what is no model
     check_length(options, model)
     if options.in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
-    if options.device is not None:
-        model = share_copy(model).to(resolve_device(options.device))  # type: ignore[arg-type]  # transformers wraps it
+    model = on_device(model, options)
     if directory is None:
         if processes().count > 1:
             raise UsageError("several processes meet in a directory; give run_directory")
@@ -93,14 +86,7 @@ def compile_live(model: PreTrainedModel, options: CompileOptions, name: str | No
                 _one_shot(model, options, kept).save(start)
         result = load(start, trust_remote_code=is_own_class(type(model)))
         result.tokenizer = options.tokenizer
-    return _with_recipe(train(result, model, options), options, name)
-
-
-def _with_recipe(result: CompileResult, options: CompileOptions, name: str | None) -> CompileResult:
-    """Put into the report what was asked for."""
-    recipe = Recipe.from_options(options, result.report.full_layers, result.report.calibration_length, name)
-    report = result.report.model_copy(update={"recipe": recipe.model_dump(exclude_defaults=True)})
-    return dataclasses.replace(result, report=report)
+    return _asked(train(result, model, options), options, name)
 
 
 @device_failures(
@@ -111,118 +97,77 @@ def _one_shot(model: PreTrainedModel, options: CompileOptions, kept: KeptFits | 
     """`compile_live` without training."""
     if not options.ours:
         return rewrite_live(model, options)
-    limit, dump, progress = Fuel(options.fuel), Dump(options.dump_graphs), options.progress
-    windowing, form, in_place, verify = options.windowing, options.form, options.in_place, options.verify
-    name = model_name(model)
-    check_fresh(model, name)
-    check_live(model, name)
-    check_config(model.config, name, trust_remote_code=True)  # what is live has run already
-    check_in_memory(model, name)
-    check_weights(model, name)
-    if options.device is not None:
-        moved = model if in_place else share_copy(model)
-        model = moved.to(resolve_device(options.device))  # type: ignore[arg-type]  # transformers wraps it
-    seconds: dict[str, float] = {}
-    modes = {part: module.training for part, module in model.named_modules()}
-    model.eval()
-    implementation = contextlib.ExitStack()
-    try:
-        with timed(seconds, "capture"), stage("capture", progress):
-            sites = capture(model)
-            implementation.enter_context(as_captured(model, sites))
-            plan = plan_sites(model, sites, kv_usage(model), options)
-            # Which layers are latent need not be known yet to refuse a budget that cannot be met.
-            shapes = plan.shapes(plan.latent_sites())
-        exact = windowing is None and all(shape.exact for shape in shapes.values())
-        data = windows = None
-        if not exact:
-            with timed(seconds, "data"):
-                data = calibration_windows(model, options, options.tokenizer)
-            windows = data.parts
-            plan.notes.extend(data.notes)
-        result = model if in_place else share_copy(model)
-        work: dict[str, Any] = {"seed": options.seed, "progress": progress}
-        windowed = Windowed({}, {}, [])
-        if windowing is not None:
-            assert windows is not None
-            with timed(seconds, "windows"):
-                windowed = window_layers(model, result, plan.chosen, windowing, plan.full, windows, kept=kept, **work)
+    source = LiveSource(model, options, kept)
+    result, report = run(source, options)
+    return CompileResult(result, report, options.tokenizer)
+
+
+class LiveSource(Source):
+    """A live model, rewritten in memory; see `attnedit._pipeline.Source`."""
+
+    def __init__(self, model: PreTrainedModel, options: CompileOptions, kept: KeptFits | None) -> None:
+        self._limit, self._dump = Fuel(options.fuel), Dump(options.dump_graphs)
+        self._options, self._kept = options, kept
+        self.name = model_name(model)
+        check_fresh(model, self.name)
+        check_live(model, self.name)
+        check_config(model.config, self.name, trust_remote_code=True)  # what is live has run already
+        check_in_memory(model, self.name)
+        check_weights(model, self.name)
+        self.model = self.result = on_device(model, options)
+
+    def capture(self) -> list[AttentionSite]:
+        """Its attention sites."""
+        return capture(self.model)
+
+    def ready(self, plan: Plan, exact: bool) -> None:
+        """Make the model that becomes the result."""
+        self.result = self.model if self._options.in_place else share_copy(self.model)
+
+    def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
+        """Windows first, of which the loss may say who gets one; what stays full may become latent."""
+        model, result, options, notes = self.model, self.result, self._options, []
+        work: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
+        windowed, latent = Windowed({}, {}, []), Latent({}, {})
+        if options.windowing is not None and windows is not None:
+            places = (model, result, plan.chosen, options.windowing, plan.full, windows)
+            with log("windows") as entry:
+                windowed = window_layers(*places, kept=self._kept, **work)
+                entry.did = f"{len(windowed.graphs)} layers got a window, {len(windowed.full)} stay full"
             if windowed.loss_increases:
-                plan.notes.append(_choice_note(windowed.full))
-        latent, losses = Latent({}, {}), dict(windowed.loss_increases)
-        if plan.latent:
-            latent_sites = plan.latent_sites(list(windowed.graphs))
-            if latent_sites:
-                shapes = plan.shapes(latent_sites)
-                by_cost = plan.form is None and by_loss(options.allocation, options.alternations, shapes, latent_sites)
-                if by_cost and windows is not None:
-                    with timed(seconds, "allocation"):
-                        alone = single_losses(model, result, latent_sites, shapes, windows, **work)
-                    shapes, losses = plan.shapes(latent_sites, alone), {**losses, **alone}
-                    plan.notes.append(_SHARES_NOTE)
-                with timed(seconds, "fit"):
-                    form_of_work: dict[str, Any] = {"linear": plan.linear, "kept": kept, **work}
-                    latent = latent_layers(model, result, latent_sites, shapes, options.fit, windows, **form_of_work)
-        made = {**windowed.graphs, **latent.graphs}
-        graphs = limit.limit(made, [site.name for site in plan.chosen])
+                notes.append(_choice_note(windowed.full))
+        losses = dict(windowed.loss_increases)
+        if sites := plan.latent_sites(list(windowed.graphs)):
+            shapes = plan.shapes(sites)
+            by_cost = plan.form is None and by_loss(options.allocation, options.alternations, shapes, sites)
+            if by_cost and windows is not None:
+                with log("allocation") as entry:
+                    alone = single_losses(model, result, sites, shapes, windows, **work)
+                    entry.did = f"{len(alone)} layers measured"
+                shapes, losses = plan.shapes(sites, alone), {**losses, **alone}
+                notes.append(_SHARES_NOTE)
+            with log("fit") as entry:
+                form: dict[str, Any] = {"linear": plan.linear, "kept": self._kept, **work}
+                latent = latent_layers(model, result, sites, shapes, options.fit, windows, **form)
+                entry.did = f"{len(latent.graphs)} layers became latent"
+        graphs = self._limit.limit({**windowed.graphs, **latent.graphs}, [site.name for site in plan.chosen])
         for site in (site for site in plan.chosen if site.name in graphs):
-            dump(kind_of(config_of(graphs[site.name])).name, site.name, graph_module(model, site), graphs[site.name])
-        configs = {site.name: config_of(graphs[site.name]) for site in plan.chosen if site.name in graphs}
-        ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens)
-        expected = logits_of(model, ids) if verify and exact else None
-        own_error = decode_error(model, ids, len(sites)) if verify else 0.0
-        drawn = site_graphs(model, plan, graphs, configs)
-        splice(result, graphs)
-        result = to_attnedit(result, configs)
-        record_lengths(result, calibration=None if data is None else data.length)
-        if form is not None:
-            check_form(result, form)
-        checks: list[Verification] = []
-        losses_far = None
-        if verify:
-            with timed(seconds, "verify"), stage("verify", progress):
-                if expected is not None:
-                    checks.append(same_logits(expected, result, ids))
-                checks.append(same_decode(result, ids, own=own_error))
-                if windows is not None and options.alternations > 1 and not in_place:
-                    long = windows[0][: effort_on(model).measured_long]
-                    losses_far = loss_curve(
-                        model, result, long, "calibration windows, on which it was fitted", progress
-                    )
-    finally:
-        implementation.close()
-        _set_modes(model, modes)
-    use_captured_implementation(result, sites)
-    _set_modes(result, modes)
-    report = compile_report(
-        result,
-        plan,
-        configs,
-        matched={"gateswa": windowed.graphs, "mla": latent.graphs},
-        spent={"gateswa": seconds.get("windows", 0.0), "mla": seconds.get("fit", 0.0)},
-        exact=exact,
-        energy_kept={name: fit.energy_kept for name, fit in latent.fits.items()},
-        output_error={name: fit.output_error for fits in (windowed.fits, latent.fits) for name, fit in fits.items()},
-        loss_increase=losses,
-        calibration=options.calibration,
-        windows=data,
-        source=name,
-        target=options.target_name,
-        verification=checks,
-        kv_budget_asked=plan.budget_asked,
-        seconds=seconds,
-        full_layers=None if windowing is None else windowed.full,
-        notes=[*plan.notes, *linear_notes(latent), *limit.note(), *decode_note(own_error)],
-        graphs=drawn,
-    )
-    return CompileResult(result, report.model_copy(update={"loss_curve": losses_far}), options.tokenizer)
+            kind = kind_of(config_of(graphs[site.name])).name
+            self._dump(kind, site.name, graph_module(model, site), graphs[site.name])
+        return Fitted(
+            graphs,
+            matched={"gateswa": windowed.graphs, "mla": latent.graphs},
+            spent={"gateswa": log.seconds.get("windows", 0.0), "mla": log.seconds.get("fit", 0.0)},
+            energy_kept={name: fit.energy_kept for name, fit in latent.fits.items()},
+            output_error={name: fit.output_error for each in (windowed, latent) for name, fit in each.fits.items()},
+            loss_increase=losses,
+            full=windowed.full if options.windowed else None,
+            notes=[*notes, *linear_notes(latent), *self._limit.note()],
+        )
 
 
-def _set_modes(model: PreTrainedModel, modes: dict[str, bool]) -> None:
-    """Training or evaluation as it was for every module; new modules take after what they are in."""
-    for name, module in model.named_modules():  # parents come first
-        if name in modes:
-            module.train(modes[name])
+def _asked(result: CompileResult, options: CompileOptions, name: str | None) -> CompileResult:
+    return dataclasses.replace(result, report=with_recipe(result.report, options, name))
 
 
 _SHARES_NOTE = "latent layers share the cache by what each costs alone; allocation='even' gives all the same"

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnedit._calibrate import calibration_name
+from attnedit._pipeline import evaluating, on_device, set_modes
+from attnedit._stages import Log, said
 from attnedit.arguments import CompileArguments, check_known, shown
 from attnedit.compiler.capture import as_captured, capture, graph_module
 from attnedit.compiler.data import token_windows
-from attnedit.compiler.devices import resolve_device
 from attnedit.compiler.dumps import Dump
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluate import KVUsage, kv_usage
@@ -23,9 +24,8 @@ from attnedit.compiler.fuel import Fuel
 from attnedit.compiler.graft import SiteGraph
 from attnedit.compiler.live_checks import check_in_memory, check_live
 from attnedit.compiler.pipeline import Inputs, SiteRecord, Target, run_pipeline
-from attnedit.compiler.progress import stage
 from attnedit.compiler.registry import PASSES, TARGETS, load, registered
-from attnedit.compiler.report import LayerReport, Report, kv_fields, peak_memory_bytes, timed
+from attnedit.compiler.report import LayerReport, Report, kv_fields, peak_memory_bytes
 from attnedit.compiler.rewrite import Rewrite, check_rewrite
 from attnedit.compiler.source_checks import check_config, check_weights, model_name
 from attnedit.compiler.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
@@ -63,7 +63,7 @@ def rewrite(
     """
     chosen = resolve(rewrites)
     check_known({**options}, CompileArguments, "is for reading a checkpoint, and the model is live; leave it out")
-    for name in CalibrationOptions.model_fields:
+    for name in (*CalibrationOptions.model_fields, "run_directory"):
         if options.get(name) is not None:
             raise UsageError(f"{name} is for training: give the rewrites to attnedit.compile as a Target")
     target = Target("+".join(one.name for one in chosen), tuple(chosen))
@@ -76,12 +76,9 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
     limit, dump = Fuel(options.fuel), Dump(options.dump_graphs)
     name = model_name(model)
     _check_source(model, name)
-    if options.device is not None:
-        moved = model if in_place else share_copy(model)
-        model = moved.to(resolve_device(options.device))  # type: ignore[arg-type]  # transformers wraps it
-    seconds: dict[str, float] = {}
-    modes = {part: module.training for part, module in model.named_modules()}
-    model.eval()
+    model = on_device(model, options)
+    log = Log(progress)
+    modes = evaluating(model)
     used: list[Tensor] = []
 
     def windows() -> Tensor:
@@ -93,8 +90,9 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
     implementation = contextlib.ExitStack()
     try:
         before = kv_usage(model)
-        with timed(seconds, "capture"), stage("capture", progress):
+        with log("capture", bar=True) as entry:
             records = _records(model)
+            entry.did = f"{len(records)} attention sites"
             sites = [record.site for record in records]
             implementation.enter_context(as_captured(model, sites))
         result = model if in_place else share_copy(model)
@@ -102,8 +100,10 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
         prompt = _prompt(model, windows() if needs_data else None) if options.verify else None
         inputs = Inputs(model, prompt, windows)
         given: dict[str, Any] = {"fuel": limit, "dump": dump, "partial": options.partial, "progress": progress}
-        with timed(seconds, "rewrite"):
+        with log("rewrite") as entry:
             rules, checks = run_pipeline(chosen, records, inputs, **given)
+            entry.did = ", ".join(f"{rule.name}: {rule.rewritten} of {rule.matched} matches" for rule in rules)
+            entry.checked = [said(check) for check in checks]
         changed = [record for record in records if record.entries]
         expected = None
         if prompt is not None and all(r.contract.kind == "exact" for r in chosen):
@@ -118,15 +118,17 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
         result = to_attnedit(result, configs)
         after = kv_usage(result)
         if prompt is not None:
-            with timed(seconds, "verify"), stage("verify", progress):
+            with log("verify", bar=True) as entry:
+                before_checks = len(checks)
                 if expected is not None:
                     checks.append(same_logits(expected, result, prompt))
                 rounding = max(one.contract.atol + one.contract.rtol for one in chosen)
                 checks.append(same_decode(result, check_tokens(used or None, model), rounding))
+                entry.checked = [said(check) for check in checks[before_checks:]]
     finally:
         implementation.close()
-        _restore(model, modes)
-    _restore(result, modes)
+        set_modes(model, modes)
+    set_modes(result, modes)
     use_captured_implementation(result, sites)
     report = Report(
         source=name,
@@ -138,7 +140,8 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
         verification=checks,
         calibration=calibration_name(options.calibration) if used else "",
         calibration_tokens=used[0].numel() if used else 0,
-        seconds=seconds,
+        seconds=log.seconds,
+        pipeline=log.entries,
         peak_memory_bytes=peak_memory_bytes(),
         notes=[*limit.note(), *_import_notes(chosen)],
         **kv_fields(before, after),
@@ -251,12 +254,6 @@ def _row(record: SiteRecord, before: KVUsage, after: KVUsage) -> LayerReport:
         values_after=after.per_layer[site.layer_idx],
         output_error=record.error,
     )
-
-
-def _restore(model: PreTrainedModel, modes: dict[str, bool]) -> None:
-    for name, module in model.named_modules():  # parents come first
-        if name in modes:
-            module.train(modes[name])
 
 
 def _import_notes(rewrites: list[Rewrite]) -> list[str]:

@@ -21,16 +21,12 @@ from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.progress import Progress, silent
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.stream import AttentionInputs, Stream, decoder_layers
-from attnedit.passes.effort import queries_for
-from attnedit.passes.gateswa import build as gateswa
-from attnedit.passes.gateswa.fit import fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions
-from attnedit.passes.gateswa.rewrite import QUERIES
-from attnedit.passes.mla import assemble as mla
+from attnedit.passes.gateswa.rewrite import fit_site as fit_window
 from attnedit.passes.mla.budget import Shape
-from attnedit.passes.mla.fit import FitOptions, fit_layer
+from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import exact_layer
-from attnedit.passes.site_sample import take_samples
+from attnedit.passes.mla.rewrite import fit_site as fit_latent
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_of, config_to_dict, kind_of
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard
 
@@ -217,18 +213,14 @@ class LayerwiseRewrite:
         windows = job.windows
         assert windows is not None
         if job.windowing is not None and site in job.windowed:
-            samples = take_samples(model, site, inputs, queries_for(model, windows, QUERIES), job.seed)
-            config = job.windowing.config(site)
-            window = fit_window(samples, config)
+            graph, window = fit_window(model, model, site, inputs, job.windowing, windows, job.seed)
             rewritten.output_error[site.name] = window.output_error
-            return gateswa.build(model, site, config, window)
+            return graph
         shape = job.shapes[site.name]
-        if shape.exact:
-            return exact_layer(model, site, shape)
-        samples = take_samples(model, site, inputs, queries_for(model, windows, job.options.output_queries), job.seed)
-        fit = fit_layer(samples, shape, job.options)
-        rewritten.energy_kept[site.name], rewritten.output_error[site.name] = fit.energy_kept, fit.output_error
-        return mla.build(model, site, shape, fit.factors)
+        graph, fit, _ = fit_latent(model, model, site, inputs, shape, job.options, windows, job.seed)
+        if fit is not None:
+            rewritten.energy_kept[site.name], rewritten.output_error[site.name] = fit.energy_kept, fit.output_error
+        return graph
 
     def _changes(self, site: AttentionSite) -> bool:
         return site.name in self._job.shapes or site in self._job.windowed

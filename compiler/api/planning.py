@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from attnedit.compiler.calibration_windows import CalibrationWindows
 from attnedit.compiler.calibration_windows import calibration_windows as cut_windows
@@ -14,7 +14,7 @@ from attnedit.compiler.evaluate import KVUsage
 from attnedit.compiler.sites import AttentionSite
 from attnedit.compiler.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.options import CompileOptions
-from attnedit.passes.gateswa.options import GateSWAOptions, full_count, full_layers_of
+from attnedit.passes.gateswa.options import full_count, full_layers_of
 from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values, plan
 from attnedit.targets.attention.cost import gateswa_values
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
@@ -32,39 +32,37 @@ class Plan:
         sites: all of them.
         chosen: those that change.
         before: the source's cache.
-        kv_budget: as asked for.
-        latent: whether layers that get no window become latent.
-        windowing: form of the windowed layers; None where there are none.
+        options: what was asked for.
         full: layers without window, or how many.
         windowed_values: cached values per token of each chosen site with its window, averaged over the context, by
             layer.
         notes: what the user should know.
-        form: of a profile that the result is to have.
         columns: of cos and sin that its rotary slots may have, by the site's name.
     """
 
     sites: list[AttentionSite]
     chosen: list[AttentionSite]
     before: KVUsage
-    kv_budget: float | None
-    latent: bool
-    windowing: GateSWAOptions | None = None
+    options: CompileOptions
     full: int | list[int] = 0
     windowed_values: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    form: Form | None = None
     columns: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def budget_asked(self) -> float | None:
         """What the report says was asked for."""
-        given = self.kv_budget is not None or self.windowing is not None or (self.form and self.form.kernel_dims)
-        return self.kv_budget if given else DEFAULT_BUDGET
+        asked = self.options
+        return (
+            DEFAULT_BUDGET
+            if asked.kv_budget is None and not asked.windowed and not asked.kernel_dims
+            else asked.kv_budget
+        )
 
     @property
     def linear(self) -> bool:
         """Whether latent layers are linear in the hidden states, whatever the source's are."""
-        return self.form is not None and self.form.latent
+        return self.options.form is not None and self.options.form.latent
 
     def latent_sites(self, windowed: list[str] | None = None) -> list[AttentionSite]:
         """Those that become latent.
@@ -72,11 +70,11 @@ class Plan:
         Args:
             windowed: names of the sites that got a window; until that is known, as many as there will be are taken.
         """
-        if not self.latent:
+        if not self.options.latent:
             return []
         if windowed is not None:
             return [site for site in self.chosen if site.name not in windowed]
-        if self.windowing is None:
+        if not self.options.windowed:
             return self.chosen
         if isinstance(self.full, int):
             return self.chosen[: self.full]
@@ -94,12 +92,12 @@ class Plan:
         """
         if not latent:
             return {}
-        if self.form is not None:
-            return self._common_shapes(latent, self.form)
+        if self.options.form is not None:
+            return self._common_shapes(latent, self.options.form)
         before = dict(enumerate(self.before.per_layer))
         own = {site.layer_idx for site in latent}
         changed = {layer: values for layer, values in self.windowed_values.items() if layer not in own}
-        budget = self.kv_budget
+        budget = self.options.kv_budget
         if budget is None:
             after = {**before, **changed, **{layer: DEFAULT_BUDGET * before[layer] for layer in own}}
             budget = sum(after.values()) / sum(before.values()) if changed else DEFAULT_BUDGET
@@ -109,7 +107,7 @@ class Plan:
         """A class has one size for all layers."""
         if form.kernel_dims:
             return fixed_shapes(latent, KERNEL_DIMS["kv_lora_rank"], kernel_fold(latent[0]), self.columns)
-        budget = DEFAULT_BUDGET if self.kv_budget is None else self.kv_budget
+        budget = DEFAULT_BUDGET if self.options.kv_budget is None else self.options.kv_budget
         values = int(budget * sum(self.before.per_layer) / len(self.sites) + 1e-6)
         if values < (least := max(least_values(site) for site in latent)):
             raise UsageError(
@@ -130,7 +128,7 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
         facts = check_source(model, sites, form)
         notes = [f"profile {form.profile} has linear maps in place of {', '.join(facts)}"] if facts else []
         columns = slot_columns(model, sites, form)
-        return Plan(sites, sites, before, kv_budget, latent, notes=notes, form=form, columns=columns)
+        return Plan(sites, sites, before, options, notes=notes, columns=columns)
     chosen, notes = choose_sites(sites)
     caching = sum(values > 0 for values in before.per_layer)
     if caching > len(sites):
@@ -142,24 +140,22 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
             f"the same quality: {turned[0].name}: {turned[0].unread_rope}"
         )
     if windowing is None:
-        return Plan(sites, chosen, before, kv_budget, latent, notes=notes)
+        return Plan(sites, chosen, before, options, notes=notes)
     share = min(1.0, windowing.cached_tokens / before.length)
     windowed = {site.layer_idx: gateswa_values(windowing.config(site)) * share for site in chosen}
     if options.full_layers is None and kv_budget is not None and not latent:
         full: int | list[int] = full_count(kv_budget, dict(enumerate(before.per_layer)), windowed)
     else:
         full = full_layers_of(options.full_layers, chosen)
-    return Plan(sites, chosen, before, kv_budget, latent, windowing, full, windowed, notes, form)
+    return Plan(sites, chosen, before, options, full, windowed, notes)
 
 
-def calibration_windows(
-    model: PreTrainedModel, options: CompileOptions, tokenizer: PreTrainedTokenizerBase | None
-) -> CalibrationWindows:
+def calibration_windows(model: PreTrainedModel, options: CompileOptions) -> CalibrationWindows:
     """Windows of the data; for windowed layers the short ones too are as long as several of the attention's windows."""
     windowing = options.windowing
     return cut_windows(
         options.calibration,
-        tokenizer,
+        options.tokenizer,
         model,
         tokens=options.calibration_tokens,
         length=options.calibration_length,

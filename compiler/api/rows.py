@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import fx
 from transformers import PreTrainedModel
 
 from attnedit._calibrate import calibration_name
@@ -17,59 +19,73 @@ from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.kinds import AnyConfig, kind_of
 
 
+@dataclass
+class Fitted:
+    """New attention, by the site's name.
+
+    Attributes:
+        graphs: with their weights, or on meta where these are written already.
+        matched: names of the sites that each kind was fitted for.
+        spent: seconds for that, by kind.
+        energy_kept, output_error, loss_increase: where measured; see `LayerReport`.
+        full: layers that keep no window, where others got one.
+        notes: what the user should know.
+    """
+
+    graphs: dict[str, fx.GraphModule]
+    matched: Mapping[str, Collection[str]]
+    spent: Mapping[str, float]
+    energy_kept: Mapping[str, float]
+    output_error: Mapping[str, float]
+    loss_increase: Mapping[str, float] = field(default_factory=dict)
+    full: list[int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
 def compile_report(
     result: PreTrainedModel,
     plan: Plan,
     configs: Mapping[str, AnyConfig],
-    *,
-    matched: Mapping[str, Collection[str]],
-    spent: Mapping[str, float],
-    exact: bool,
-    energy_kept: Mapping[str, float],
-    output_error: Mapping[str, float],
-    loss_increase: Mapping[str, float],
-    calibration: Any,
+    fitted: Fitted,
     windows: CalibrationWindows | None,
     **facts: Any,
 ) -> Report:
-    """What there is to report of a compilation, whether of a live model or of a checkpoint in parts.
+    """What there is to report of a compilation.
 
     Args:
         result: the rewritten model, live or on meta.
-        plan: with the sites and the source's cache.
+        plan: with the sites, the source's cache and what was asked for.
         configs: of the new attention, by the site's name.
-        matched: names of the sites that each kind of attention was fitted for.
-        spent: seconds for that, by kind.
-        exact: nothing was to be lost.
-        energy_kept: by the site's name, where measured; see `LayerReport`.
-        output_error: the same.
-        loss_increase: the same.
-        calibration: as it was given.
-        windows: cut from it; None where nothing was fitted.
+        fitted: what the fits found.
+        windows: of calibration data; None where nothing was to be lost.
         **facts: the other fields of `Report`.
     """
-    after = kv_usage(result)
-    measured = {"energy_kept": energy_kept, "output_error": output_error, "loss_increase": loss_increase}
-    contracts = {"gateswa": "learned", "mla": "close" if exact else "learned"}
+    after, options = kv_usage(result), plan.options
+    measured = {name: getattr(fitted, name) for name in ("energy_kept", "output_error", "loss_increase")}
+    contracts = {"gateswa": "learned", "mla": "close" if windows is None else "learned"}
+    rules = [
+        RuleReport(
+            name=kind,
+            contract=contract,
+            matched=len(fitted.matched[kind]),
+            rewritten=sum(name in configs for name in fitted.matched[kind]),
+            seconds=fitted.spent.get(kind, 0.0),
+        )
+        for kind, contract in contracts.items()
+        if fitted.matched.get(kind)
+    ]
     return Report(
+        target=options.target_name,
         sites_matched=len(plan.sites),
         sites_rewritten=len(configs),
         layers=_layers(plan, configs, after, measured),
-        rules=[
-            RuleReport(
-                name=kind,
-                contract=contract,
-                matched=len(matched[kind]),
-                rewritten=sum(name in configs for name in matched[kind]),
-                seconds=spent.get(kind, 0.0),
-            )
-            for kind, contract in contracts.items()
-            if matched.get(kind)
-        ],
-        calibration="" if windows is None else calibration_name(calibration),
+        rules=rules,
+        calibration="" if windows is None else calibration_name(options.calibration),
         calibration_tokens=0 if windows is None else windows.tokens,
         calibration_length=None if windows is None else windows.length,
         calibration_windows="" if windows is None else str(windows),
+        kv_budget_asked=plan.budget_asked,
+        full_layers=fitted.full,
         peak_memory_bytes=peak_memory_bytes(),
         kv_curve=memory_curve(result, plan, configs),
         **kv_fields(plan.before, after),

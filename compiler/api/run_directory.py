@@ -36,10 +36,11 @@ def check_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> bo
         there = {}
     defaults = {name: field.default for name, field in CompileOptions.model_fields.items()}
     for name in {**there, **recipe}:  # an option that there was none of when a run began has its default there
-        if there.get(name, defaults.get(name)) != recipe.get(name):
+        before, now = there.get(name, defaults.get(name)), recipe.get(name)
+        if before != now:
             raise UsageError(
-                f"{output} holds an unfinished run of another recipe ({name} {there.get(name)!r} there, "
-                f"{recipe.get(name)!r} here); give its arguments to go on, another directory, or --overwrite"
+                f"{output} holds an unfinished run of another recipe ({name} {before!r} there, {now!r} here); give its "
+                "arguments to go on, another directory, or --overwrite"
             )
     return True
 

@@ -72,21 +72,12 @@ def window_layers(
     """
     check_loss(windows, options)
     tried = sites if isinstance(full, int) else [site for site in sites if site.layer_idx not in full]
-    configs = {site.name: options.config(site) for site in tried}
     graphs: dict[str, fx.GraphModule] = {}
     fits: dict[str, WindowFit] = {}
 
-    queries = queries_for(source, windows, QUERIES)
-
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
-        made_from = digest(*windows, configs[site.name], seed)
-        found = None if kept is None else kept.find(WindowFit, site.name, made_from)
-        if found is None:
-            found = fit_window(take_samples(source, site, inputs, queries, seed), configs[site.name])
-            if kept is not None:
-                kept.keep(found, site.name, made_from)
-        fits[site.name] = found
-        graphs[site.name] = build(result, site, configs[site.name], fits[site.name])
+        work = (options, windows, seed)
+        graphs[site.name], fits[site.name] = fit_site(source, result, site, inputs, *work, kept=kept)
 
     stream(source, tried, windows, visit, progress=progress, stage="fit windows")
     if not isinstance(full, int):
@@ -103,6 +94,27 @@ def window_layers(
         sorted(site.layer_idx for site in dearest),
         increases,
     )
+
+
+def fit_site(
+    source: PreTrainedModel,
+    result: PreTrainedModel,
+    site: AttentionSite,
+    inputs: Iterator[AttentionInputs],
+    options: GateSWAOptions,
+    windows: Sequence[Tensor],
+    seed: int,
+    *,
+    kept: KeptFits | None = None,
+) -> tuple[fx.GraphModule, WindowFit]:
+    """Fit and build one site's windowed attention on what its module is called with; see `window_layers`."""
+    config = options.config(site)
+
+    def make() -> WindowFit:
+        return fit_window(take_samples(source, site, inputs, queries_for(source, windows, QUERIES), seed), config)
+
+    fit = make() if kept is None else kept.get(WindowFit, site.name, digest(*windows, config, seed), make)
+    return build(result, site, config, fit), fit
 
 
 def check_loss(windows: Sequence[Tensor], options: GateSWAOptions) -> None:

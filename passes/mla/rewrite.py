@@ -78,27 +78,51 @@ def latent_layers(
             graphs[site.name] = exact_layer(result, site, shapes[site.name])
         return Latent(graphs, fits)
 
-    queries = queries_for(source, windows, options.output_queries)
-
     def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
-        shape = shapes[site.name]
-        if shape.exact:
-            graphs[site.name] = exact_layer(result, site, shape)
-            return
-        made_from = digest(*windows, shape, options, seed)
-        found = None if kept is None or linear else kept.find(Fit, site.name, made_from)
-        if found is None:
-            samples = take_samples(source, site, inputs, queries, seed, hidden=linear)
-            if linear:
-                maps[site.name], samples = linearise(source, site, samples)
-            found = fit_layer(samples, shape, options)
-            if kept is not None and not linear:
-                kept.keep(found, site.name, made_from)
-        fits[site.name] = found
-        graphs[site.name] = build(result, site, shape, fits[site.name].factors, maps.get(site.name))
+        work = (shapes[site.name], options, windows, seed)
+        graphs[site.name], fit, linear_site = fit_site(source, result, site, inputs, *work, linear=linear, kept=kept)
+        if fit is not None:
+            fits[site.name] = fit
+        if linear_site is not None:
+            maps[site.name] = linear_site
 
     stream(source, sites, windows, visit, progress=progress, stage="fit layers", exact=options.exact_stream)
     return Latent(graphs, fits, maps)
+
+
+def fit_site(
+    source: PreTrainedModel,
+    result: PreTrainedModel,
+    site: AttentionSite,
+    inputs: Iterator[AttentionInputs],
+    shape: Shape,
+    options: FitOptions,
+    windows: Sequence[Tensor],
+    seed: int,
+    *,
+    linear: bool = False,
+    kept: KeptFits | None = None,
+) -> tuple[fx.GraphModule, Fit | None, LinearSite | None]:
+    """Fit and build one site's latent attention on what its module is called with; see `latent_layers`.
+
+    Returns:
+        The graph; its fit, None of an exact shape; the maps, None unless asked for.
+    """
+    if shape.exact:
+        return exact_layer(result, site, shape), None, None
+    maps: LinearSite | None = None
+
+    def make() -> Fit:
+        nonlocal maps
+        queries = queries_for(source, windows, options.output_queries)
+        samples = take_samples(source, site, inputs, queries, seed, hidden=linear)
+        if linear:
+            maps, samples = linearise(source, site, samples)
+        return fit_layer(samples, shape, options)
+
+    made_from = "" if kept is None else digest(*windows, shape, options, seed)
+    fit = make() if kept is None or linear else kept.get(Fit, site.name, made_from, make)
+    return build(result, site, shape, fit.factors, maps), fit, maps
 
 
 def single_losses(

@@ -10,6 +10,7 @@ import typer
 
 from attnedit._checkpoint import compile_in_parts
 from attnedit._compile import compile_live
+from attnedit._stages import stages_of
 from attnedit.cli.flags import takes
 from attnedit.cli.terminal import (
     JsonOption,
@@ -47,6 +48,10 @@ LowMemoryOption = Annotated[
     ),
 ]
 
+ExplainOption = Annotated[
+    bool, typer.Option("--explain", help="Show the stages of this compilation with their options, and do nothing.")
+]
+
 
 @takes(CompileOptions)
 def compile_model(
@@ -55,6 +60,7 @@ def compile_model(
     recipe: RecipeOption = None,
     *,
     low_memory: LowMemoryOption = False,
+    explain: ExplainOption = False,
     json: JsonOption = False,
     **given: Any,
 ) -> None:
@@ -64,6 +70,8 @@ def compile_model(
     if model is None:
         raise UsageError("no model is named; give MODEL, or a recipe that names it")
     options = CompileOptions.of(**{**base.arguments(), "revision": base.revision, "dtype": base.dtype, **given})
+    if explain:
+        return _explain(options, parts=low_memory, json=json)
     overwrite, trained = options.overwrite, options.steps > 0
     if low_memory:
         if overwrite or not (output.expanduser() / RUN_FILE).exists():
@@ -99,6 +107,15 @@ def compile_model(
         with stage("save", progress):
             result.save(output, overwrite=overwrite or trained or unfinished)
     _show(output, result.report, json=json)
+
+
+def _explain(options: CompileOptions, *, parts: bool, json: bool) -> None:
+    stages = stages_of(options, parts=parts)
+    if json:
+        return print_json({"stages": stages})
+    for number, each in enumerate(stages, 1):
+        show(f"{number}. {each['stage']}: {each['does']}")
+        show("\n".join(f"     {name}: {'' if value is None else value}" for name, value in each["options"].items()))
 
 
 def _show(output: Path, report: Report, *, json: bool) -> None:

@@ -71,13 +71,13 @@ def sweep(
         with stage("capture", progress):
             check_smallest(source.model, options)
         # Once for all budgets: samples take long to make, and equal data is what makes the rows comparable.
-        data = calibration_windows(source.model, options.model_copy(update={"progress": progress}), tokenizer)
+        work = {"tokenizer": tokenizer, "progress": progress}
+        data = calibration_windows(source.model, options.model_copy(update=work))
         figures = measure(source.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
         rows.append({"kv_budget": None, "kv_budget_achieved": 1.0, "seconds": 0.0, **figures})
         for each in asked:
             start = perf_counter()
-            work = {"calibration": data.parts, "tokenizer": tokenizer, "progress": progress}
-            result = compile_live(source.model, each.model_copy(update=work))
+            result = compile_live(source.model, each.model_copy(update={**work, "calibration": data.parts}))
             seconds = perf_counter() - start
             figures = measure(result.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
             achieved = result.report.kv_budget_achieved

@@ -64,7 +64,10 @@ def _problems(config: AnyConfig, settings: Settings) -> Iterator[tuple[str, str]
     ranks = settings.tensor_parallel
     if isinstance(config, MLAConfig):
         if config.num_attention_heads % ranks:
-            yield f"{config.num_attention_heads} heads for {ranks} ranks", "use a --tensor-parallel-size that divides it"
+            yield (
+                f"{config.num_attention_heads} heads for {ranks} ranks",
+                "use a --tensor-parallel-size that divides it",
+            )
         if settings.device == "cpu":
             return
         for feature, there in {

@@ -1,0 +1,171 @@
+"""The pipeline of our own targets, the same for a live model and for a checkpoint that is read layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attnedit._stages import Log, said
+from attnedit.compiler.capture import as_captured
+from attnedit.compiler.devices import resolve_device
+from attnedit.compiler.evaluate import kv_usage
+from attnedit.compiler.lengths import record_lengths
+from attnedit.compiler.positions import loss_curve
+from attnedit.compiler.report import Report, Verification
+from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.verify import check_tokens, decode_error, decode_note, logits_of, same_decode, same_logits
+from attnedit.figures import site_graphs
+from attnedit.options import CompileOptions
+from attnedit.passes.effort import effort_on
+from attnedit.planning import Plan, calibration_windows, plan_sites
+from attnedit.recipe import Recipe
+from attnedit.rows import Fitted, compile_report
+from attnedit.targets.attention.kinds import config_of
+from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
+from attnedit.targets.runtime.hf.towards import check_form
+
+FITTED = "calibration windows, on which it was fitted"
+
+
+class Source(ABC):
+    """A model to rewrite, with where its result goes.
+
+    Attributes:
+        model: live, or with its weights on meta.
+        result: what the new attention is put into; the model itself or a copy that shares its tensors.
+        name: in messages.
+        device: where prompts belong; None for that of the weights.
+        few_passes: every pass through the model or its result costs reading it.
+    """
+
+    model: PreTrainedModel
+    result: PreTrainedModel
+    name: str
+    device: torch.device | None = None
+    few_passes = False
+
+    @abstractmethod
+    def capture(self) -> list[AttentionSite]:
+        """Its attention sites."""
+
+    @abstractmethod
+    def ready(self, plan: Plan, exact: bool) -> None:
+        """Refuse a plan that cannot be done here, before data is read."""
+
+    @abstractmethod
+    def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
+        """New attention for every site that changes; no data where nothing is lost."""
+
+    def reading(self, result: PreTrainedModel | None = None) -> AbstractContextManager[None]:
+        """Inside, forward passes of the model work, or of its result."""
+        return nullcontext()
+
+
+def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Report]:
+    """Rewrite a source; what is left is to train, or to write what is no weight.
+
+    Raises:
+        UsageError: wrong input; CaptureError (a UsageError) for attention that cannot be rewritten.
+        VerificationError: the result broke its contract.
+    """
+    log, model, windowing = Log(options.progress), source.model, options.windowing
+    modes = evaluating(model)
+    implementation = contextlib.ExitStack()
+    try:
+        with log("capture", bar=True) as entry:
+            sites = source.capture()
+            implementation.enter_context(as_captured(model, sites))
+            plan = plan_sites(model, sites, kv_usage(model), options)
+            # Which layers are latent need not be known yet to refuse a budget that cannot be met.
+            shapes = plan.shapes(plan.latent_sites())
+            entry.did = f"{len(sites)} attention sites, {len(plan.chosen)} of them to change"
+        exact = windowing is None and all(shape.exact for shape in shapes.values())
+        source.ready(plan, exact)
+        data = windows = None
+        if not exact:
+            with log("data") as entry:
+                data = calibration_windows(model, options)
+                entry.did = f"{data} windows, {data.tokens:,} tokens"
+            windows = data.parts
+            plan.notes.extend(data.notes)
+        fitted = source.fit(plan, windows, log)
+        configs = {site.name: config_of(fitted.graphs[site.name]) for site in plan.chosen if site.name in fitted.graphs}
+        ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens, source.device)
+        expected, own_error = None, 0.0
+        if options.verify:
+            with source.reading():
+                expected = logits_of(model, ids) if exact else None
+                own_error = 0.0 if source.few_passes else decode_error(model, ids, len(sites))
+        with log("lower") as entry:
+            drawn = site_graphs(model, plan, fitted.graphs, configs)
+            splice(source.result, fitted.graphs)
+            result = to_attnedit(source.result, configs)
+            record_lengths(result, calibration=None if data is None else data.length)
+            if options.form is not None:
+                check_form(result, options.form)
+            entry.did = f"{len(configs)} sites"
+        checks, curve = list[Verification](), None
+        if options.verify:
+            with log("verify", bar=True) as entry, source.reading(result):
+                if expected is not None:
+                    checks.append(same_logits(expected, result, ids))
+                checks.append(same_decode(result, ids, own=own_error, few_passes=source.few_passes))
+                if windows is not None and options.alternations > 1 and result is not model and not source.few_passes:
+                    rows = windows[0][: effort_on(model).measured_long]
+                    curve = loss_curve(model, result, rows, FITTED, options.progress)
+                entry.did, entry.checked = f"{ids.shape[1]} tokens", [said(check) for check in checks]
+    finally:
+        implementation.close()
+        set_modes(model, modes)
+    use_captured_implementation(result, sites)
+    set_modes(result, modes)
+    report = compile_report(
+        result,
+        plan,
+        configs,
+        fitted,
+        data,
+        source=source.name,
+        verification=checks,
+        seconds=log.seconds,
+        pipeline=log.entries,
+        notes=[*plan.notes, *fitted.notes, *decode_note(own_error)],
+        graphs=drawn,
+        loss_curve=curve,
+    )
+    return result, report
+
+
+def with_recipe(report: Report, options: CompileOptions, model: str | None) -> Report:
+    """The report with what was asked for; `model` names the source, where it has a name."""
+    recipe = Recipe.from_options(options, report.full_layers, report.calibration_length, model)
+    return report.model_copy(update={"recipe": recipe.model_dump(exclude_defaults=True)})
+
+
+def on_device(model: PreTrainedModel, options: CompileOptions) -> PreTrainedModel:
+    """The model, or a copy that shares its tensors, where it is to be worked on."""
+    if options.device is None:
+        return model
+    moved: Any = model if options.in_place else share_copy(model)
+    found: PreTrainedModel = moved.to(resolve_device(options.device))
+    return found
+
+
+def evaluating(model: PreTrainedModel) -> dict[str, bool]:
+    """Put a model into evaluation mode; its modes before, for `set_modes`."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    return modes
+
+
+def set_modes(model: PreTrainedModel, modes: dict[str, bool]) -> None:
+    """Training or evaluation as it was for every module; new modules take after what they are in."""
+    for name, module in model.named_modules():  # parents come first
+        if name in modes:
+            module.train(modes[name])

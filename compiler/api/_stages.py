@@ -1,0 +1,115 @@
+"""The stages of a compilation in order: what each does, with which options, when, and how long it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from attnedit.compiler.progress import Progress, stage
+from attnedit.compiler.report import PipelineStage, Verification
+from attnedit.options import CompileOptions, SourceOptions
+from attnedit.passes.calibration.options import CalibrationOptions
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: in reports.
+        what: it does, for people.
+        options: fields of `CompileOptions` that it reads first; a field of none is of the whole job.
+        runs: whether it is there, with these options, and layer by layer or not.
+    """
+
+    name: str
+    what: str
+    options: tuple[str, ...]
+    runs: Callable[[CompileOptions, bool], bool] = lambda options, parts: True
+
+
+LOADING, TRAINING = tuple(SourceOptions.model_fields), tuple(CalibrationOptions.model_fields)
+PLANNING = ("target", "kv_budget", "full_layers", "profile", "kernel_dims")
+DATA, FORM = ("calibration", "calibration_tokens", "calibration_length", "seed"), ("window", "gate", "sinks")
+EDITING = ("fuel", "dump_graphs")
+STAGES = (
+    Stage("load", "read the source, and refuse what cannot be rewritten", LOADING),
+    Stage("capture", "find attention by running it, read facts off its graph, plan what each site becomes", PLANNING),
+    Stage("data", "cut calibration windows", DATA, lambda options, parts: options.ours),
+    Stage("windows", "fit windows; choose full layers by loss", FORM, lambda options, parts: options.windowed > parts),
+    Stage(
+        "allocation",
+        "measure each layer alone, where shares go by loss",
+        ("allocation",),
+        lambda options, parts: options.latent > parts and options.allocation != "even",
+    ),
+    Stage("fit", "fit latent attention", ("alternations",), lambda options, parts: options.latent > parts),
+    Stage("fit", "read, fit and write layer by layer", ("alternations", *FORM), lambda options, parts: parts),
+    Stage("rewrite", "apply rewrites", ("partial", *EDITING, *DATA), lambda options, parts: not options.ours),
+    Stage("lower", "put the new attention in place", ("in_place", *EDITING), lambda options, parts: options.ours),
+    Stage("verify", "hold the result to its contract", ("verify",), lambda options, parts: options.verify),
+    Stage("train", "fit by gradient steps, then distil", TRAINING, lambda options, parts: options.steps > 0),
+)
+HIDDEN = ("tokenizer", "progress")
+"""Fields that are objects, not settings."""
+
+
+def stages_of(options: CompileOptions, *, parts: bool = False) -> list[dict[str, Any]]:
+    """The stages that a compilation will go through, before anything is done.
+
+    Args:
+        options: of the compilation.
+        parts: whether it goes layer by layer.
+
+    Returns:
+        Of each the stage's name, what it does, and the options that it reads with their values; those of the whole job
+        are with the first.
+    """
+    placed = {name for each in STAGES for name in each.options}
+    whole = [name for name in CompileOptions.model_fields if name not in placed and name not in HIDDEN]
+    there = [each for each in STAGES if each.runs(options, parts)]
+    return [
+        {
+            "stage": each.name,
+            "does": each.what,
+            "options": {name: getattr(options, name) for name in (*(whole if each is there[0] else ()), *each.options)},
+        }
+        for each in there
+    ]
+
+
+class Log:
+    """What the stages of one compilation did.
+
+    Attributes:
+        entries: of those that ran, in order.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.entries: list[PipelineStage] = []
+        self._progress = progress
+
+    @contextmanager
+    def __call__(self, name: str, *, bar: bool = False) -> Iterator[PipelineStage]:
+        """Time a stage, which may say what it did; with a bar where nothing in it tells progress."""
+        entry = PipelineStage(name=name)
+        start = perf_counter()
+        with stage(name, self._progress if bar else None):
+            yield entry
+        entry.seconds = perf_counter() - start
+        self.entries.append(entry)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage."""
+        return {entry.name: entry.seconds for entry in self.entries}
+
+
+def said(check: Verification) -> str:
+    """One check in a line."""
+    error = "" if check.error is None else f": off by {check.error:.1e}"
+    allowed = "" if check.tolerance is None else f" where {check.tolerance:.0e} is allowed"
+    return f"{check.what}{error}{allowed}"
