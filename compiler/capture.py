@@ -25,6 +25,7 @@ from attnedit.compiler.normalise import clean
 from attnedit.compiler.probe import AttentionCall, by_reason, discover
 from attnedit.compiler.recorder import LENGTH
 from attnedit.compiler.sites import AttentionSite, Facts
+from attnedit.compiler.spec import verify
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def _read_kind(call: AttentionCall) -> _Kind:
     exported = export_attention(call)
     known = call.rotary is not None
     facts = FactReader(exported.graph, call.module, exported.constants, call.cached is not None, known).read()
-    exported.graph.lint()
+    verify(exported.graph, "facts")
     exported = dataclasses.replace(exported, constants={**exported.constants, **_tables(call.module, exported.graph)})
     _check_against_eager(call, exported)
     return _Kind(exported, facts, structure_hash(exported.graph))
