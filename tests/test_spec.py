@@ -178,7 +178,7 @@ def test_the_pass_that_broke_a_graph_is_named(
 
     monkeypatch.setattr(export, name, broken)
     with pytest.raises(CaptureError, match=rf"attn \(\w+\): after {name}: .*{words}"):
-        capture(shared(family))
+        capture(shared(family), fresh=True)
 
 
 def test_a_rewrite_that_breaks_a_graph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
