@@ -18,6 +18,7 @@ from attnedit.compiler.masks import dense_mask
 from attnedit.compiler.parts import make_parts
 from attnedit.compiler.pattern import Binding, Miss, Pattern
 from attnedit.compiler.rewrite import Batch, Match, Reject, Rewrite, match_of, with_parts
+from attnedit.compiler.spec import verify
 from attnedit.compiler.surgery import cut
 from attnedit.compiler.tracing import place_of
 
@@ -106,6 +107,8 @@ def apply(
         new = make_parts(rewrite, match, state.root)
         old, names = state.root, [node.name for node in binding.outputs]
         results = graft(state, rewrite, match, binding, new, pattern.memo)
+        made_by = f"{rewrite.name}.replacement ({place_of(rewrite.replacement)})"
+        verify(state.root.graph, made_by, root=state.root, loose=state.site.mask, error=RewriteError)
         captured = {
             name: bound.name
             for name, bound in match.captures.items()

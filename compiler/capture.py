@@ -20,11 +20,13 @@ from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.export import Exported, export_attention, export_program, shadow, unlift
 from attnedit.compiler.facts import FactReader, NoOutputProjectionError
 from attnedit.compiler.forwards import evaluation_mode, probe_inputs
+from attnedit.compiler.kept_exports import forget, keep, key_of, recall
 from attnedit.compiler.masks import dense_mask
 from attnedit.compiler.normalise import clean
 from attnedit.compiler.probe import AttentionCall, by_reason, discover
 from attnedit.compiler.recorder import LENGTH
 from attnedit.compiler.sites import AttentionSite, Facts
+from attnedit.compiler.spec import verify
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +38,14 @@ class _Kind:
     structure: str
 
 
-def capture(model: torch.nn.Module) -> list[AttentionSite]:
+def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSite]:
     """Find and read every attention site of a live model; the model is left as it was.
 
     Args:
         model: a transformers causal language model in any dtype, on any device; on meta too, where only buffers may
             need values (see `attnedit.compiler.rope.rope_angles`).
+        fresh: trace every kind of module anew, also where one that cannot be told apart was traced before in this
+            process (`attnedit.compiler.kept_exports`).
 
     Returns:
         One site per attention module, in the order they run. Sites of one kind share their graph: copy it before
@@ -57,10 +61,10 @@ def capture(model: torch.nn.Module) -> list[AttentionSite]:
         kinds: dict[str, _Kind | CaptureError] = {}
         for index, call in enumerate(calls):
             if call.signature not in kinds:
-                kinds[call.signature] = _kind_or_error(call)
+                kinds[call.signature] = _kind_or_error(call, fresh)
             wider = call.outer
             if wider is not None and isinstance(kinds[call.signature], NoOutputProjectionError):
-                kinds.setdefault(wider.signature, _kind_or_error(wider))
+                kinds.setdefault(wider.signature, _kind_or_error(wider, fresh))
                 if isinstance(kinds[wider.signature], _Kind):
                     calls[index] = wider
         _log.debug("%d attention sites of %d kinds", len(calls), len(kinds))
@@ -77,20 +81,28 @@ def capture(model: torch.nn.Module) -> list[AttentionSite]:
     return sites
 
 
-def _kind_or_error(call: AttentionCall) -> _Kind | CaptureError:
+def _kind_or_error(call: AttentionCall, fresh: bool) -> _Kind | CaptureError:
+    if call.mask is not None and not call.mask.regular:
+        return CaptureError("its mask is neither causal nor a sliding window")
+    key = None if fresh else key_of(call)
     try:
-        return _read_kind(call)
+        if (kept := recall(key)) is not None:
+            try:
+                return _read_kind(call, kept)
+            except CaptureError as error:
+                _log.debug("what was kept of %s does not fit (%s); tracing it anew", call.name, error)
+                forget(key)
+        exported = export_attention(call)
+        keep(key, exported)
+        return _read_kind(call, exported)
     except CaptureError as error:
         return error
 
 
-def _read_kind(call: AttentionCall) -> _Kind:
-    if call.mask is not None and not call.mask.regular:
-        raise CaptureError("its mask is neither causal nor a sliding window")
-    exported = export_attention(call)
+def _read_kind(call: AttentionCall, exported: Exported) -> _Kind:
     known = call.rotary is not None
     facts = FactReader(exported.graph, call.module, exported.constants, call.cached is not None, known).read()
-    exported.graph.lint()
+    verify(exported.graph, "facts")
     exported = dataclasses.replace(exported, constants={**exported.constants, **_tables(call.module, exported.graph)})
     _check_against_eager(call, exported)
     return _Kind(exported, facts, structure_hash(exported.graph))

@@ -33,6 +33,7 @@ from attnedit.compiler.forwards import PAST
 from attnedit.compiler.normalise import ChildCall, clean, merge_duplicates, raise_children, retarget_sizes
 from attnedit.compiler.probe import AttentionCall
 from attnedit.compiler.recorder import BATCH, LENGTH
+from attnedit.compiler.spec import verify
 from attnedit.compiler.surgery import prune
 from attnedit.compiler.written_out import Past, drop_past, emit_anchor
 
@@ -285,16 +286,21 @@ def _assemble(
     outputs, constants = unlift(program, graph, _ROOT, argument)
     graph.output(_output(structure, outputs))
     clean(graph)
+    verify(graph, "clean", anchored=False, resized=False)
     if call.cached is not None:
         emit_anchor(graph, Evaluator(call.module, constants))
+        verify(graph, "emit_anchor", anchored=False, resized=False)
         *arguments, keys, values_ = arguments
         drop_past(graph, [keys, values_], _attended(arguments, structure))
+        verify(graph, "drop_past", resized=False)
     retarget_sizes(graph)
+    verify(graph, "retarget_sizes")
     if call.cached is not None:
         merge_duplicates(graph)
+        verify(graph, "merge_duplicates")
     raise_children(graph, children, _ROOT)
     prune(graph)
-    graph.lint()
+    verify(graph, "raise_children")
     return Exported(graph, constants)
 
 

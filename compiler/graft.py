@@ -103,7 +103,6 @@ def graft(
     prune(root.graph)
     # Inputs of the replacement may stand later in the graph than what it replaces.
     stable_topological_sort(root)
-    root.graph.lint()
     state.root = with_graph(root, root.graph).train(state.root.training)
     return tuple(result.name for result in results)
 

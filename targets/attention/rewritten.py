@@ -27,6 +27,7 @@ from attnedit.compiler.graft import CACHE_OP, SiteGraph
 from attnedit.compiler.pattern import ANCHOR_OP, Pattern
 from attnedit.compiler.rewrite import Rewrite, options_of, rewrite_from
 from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.spec import verify
 from attnedit.compiler.surgery import prune, substitute, with_graph
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kv_cache import Attend, DenseMask, KVCache
@@ -190,7 +191,7 @@ def pure(module: fx.GraphModule, site: AttentionSite) -> fx.GraphModule:
         raise UsageError(
             f"{site.name}: its graph lost what is known of its nodes (pickle drops it); save and load instead"
         )
-    graph.lint()
+    verify(graph, "pure", root=module, loose=site.mask, error=UsageError)
     return with_graph(module, graph)
 
 
