@@ -48,7 +48,8 @@ def splice(model: nn.Module, graphs: Mapping[str, nn.Module]) -> None:
 
 def _keep_whole(model: nn.Module, names: Iterable[str]) -> None:
     """Take modules out of the plans for tensor parallelism: new attention works with all heads, on every device."""
-    for place, part in model.named_modules():
+    parts: list[tuple[str, Any]] = list(model.named_modules())
+    for place, part in parts:
         if isinstance(part, PreTrainedModel) and part.tp_plan:
             inside = f"{place}." if place else ""
             whole = {re.sub(r"\.\d+(?=\.|$)", ".*", name.removeprefix(inside)) + "." for name in names}
