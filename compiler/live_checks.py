@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attnedit.compiler.compatibility.torch_names import is_compiled
+from attnedit.compiler.compatibility.transformers_names import attention_of
 from attnedit.compiler.errors import UsageError
 
 _QUANTISED = {
@@ -30,7 +31,7 @@ def check_live(model: PreTrainedModel, name: str) -> None:
 
     Raises:
         UsageError: it is compiled, has adapters that are not merged, is quantised, has weights that are not in memory,
-            has no language-model head, or is to give out attention weights.
+            has no language-model head, is to give out attention weights, or makes masks that are no tensors.
     """
     for place, module in model.named_modules():
         where = f"{name}: {place or type(module).__name__}"
@@ -53,6 +54,30 @@ def check_live(model: PreTrainedModel, name: str) -> None:
             f"the configuration of {name} has output_attentions, which keeps the attention weights of every forward; "
             "set it to false, and ask for them in the calls that want them"
         )
+
+    if attention_of(model.config) == "flex_attention":
+        raise UsageError(
+            f"{name} is set to flex_attention, whose block masks rewritten attention does not read; "
+            "set it to another before: model.set_attn_implementation('sdpa')"
+        )
+
+
+def check_savable(model: PreTrainedModel, name: str) -> None:
+    """Refuse a rewritten model whose weights no checkpoint of ours can hold.
+
+    Raises:
+        UsageError: some are quantised, or elsewhere without a record of where.
+    """
+    for place, module in model.named_modules():
+        try:
+            _check_plain(module, f"{name}: {place or type(module).__name__}")
+        except UsageError as error:
+            what = str(error).partition(";")[0]
+            raise UsageError(f"{what}; save the result before that, and quantise what is loaded") from None
+    if not hasattr(model, "hf_device_map"):  # with one, transformers fetches what is elsewhere
+        absent = next((key for key, value in model.named_parameters() if value.is_meta), None)
+        if absent is not None:
+            raise UsageError(f"{name}: {absent} is not in memory (offloaded, or on meta); save the result before that")
 
 
 def check_in_memory(model: nn.Module, name: str) -> None:

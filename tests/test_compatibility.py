@@ -127,6 +127,37 @@ def test_loading_runs_the_hook_after_it_emptied_what_no_checkpoint_holds(tmp_pat
     assert Hooked.from_pretrained(tmp_path).filled
 
 
+def test_loading_gives_missing_weights_values_and_leaves_loaded_ones(tmp_path: Path) -> None:
+    class Hooked(transformers_names.LoadingHook, LlamaForCausalLM):
+        def weights_missing(self) -> None:
+            for parameter in self.parameters():  # type: ignore[attr-defined]
+                torch.nn.init.constant_(parameter, 7.0)
+
+    assert callable(getattr(PreTrainedModel, "initialize_weights", None))
+    source = make_llama()
+    source._keys_to_ignore_on_save = {"model.norm.weight"}
+    source.save_pretrained(tmp_path)
+    model: Any = Hooked.from_pretrained(tmp_path)
+    assert bool((model.model.norm.weight == 7).all())
+    assert torch.equal(model.lm_head.weight, source.lm_head.weight)
+
+
+def test_a_forward_that_is_asked_for_attention_weights_collects_them() -> None:
+    seen: list[Any] = []
+    model = make_llama()
+    assert transformers_names.records_attention(model.model)
+    assert not transformers_names.records_attention(build("bloom"))
+    model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(live.recorded_attention()))
+    ids = torch.arange(3, 8)[None]
+    model.set_attn_implementation("eager")
+    found = model(ids, output_attentions=True).attentions
+    assert seen[0] is not None
+    assert seen[0][0] is found[0]
+    model(ids)
+    assert seen[1:] == [None]
+    assert live.recorded_attention() is None
+
+
 # What is read and set in transformers.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,68 @@ def test_quantised_models_are_refused() -> None:
     assert "model.layers.0.mlp.up_proj.weight is of torch.int8" in refusal(model)
 
 
+class OfQuanto(nn.Linear):
+    """Stands for a module of quanto, which is known by the package that its class is of."""
+
+    __module__ = "optimum.quanto.nn.qlinear"
+
+
+def test_models_of_quanto_are_refused() -> None:
+    model = build("llama")
+    model.model.layers[1].mlp.up_proj = OfQuanto(32, 48, bias=False)
+    assert "model.layers.1.mlp.up_proj is quantised by quanto" in refusal(model)
+    result = compile_tiny(build("llama"), 0.5)
+    result.model.model.layers[1].mlp.up_proj = OfQuanto(32, 48, bias=False)
+    with pytest.raises(UsageError, match="is quantised by quanto; save the result before that"):
+        result.save("never made")
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_torchao_are_refused(tmp_path: Path) -> None:
+    """The library warns of its own imports."""
+    quantization: Any = importlib.import_module("torchao.quantization")
+    model = build("llama", torch.bfloat16)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert "model.layers.0.self_attn.q_proj.weight is quantised by torchao" in refusal(model)
+    result = compile_tiny(build("llama", torch.bfloat16), 0.5)
+    quantization.quantize_(result.model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(UsageError, match="is quantised by torchao; save the result before that"):
+        result.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def offloaded(model: Any, directory: Path) -> Any:
+    """The model read again, its second layer left on disk."""
+    model.save_pretrained(directory)
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    auto: Any = AutoModelForCausalLM
+    return auto.from_pretrained(directory, device_map=places, offload_folder=str(directory / "offload"))
+
+
+@pytest.mark.parametrize("target", ["mla", "gateswa"])
+def test_offloaded_models_are_refused(target: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"window": 8} if target == "gateswa" else {}
+    message = refusal(offloaded(build("llama"), tmp_path / "model"), target=target, **options)
+    assert "model.layers.1.self_attn.q_proj.weight is not in memory" in message
+    assert "--low-memory" in message
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+def test_offloaded_results_compute_and_are_saved(tmp_path: Path) -> None:
+    result = compile_tiny(build("llama"), 0.5)
+    expected = logits(result.model, tokens(2, 9))
+    result.save(tmp_path / "whole")
+    live = offloaded(result.model, tmp_path / "model")
+    torch.testing.assert_close(logits(live, tokens(2, 9)), expected)
+    live.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens(2, 9)), expected)
+    result.model.model.layers[1].mlp.to("meta")
+    with pytest.raises(UsageError, match=r"model\.layers\.1\.mlp\..* is not in memory .*save the result before that"):
+        result.save(tmp_path / "out")
+
+
 def test_weights_that_are_elsewhere_are_refused() -> None:
     model = build("llama")
     model.model.layers[1].mlp.to("meta")
@@ -107,6 +170,23 @@ def test_adapters_on_the_source_are_refused() -> None:
     assert "merge_and_unload" in refusal(wrapped)
     assert "has an adapter" in refusal(wrapped.base_model.model)
     assert compile_tiny(wrapped.merge_and_unload(), 0.5).report.sites_rewritten == 2
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("target", ["mla", "gateswa"])
+def test_an_adapter_on_the_output_projection(target: str, tmp_path: Path) -> None:
+    """Refused on a source; on a result it computes, is saved, and can be merged."""
+    assert "self_attn.o_proj has an adapter" in refusal(with_adapter(build("llama"), target_modules=["o_proj"]).model)
+    options: dict[str, Any] = {"window": 8} if target == "gateswa" else {}
+    result = attnedit.compile(build("llama"), target, **NO_FIT, **options)
+    plain = logits(result.model, tokens(2, 9))
+    wrapped = with_adapter(result.model, target_modules=["o_proj"])
+    expected = logits(wrapped, tokens(2, 9))
+    assert float((expected - plain).abs().max()) > 1e-2
+    result.save(tmp_path / "out")
+    torch.testing.assert_close(logits(attnedit.load(tmp_path / "out").model, tokens(2, 9)), expected)
+    torch.testing.assert_close(logits(wrapped.merge_and_unload(), tokens(2, 9)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.long

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import attnedit
 from attnedit.compiler.checkpoint_reader import INDEX_FILE, CheckpointReader
-from attnedit.compiler.errors import UsageError
+from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 
@@ -202,6 +202,28 @@ def test_killed_it_goes_on_to_the_same_bytes(checkpoint: Callable[..., Path], tm
     assert done_layers == list(range(layers, 6))
     in_parts(source, tmp_path / "whole", **TARGETS["mla"])
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_result_that_does_not_load_is_left_unfinished(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    part: Any = sys.modules["attnedit.compile_checkpoint"]
+    written = part.write_beside
+
+    def damaged(output: Path, *rest: Any) -> None:
+        written(output, *rest)
+        config = json.loads((output / "config.json").read_text())
+        del config["attnedit"]["sites"]
+        (output / "config.json").write_text(json.dumps(config))
+
+    source = checkpoint("qwen3")
+    with (
+        mock.patch.object(part, "write_beside", damaged),
+        pytest.raises(AttneditError, match="does not load, so the run is left unfinished"),
+    ):
+        in_parts(source, tmp_path / "out", **TARGETS["mla"])
+    assert (tmp_path / "out" / RUN_FILE).exists()
+    in_parts(source, tmp_path / "out", **TARGETS["mla"])
+    assert not (tmp_path / "out" / RUN_FILE).exists()
+    attnedit.load(tmp_path / "out")
 
 
 @pytest.fixture

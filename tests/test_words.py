@@ -13,7 +13,7 @@ from commands import Captured, answer, refusal
 from compiled import compile_tiny, logits, tokens
 from families import build
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2VLConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2VLConfig, StaticCache
 
 import attnedit
 from attnedit.compiler.errors import UsageError
@@ -101,6 +101,30 @@ def test_masks_that_are_no_tensors_are_refused(target: str) -> None:
         attention._mask(object(), 4) if target == "gateswa" else attention(
             torch.zeros(1, 4, 4, 16), torch.zeros(1, 4, attention.config.input_size), None, None, object()
         )
+
+
+def test_flex_attention_is_refused_before_any_work() -> None:
+    model = build("llama")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UsageError, match=r"is set to flex_attention.*set_attn_implementation\('sdpa'\)"):
+        attnedit.compile(model, calibration=tokens(4, 32))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("cached", [False, True])
+def test_flex_attention_on_a_result_is_refused_before_the_first_token(cached: bool) -> None:
+    model = compile_tiny(build("llama"), 0.5).model
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UsageError, match=r"attention mask BlockMask .* use attn_implementation 'sdpa' or 'eager'"):
+        model.generate(tokens(1, 4), max_new_tokens=2, use_cache=cached)
+
+
+def test_static_caches_of_other_sizes_are_refused() -> None:
+    model = compile_tiny(build("llama"), 0.5).model
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
+    with pytest.raises(UsageError, match="layer 0 was given a cache for 2 heads of 8 values and caches 1 of"):
+        model(tokens(1, 4), past_key_values=cache)
 
 
 ROPES = {

@@ -100,7 +100,7 @@ def inputs(rows: int = ROWS) -> dict[str, Tensor]:
 Check = Callable[[Subject], None]
 CHECKS: dict[str, Check] = {}
 SLOW: set[str] = set()
-"""Checks that compile or export a whole model."""
+"""Checks that compile a whole model: run on the first family alone."""
 
 
 def check(function: Check) -> Check:
@@ -112,6 +112,11 @@ def check(function: Check) -> Check:
 def slow(function: Check) -> Check:
     SLOW.add(function.__name__)
     return function
+
+
+def checks_of(family: str) -> list[str]:
+    """Names of the checks that are run on a family."""
+    return [name for name in CHECKS if name not in SLOW or family == next(iter(FAMILIES))]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from transformers_checks import CHECKS, FAMILIES, NONE, PASSES, TARGETS, outcome, subject
+from transformers_checks import CHECKS, FAMILIES, NONE, PASSES, TARGETS, checks_of, outcome, subject
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 OUTCOMES = DOCS / "data" / "transformers-checks.json"
@@ -22,6 +22,7 @@ FILES = {
     "transformers_generation": "Generation (`tests/generation/test_utils.py`)",
 }
 SUBJECTS = ("source", *TARGETS)
+RUN = {name: [family for family in FAMILIES if name in checks_of(family)] for name in CHECKS}
 
 Outcomes = dict[str, dict[str, dict[str, str]]]
 """By family, check and subject."""
@@ -40,7 +41,7 @@ def tables(found: Outcomes) -> str:
         lines += ["", f"### {title}", "", "| check | source | MLA | GateSWA |", "|---|---|---|---|"]
         for name, function in CHECKS.items():
             if function.__module__.rpartition(".")[2] == module:
-                cells = [_cell({family: found[family][name][kind] for family in FAMILIES}) for kind in SUBJECTS]
+                cells = [_cell({family: found[family][name][kind] for family in RUN[name]}) for kind in SUBJECTS]
                 lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join([*lines, "", END])
 
@@ -78,7 +79,7 @@ def main(families: list[str]) -> int:
     found = recorded() if OUTCOMES.exists() else {}
     for family in families or FAMILIES:
         checks: dict[str, dict[str, str]] = {}
-        for name in CHECKS:
+        for name in checks_of(family):
             checks[name] = {}
             for kind in SUBJECTS:
                 checks[name][kind], reason = outcome(name, subject(family, kind))

@@ -38,7 +38,7 @@ from attnedit.result import with_license
 from attnedit.rows import Fitted
 from attnedit.run_directory import check_run, open_run
 from attnedit.targets.attention.kinds import kind_of
-from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, write_beside
+from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, read_back, write_beside
 from attnedit.targets.runtime.eager.classes import source_classes
 from attnedit.targets.runtime.eager.shards import write_index
 
@@ -73,6 +73,7 @@ def compile_checkpoint(
     Raises:
         UsageError: wrong arguments or input; CaptureError (a UsageError) for attention that cannot be rewritten.
         VerificationError: the result broke its contract; the directory is left unfinished.
+        AttneditError: what was written does not load; the directory is left unfinished.
     """
     given: dict[str, Any] = {"dtype": "auto", **options}
     return compile_in_parts(fspath(model), directory, CompileOptions.of(target=target, **given))
@@ -230,6 +231,7 @@ def _finish(result: PreTrainedModel, output: Path, report: Report, tokenizer: Pr
     if result.can_generate() and result.generation_config is not None:
         result.generation_config.save_pretrained(output)
     write_beside(output, tokenizer, report.to_json(), dict(texts))
+    read_back(result, output, f"what was written to {output} does not load, so the run is left unfinished")
     (output / RUN_FILE).unlink()
     shutil.rmtree(output / STATE_DIRECTORY, ignore_errors=True)
     return report

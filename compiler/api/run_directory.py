@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from attnedit.compiler.errors import UsageError
 from attnedit.options import CompileOptions
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
+from attnedit.targets.runtime.staging import beside
 
 
 def check_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> bool:
@@ -57,26 +57,15 @@ def run_with_fits(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -
     if check_run(output, recipe, overwrite=overwrite):
         yield output
         return
-    made = [folder for folder in output.parents if not folder.exists()]  # innermost first
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {output}: {error.strerror or error}") from error
-    try:
-        hidden.chmod(0o755)
-        yield hidden
-    except Exception:
-        if any(hidden.iterdir()):
-            open_run(output, recipe, overwrite=overwrite)
-            for part in hidden.iterdir():
-                part.rename(output / part.name)
-        raise
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        if not output.exists():
-            for folder in made:
-                folder.rmdir()
+    with beside(output) as hidden:
+        try:
+            yield hidden
+        except Exception:
+            if any(hidden.iterdir()):
+                open_run(output, recipe, overwrite=overwrite)
+                for part in hidden.iterdir():
+                    part.rename(output / part.name)
+            raise
 
 
 def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from transformers import Cache
 
 from attnedit.compiler.errors import UsageError
@@ -64,6 +64,23 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     """Return the cache among keyword arguments of a model, or among what it returned; None where there is none."""
     found = (value for name, value in arguments.items() if name in CACHE_NAMES)
     return next((value for value in found if value is not None), None)
+
+
+def append(cache: Any, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """Add what a layer caches [B, G, T, .] to its cache, and return everything that this holds for it.
+
+    Raises:
+        UsageError: the cache is static, and was made for other sizes than the layer's.
+    """
+    layers = getattr(cache, "layers", ())
+    made = getattr(layers[layer_idx], "keys", None) if layer_idx < len(layers) else None
+    if isinstance(made, Tensor) and made.dim() == 4 and made.shape[1::2] != keys.shape[1::2]:
+        raise UsageError(
+            f"layer {layer_idx} was given a cache for {made.shape[1]} heads of {made.shape[3]} values and caches "
+            f"{keys.shape[1]} of {keys.shape[3]}; leave its tensors to the first forward (no early_initialization)"
+        )
+    result: tuple[Tensor, Tensor] = cache.update(keys, values, layer_idx)
+    return result
 
 
 def known_cache(cache: Any, others: Mapping[str, Any] | None = None) -> Any:

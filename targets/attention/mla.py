@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnedit.compiler.compatibility.caches import append
 from attnedit.compiler.compatibility.live import is_plain_linear, recorded_attention
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.masks import causal, masked, shown
@@ -167,7 +168,7 @@ class MLA(nn.Module):
         if past_key_values is not None:
             if length > 1 and (attention_mask is None or attention_mask.dim() == 2):
                 past = past_key_values.get_seq_length(config.layer_idx)
-            latent, slots = past_key_values.update(latent, slots, config.layer_idx)
+            latent, slots = append(past_key_values, latent, slots, config.layer_idx)
             if length > 1 and attention_mask is None:
                 # The free places of a static cache come last, and nothing else hides them.
                 latent, slots = (x[:, :, : int(past) + length] for x in (latent, slots))

@@ -1,7 +1,8 @@
-"""What exports of every runtime have in common: directories that appear whole, checked options, facts for a runner."""
+"""What all runtimes have in common: directories that appear whole, checked options, facts for a runner."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -9,9 +10,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """Give a hidden directory beside `target` for the block, so that moving it there is a rename in one file system.
+
+    Afterwards it is gone; so are parents that were made for it, if the block left nothing at `target`.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    made = [folder for folder in target.parents if not folder.exists()]  # innermost first
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        hidden.chmod(0o777 & ~mask)  # what mkdir gives, not the private mode of temporary directories
+        yield hidden
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        if not target.exists():
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager
@@ -20,24 +49,30 @@ def staged(target: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: nothing can be written there.
+        AttneditError: writing failed; what was at `target` before still is.
     """
-    made = [folder for folder in target.parents if not folder.exists()]  # innermost first
+    with beside(target) as staging:
+        try:
+            yield staging
+            _put_in_place(staging, target)
+        except (OSError, SafetensorError) as error:
+            raise AttneditError(f"could not write {target}: {error}") from error
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = aside / target.name
+    target.rename(old)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
-    try:
-        staging.chmod(0o755)
-        yield staging
-        staging.rename(target)  # takes the place of an empty directory too
-    except OSError as error:
-        raise AttneditError(f"could not write {target}: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not target.exists():
-            for folder in made:
-                folder.rmdir()
+        staging.rename(target)
+    except BaseException:  # an interrupt too must not lose what was there
+        old.rename(target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

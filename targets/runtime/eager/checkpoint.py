@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
+from attnedit.compiler.live_checks import check_savable
 from attnedit.compiler.models import READING_ERRORS
 from attnedit.compiler.remote_code import copy_code, is_own_class, trusting
 from attnedit.compiler.source_checks import check_sizes, check_weight_files
 from attnedit.targets.runtime.eager.adapters import adapters_of, read_adapters, without_adapters, write_adapters
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_classes
+from attnedit.targets.runtime.staging import staged
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "attnedit-report.json"
@@ -53,38 +53,22 @@ def save(
         The directory.
 
     Raises:
-        UsageError: the model is no attnedit model, or the directory is not free.
+        UsageError: the model is no attnedit model, some weights are quantised or elsewhere, or the directory not free.
         AttneditError: writing failed, or reading back; what was there before still is.
     """
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; use its own save_pretrained")
+    check_savable(model, type(model).__name__)
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite)
-    made = [folder for folder in target.parents if not folder.exists()]  # innermost first
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, so that the move at the end is a rename within one file system.
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
-    try:
-        _set_usual_mode(staging)
+    with staged(target) as staging:
         adapters = adapters_of(model)
         model.save_pretrained(staging, state_dict=without_adapters(model) if adapters else None)
         write_adapters(model, adapters, staging)
         copy_code(source_classes(model), staging)
         write_beside(staging, tokenizer, report, files)
         if _can_be_imported(model):
-            own = any(is_own_class(kind) for kind in source_classes(model).values())
-            _read_back(staging, target, trust_remote_code=own)
-        _put_in_place(staging, target)
-    except (OSError, SafetensorError) as error:
-        raise AttneditError(f"could not write {target}: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not target.exists():
-            for folder in made:
-                folder.rmdir()
+            read_back(model, staging, f"what was written for {target} does not load, so it was not put there")
     return target
 
 
@@ -95,15 +79,17 @@ def _can_be_imported(model: PreTrainedModel) -> bool:
     return not any("<locals>" in str(entry.get("rewrite")) for entry in entries)
 
 
-def _read_back(staging: Path, target: Path, *, trust_remote_code: bool) -> None:
-    """Read what was written, its weights by name, shape and dtype only."""
+def read_back(model: PreTrainedModel, written: Path, failure: str) -> None:
+    """Read what was written of a model, its weights by name, shape and dtype only.
+
+    Raises:
+        AttneditError: it does not load; the message begins with `failure`.
+    """
+    own = any(is_own_class(kind) for kind in source_classes(model).values())
     try:
-        load_model(staging, device_map="meta", trust_remote_code=trust_remote_code)
+        load_model(written, device_map="meta", trust_remote_code=own)
     except AttneditError as error:
-        reason = str(error).replace(str(staging), "the copy")
-        raise AttneditError(
-            f"what was written for {target} does not load, so it was not put there: {reason}"
-        ) from error
+        raise AttneditError(f"{failure}: {str(error).replace(str(written), 'the copy')}") from error
 
 
 def write_beside(
@@ -209,26 +195,3 @@ def _model_type(directory: Path) -> str | None:
         return None
     found = config.get("model_type") if isinstance(config, dict) else None
     return found if isinstance(found, str) else None
-
-
-def _set_usual_mode(directory: Path) -> None:
-    """Undo the private mode of temporary directories: give what mkdir would have given."""
-    mask = os.umask(0)
-    os.umask(mask)
-    directory.chmod(0o777 & ~mask)
-
-
-def _put_in_place(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = aside / target.name
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:  # an interrupt too must not lose what was there
-        old.rename(target)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

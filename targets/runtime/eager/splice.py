@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 
@@ -48,11 +47,12 @@ def splice(model: nn.Module, graphs: Mapping[str, nn.Module]) -> None:
 
 def _keep_whole(model: nn.Module, names: Iterable[str]) -> None:
     """Take modules out of the plans for tensor parallelism: new attention works with all heads, on every device."""
-    for place, part in model.named_modules():
-        if isinstance(part, PreTrainedModel) and part.tp_plan:
+    parts: list[tuple[str, Any]] = list(model.named_modules())
+    for place, part in parts:
+        if plan := getattr(part, "tp_plan", None):
             inside = f"{place}." if place else ""
             whole = {re.sub(r"\.\d+(?=\.|$)", ".*", name.removeprefix(inside)) + "." for name in names}
-            part.tp_plan = {entry: how for entry, how in part.tp_plan.items() if not entry.startswith(tuple(whole))}
+            part.tp_plan = {entry: how for entry, how in plan.items() if not entry.startswith(tuple(whole))}
 
 
 def dropout_rate(attention: nn.Module) -> float:
