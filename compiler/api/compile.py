@@ -69,6 +69,7 @@ def compile(
     sinks: str | None = None,
     profile: str | None = None,
     kernel_dims: bool = False,
+    engine: str | None = None,
     allocation: str = "even",
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -105,6 +106,8 @@ def compile(
         profile: of a checkpoint that the result is to become (docs/export-hf.md): what its class lacks is left out
             from the start, so that export changes nothing. For "mla" norms and biases become linear maps.
         kernel_dims: with profile "deepseek_v3" or "youtu": the sizes of engines' kernels, in place of `kv_budget`.
+        engine: what will serve the result: "vllm", "sglang" or "llama.cpp" (docs/engines). It implies profile and
+            sizes, and refuses arguments that contradict it.
         allocation: of the latent layers' cache: "even", or "loss": more for the layers that cost more when they alone
             are latent, which is measured first (gains: docs/benchmarks.md). A native checkpoint, whose layers have all
             one size, is then as large as the largest.
@@ -149,6 +152,7 @@ def compile(
         "sinks": sinks,
         "profile": profile,
         "kernel_dims": kernel_dims,
+        "engine": engine,
         "allocation": allocation,
         "calibration": calibration,
         "tokenizer": tokenizer,
@@ -225,6 +229,7 @@ def _one_shot(
     sinks: str | None,
     profile: str | None,
     kernel_dims: bool,
+    engine: str | None,
     allocation: str,
     calibration: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -247,7 +252,9 @@ def _one_shot(
         own |= {"seed": seed, "device": device, "in_place": in_place, "verify": verify, "progress": progress}
         return rewrite(model, custom or target, fuel=fuel, dump_graphs=dump_graphs, **own)
     limit, dump = Fuel(fuel), Dump(dump_graphs)
-    windowing, form = check_arguments(target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims)
+    windowing, form = check_arguments(
+        target, kv_budget, window, full_layers, gate, sinks, profile, kernel_dims, engine=engine
+    )
     options = FitOptions.of(alternations)
     name = model_name(model)
     check_fresh(model, name)

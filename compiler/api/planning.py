@@ -32,6 +32,7 @@ from attnedit.passes.gateswa.options import (
 from attnedit.passes.mla.budget import Allocation, Shape, common_shapes, fixed_shapes, least_values, plan
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.targets.attention.cost import gateswa_values
+from attnedit.targets.runtime.engines import stock_rank
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
 from attnedit.targets.runtime.hf.towards import (
     GATES,
@@ -129,6 +130,9 @@ class Plan:
         if form.kernel_dims:
             return fixed_shapes(latent, KERNEL_DIMS["kv_lora_rank"], kernel_fold(latent[0]), self.columns)
         budget = DEFAULT_BUDGET if self.kv_budget is None else self.kv_budget
+        before = min(int(values) for values in self.before.per_layer if values)
+        if (rank := stock_rank(form.engine, before, budget)) is not None:
+            return fixed_shapes(latent, rank, kernel_fold(latent[0]), self.columns)
         values = int(budget * sum(self.before.per_layer) / len(self.sites) + 1e-6)
         if values < (least := max(least_values(site) for site in latent)):
             raise UsageError(
@@ -191,6 +195,7 @@ def check_arguments(
     kernel_dims: bool = False,
     allocation: str = "even",
     alternations: int = FitOptions.alternations,
+    engine: str | None = None,
 ) -> tuple[GateSWAOptions | None, Form | None]:
     """Refuse arguments that contradict each other, whatever the model; see `attnedit.compile`.
 
@@ -202,7 +207,7 @@ def check_arguments(
     """
     windowing = {"window": window, "full_layers": full_layers, "gate": gate, "sinks": sinks}
     if isinstance(target, Target) or target not in TARGETS:
-        own: dict[str, Any] = {"profile": profile, "kernel_dims": kernel_dims or None}
+        own: dict[str, Any] = {"profile": profile, "kernel_dims": kernel_dims or None, "engine": engine}
         own["allocation"] = None if allocation == "even" else allocation
         own["alternations"] = None if alternations == FitOptions.alternations else alternations
         _check_registered(target, {"kv_budget": kv_budget, **own}, windowing)
@@ -211,14 +216,15 @@ def check_arguments(
         raise UsageError(
             f"kv budget {kv_budget:g} is not a fraction of the source's cache; give one above 0, at most 1"
         )
-    _check_allocation(allocation, target, profile, kernel_dims)
-    form = form_for(profile, kernel_dims, target, kv_budget, gate, sinks)
+    _check_allocation(allocation, target, profile or engine, kernel_dims)
+    form = form_for(profile, kernel_dims, target, kv_budget, gate, sinks, engine)
     if not target.startswith("gateswa"):
         _refuse_given(windowing, "gateswa and gateswa+mla", target)
         return None, form
     if target == "gateswa" and kv_budget is not None and full_layers is not None:
         raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
     default_gate, default_sinks = (DEFAULT_GATE, DEFAULT_SINKS) if form is None else (GATES[form.profile][0], "none")
+    default_sinks = default_sinks if engine is None else "none"
     options = GateSWAOptions(
         window=DEFAULT_WINDOW if window is None else window,
         gate=default_gate if gate is None else gate,  # type: ignore[arg-type]  # refused if it is none
@@ -267,7 +273,7 @@ def _check_allocation(allocation: str, target: str, profile: str | None, kernel_
     if not target.endswith("mla"):
         raise UsageError(f"allocation is of a latent cache: for the targets mla and gateswa+mla, not for {target}")
     if profile is not None or kernel_dims:
-        raise UsageError("a profile's class has one size for all layers; leave allocation out, or the profile")
+        raise UsageError("a profile's class has one size for all layers; leave allocation out, or profile and engine")
 
 
 def calibration_windows(

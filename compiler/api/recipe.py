@@ -27,7 +27,7 @@ class Recipe(BaseModel):
         model, revision, dtype: the source, as the command line takes it; Python code has it already.
         target, kv_budget, window, full_layers, gate, sinks: what attention becomes.
         allocation: how layers share the latent cache.
-        profile, kernel_dims: the checkpoint that the result is to become.
+        profile, kernel_dims, engine: the checkpoint that the result is to become.
         calibration, calibration_tokens: text: a path, a dataset, or a mapping from such to weights.
         calibration_length: tokens of its longest windows.
         alternations, seed: of the closed-form fits.
@@ -48,6 +48,7 @@ class Recipe(BaseModel):
     sinks: str | None = None
     profile: str | None = None
     kernel_dims: bool = False
+    engine: str | None = None
     allocation: str = "even"
     calibration: str | dict[str, float] | None = None
     calibration_tokens: int | None = None

@@ -106,6 +106,12 @@ KernelDimsOption = Annotated[
     bool,
     typer.Option("--kernel-dims", help="With a latent profile: the sizes of engines' kernels, in place of a budget."),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What will serve the result: vllm, sglang or llama.cpp; implies profile and sizes (docs/engines)."
+    ),
+]
 
 LowMemoryOption = Annotated[
     bool,
@@ -130,6 +136,7 @@ def compile_model(
     sinks: SinksOption = None,
     profile: ProfileOption = None,
     kernel_dims: KernelDimsOption = False,
+    engine: EngineOption = None,
     allocation: AllocationOption = "even",
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = None,
@@ -178,6 +185,7 @@ def compile_model(
                 "training": trained,
                 "--dequantize": dequantize,
                 "--profile": wanted.profile is not None or wanted.kernel_dims,
+                "--engine": wanted.engine is not None,
                 "--allocation loss": wanted.allocation != "even",
                 "--fuel": fuel is not None,
                 "--dump-graphs": dump_graphs is not None,
@@ -246,7 +254,7 @@ def _refuse_with_low_memory(asked: Mapping[str, bool]) -> None:
 def _compile_in_parts(wanted: Recipe, output: Path, *, overwrite: bool, **options: Any) -> Report:
     if overwrite or not (output.expanduser() / RUN_FILE).exists():
         check_output(output, overwrite=overwrite)
-    whole = {*wanted.training, "profile", "kernel_dims", "allocation"}
+    whole = {*wanted.training, "profile", "kernel_dims", "engine", "allocation"}
     arguments = {name: value for name, value in wanted.arguments().items() if name not in whole}
     with ProgressBars() as progress:
         return attnedit.compile_checkpoint(
