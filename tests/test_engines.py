@@ -90,6 +90,12 @@ def test_windows_go_where_the_engine_has_them(
     assert "Engines that were tried with this form: vLLM 0.32.0" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_sglang_wants_a_full_layer(tmp_path: Path) -> None:
+    result = SimpleNamespace(model=windowed(build("llama"), full_layers=0), tokenizer=None)
+    with pytest.raises(attnedit.UsageError, match="SGLang's Laguna wants a full layer"):
+        export(result, tmp_path / "out", engine="sglang")
+
+
 def test_qwen3_windows_are_not_ignored_by_vllm(tmp_path: Path) -> None:
     model = windowed(build("qwen3"))
     written(model, tmp_path / "out", "native")

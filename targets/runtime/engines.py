@@ -144,6 +144,8 @@ def check_checkpoint(engine: str, config: Any) -> list[str] | None:
         raise UsageError(f"{engine} has a silu in the MLP of this class, the model {config.hidden_act}")
     rank = getattr(config, "kv_lora_rank", None)
     if rank is None:
+        if engine == SGLANG and "full_attention" not in config.layer_types:
+            raise UsageError("SGLang's Laguna wants a full layer; compile with --full-layers 1 or more")
         if engine != VLLM or config.model_type in VLLM_WINDOWS:
             return None
         if config.model_type in VLLM_LLAMA:
