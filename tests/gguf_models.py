@@ -20,9 +20,9 @@ WINDOW = 6
 VOCABULARY = 300
 
 
-def latent(family: str = "llama", **options: Any) -> PreTrainedModel:
+def latent(family: str = "llama", vocab: int = VOCABULARY, **options: Any) -> PreTrainedModel:
     """A model with latent attention in the form that DeepSeek's classes have."""
-    model = build(family, vocab_size=VOCABULARY, **options)
+    model = build(family, vocab_size=vocab, **options)
     return compile_tiny(model, 0.5, profile="deepseek_v3").model
 
 

@@ -22,6 +22,7 @@ from attnedit.cli import main
 
 PAGES = ["README.md", "docs/index.md", "docs/writing-a-rewrite.md"]
 LONG = [f"docs/{name}.md" for name in ("user-guide", "mla", "gateswa", "onnx", "ascend", "export-hf", "ecosystem")]
+LONG += [f"docs/engines/{name}.md" for name in ("llama.cpp", "sglang")]
 """Pages whose code takes its time, or wants the extra `ecosystem`."""
 HUB_NAME = "Qwen/Qwen3-0.6B"
 NAMED = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file

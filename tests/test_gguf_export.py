@@ -200,7 +200,7 @@ def test_the_command_line_writes_a_file_or_a_directory(tmp_path: Path, capsys: C
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.gguf"]
     answer(capsys, "export", result, "--to", "gguf", "-o", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"model.gguf", "README.md", "attnedit-report.json", "attnedit-report.html"}
+    assert names == {"model.gguf", "README.md", "attnedit-report.json", "report.html"}
     assert "llama-server" in (tmp_path / "out" / "README.md").read_text()
     again = ("export", result, "--to", "gguf", "-o")
     assert "exists" in refusal(capsys, *again, tmp_path / "new" / "m.gguf")

@@ -111,12 +111,14 @@ def test_engines_find_what_they_read(kernel_dims: bool, tied: bool, tmp_path: Pa
     assert config["rope_interleave"] is True
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert config["first_k_dense_replace"] == config["num_hidden_layers"]
+    # Engines take rms_norm_eps for the latent's norm too, and know no tied head.
+    assert config["rms_norm_eps"] == 1e-6
+    assert config["tie_word_embeddings"] is False
     if kernel_dims:
         sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
         assert [config[name] for name in sizes] == [512, 64, 128, 128]
-        # vLLM and SGLang read no other rope alike, and take rms_norm_eps for the latent's norm too.
+        # vLLM and SGLang read no other rope alike.
         assert config["rope_parameters"]["rope_type"] == "default"
-        assert config["rms_norm_eps"] == 1e-6
 
 
 def test_kernel_dims_refuse_frequencies_that_repeat(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Stage:
 
 
 LOADING, TRAINING = tuple(SourceOptions.model_fields), tuple(CalibrationOptions.model_fields)
-PLANNING = ("target", "kv_budget", "full_layers", "profile", "kernel_dims")
+PLANNING = ("target", "kv_budget", "full_layers", "profile", "kernel_dims", "engine")
 DATA, FORM = ("calibration", "calibration_tokens", "calibration_length", "seed"), ("window", "gate", "sinks")
 EDITING = ("fuel", "dump_graphs")
 STAGES = (

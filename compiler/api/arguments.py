@@ -95,6 +95,7 @@ class CompileArguments(AttentionArguments, TrainingArguments, total=False):
 
     profile: str | None
     kernel_dims: bool
+    engine: str | None
     in_place: bool
     partial: bool
     fuel: int | None

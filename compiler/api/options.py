@@ -110,6 +110,10 @@ class AttentionOptions(DataOptions):
     What its class lacks is left out from the start. For "mla" norms and biases become linear maps."""
     kernel_dims: Annotated[Switch, OURS] = False
     """With a latent profile: the sizes of engines' kernels, in place of a budget."""
+    engine: Annotated[str | None, OURS] = None
+    """What will serve the result: vllm, sglang or llama.cpp (docs/engines).
+
+    It implies profile and sizes, and refuses what contradicts it."""
     allocation: Annotated[Allocation, LATENT] = "auto"
     """How layers share the latent cache: even, or loss, by what each costs alone; auto unless given.
 
@@ -207,8 +211,10 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
                     raise UsageError(f"{name} is for the targets {readers}, not for {self.target_name}")
         if self.target == "gateswa" and self.kv_budget is not None and self.full_layers is not None:
             raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
-        if self.allocation == "loss" and (self.profile is not None or self.kernel_dims):
-            raise UsageError("a profile's class has one size for all layers; leave allocation out, or the profile")
+        if self.allocation == "loss" and (self.profile or self.engine or self.kernel_dims):
+            raise UsageError(
+                "a profile's class has one size for all layers; leave allocation out, or profile and engine"
+            )
         _ = self.form, self.windowing, self.fit
         return self
 
@@ -235,7 +241,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
     @cached_property
     def form(self) -> Form | None:
         """The form that a profile asks for, or None."""
-        asked = (self.profile, self.kernel_dims, self.target_name, self.kv_budget, self.gate, self.sinks)
+        asked = (self.profile, self.kernel_dims, self.target_name, self.kv_budget, self.gate, self.sinks, self.engine)
         return form_for(*asked) if self.ours else None
 
     @cached_property
@@ -244,6 +250,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
         if not self.windowed:
             return None
         gate, sinks = (DEFAULT_GATE, DEFAULT_SINKS) if self.form is None else (GATES[self.form.profile][0], "none")
+        sinks = sinks if self.engine is None else "none"
         return GateSWAOptions(
             window=DEFAULT_WINDOW if self.window is None else self.window,
             gate=gate if self.gate is None else self.gate,  # type: ignore[arg-type]  # refused if it is none

@@ -17,6 +17,7 @@ from attnedit.options import CompileOptions
 from attnedit.passes.gateswa.options import full_count, full_layers_of
 from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values, plan
 from attnedit.targets.attention.cost import gateswa_values
+from attnedit.targets.runtime.engines import stock_rank
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
 from attnedit.targets.runtime.hf.towards import Form, check_source, kernel_fold, slot_columns
 
@@ -108,6 +109,9 @@ class Plan:
         if form.kernel_dims:
             return fixed_shapes(latent, KERNEL_DIMS["kv_lora_rank"], kernel_fold(latent[0]), self.columns)
         budget = DEFAULT_BUDGET if self.options.kv_budget is None else self.options.kv_budget
+        before = min(int(values) for values in self.before.per_layer if values)
+        if (rank := stock_rank(form.engine, before, budget)) is not None:
+            return fixed_shapes(latent, rank, kernel_fold(latent[0]), self.columns)
         values = int(budget * sum(self.before.per_layer) / len(self.sites) + 1e-6)
         if values < (least := max(least_values(site) for site in latent)):
             raise UsageError(

@@ -61,6 +61,9 @@ def export(
         bool,
         typer.Option("--gguf", help="hf: a latent profile for llama.cpp's converter; better is --to gguf."),
     ] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="What will serve it: vllm or sglang (--to hf), llama.cpp (--to gguf).")
+    ] = None,
     soc: Annotated[str | None, typer.Option(help="npu: 910b, 910_93 or 310p; its limits decide.")] = None,
     *,
     json: JsonOption = False,
@@ -71,7 +74,13 @@ def export(
     lower = find_runtime(to)
     given: dict[str, Any] = {"flavor": flavor, "cache": cache, "dtype": dtype, "quantize": quantize, "opset": opset}
     given |= {"batch_size": batch_size, "seq_len": seq_len, "capacity": capacity}
-    given |= {"profile": profile, "kernel_dims": kernel_dims or None, "gguf": gguf or None, "soc": soc}
+    given |= {
+        "profile": profile,
+        "kernel_dims": kernel_dims or None,
+        "gguf": gguf or None,
+        "engine": engine,
+        "soc": soc,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     check_options(to, lower, options)
     with ProgressBars() as progress:

@@ -20,6 +20,7 @@ from attnedit.targets.attention.mla_graph import MLA_MODULE
 from attnedit.targets.runtime.check import check_model
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE, check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
+from attnedit.targets.runtime.engines import ENGINES, LLAMA_CPP
 from attnedit.targets.runtime.gguf.file import KINDS, check_file, write_file
 from attnedit.targets.runtime.gguf.form import Form
 from attnedit.targets.runtime.gguf.latent import latent_form
@@ -75,6 +76,7 @@ def export(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
+    engine: str | None = None,
     progress: Progress | None = None,
 ) -> GGUFManifest:
     """Write a rewritten model as a GGUF for llama.cpp, read it back, and compare what it computes with the live model.
@@ -89,6 +91,7 @@ def export(
             model card and the report.
         dtype: of matrices: "float32", "float16" or "bfloat16"; the model's own unless given.
         quantize: "q8_0" for blocks of 32 values with a scale, in place of a dtype.
+        engine: "llama.cpp" or None.
         progress: told what is going on.
 
     Returns:
@@ -106,6 +109,9 @@ def export(
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; llama.cpp's own converter takes it")
+    if engine not in (None, LLAMA_CPP):
+        check_choice("--engine", engine, ENGINES)
+        raise UsageError(f"a .gguf is for engine {LLAMA_CPP}; for {engine} give --to hf")
     if dtype is not None:
         check_choice("--dtype", dtype, DTYPES)
     if quantize is not None:

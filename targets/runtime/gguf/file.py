@@ -21,6 +21,8 @@ KINDS = {
 }
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "q8_0": 1 / 127}
 """What storing a value may change, as a fraction of the largest value in its row; of itself in floating point."""
+SUBNORMAL = {"float16": 2.0**-25, "q8_0": 127 * 2.0**-25}
+"""What float16 rounds off below its normal range: of a value, and of a scale times the largest integer."""
 BLOCK = 32
 """Values that share a scale in q8_0."""
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -140,8 +142,7 @@ def check_file(form: Form, keys: dict[str, Any], kind: str, file: Path) -> Writt
         stored = {kind: name for name, (kind, _) in KINDS.items()}[_kind_of(tensor, wanted)]
         meant, found = tensor.detach().cpu().float(), written.tensor(name)
         scale = meant.abs().amax(-1, keepdim=True) if stored == "q8_0" else meant.abs()
-        # What float16 holds below its normal range is rounded by a fixed amount.
-        bound = ROUNDING[stored] * scale + (2.0**-24 if stored in ("float16", "q8_0") else 0.0)
+        bound = ROUNDING[stored] * scale + SUBNORMAL.get(stored, 0.0)
         if meant.shape != found.shape or not bool(((meant - found).abs() <= bound).all()):
             raise VerificationError(f"{name} was not stored as it was meant; nothing was kept")
     return written

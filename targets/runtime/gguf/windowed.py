@@ -139,4 +139,5 @@ def _norms() -> list[str]:
 
 def _as_neighbours(rows: Tensor, head_dim: int) -> Tensor:
     """Reorder the rows of every head from halves that turn together to neighbours that do."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    heads: Tensor = rows.unflatten(0, (-1, 2, head_dim // 2))
+    return heads.transpose(1, 2).flatten(0, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from attnedit.compiler.forwards import evaluation_mode
 from attnedit.compiler.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.report import Report
+from attnedit.targets.attention.mla_graph import MLA_MODULE
 from attnedit.targets.attention.rewritten import KV_CACHE_MODULE
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE, check_free
-from attnedit.targets.runtime.eager.classes import MODEL_TYPE
+from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_sites
+from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, TRIED, VLLM, check_checkpoint, export_profile
 from attnedit.targets.runtime.hf.card import CARD_FILE, NATIVE, REMOTE, model_card
 from attnedit.targets.runtime.hf.check import Check, check_same
+from attnedit.targets.runtime.hf.files import check_files
 from attnedit.targets.runtime.hf.gateswa import laguna_checkpoint, lfm3_checkpoint, native_checkpoint
 from attnedit.targets.runtime.hf.mla import latent_checkpoint
 from attnedit.targets.runtime.hf.native import Native, read_native, write_native
@@ -61,6 +64,7 @@ def export(
     profile: str | None = None,
     kernel_dims: bool = False,
     gguf: bool = False,
+    engine: str | None = None,
     progress: Progress | None = None,
 ) -> HFManifest:
     """Write a rewritten model in a form that transformers loads without attnedit, and compare it with the live one.
@@ -76,7 +80,10 @@ def export(
             for unless given.
         kernel_dims: with deepseek_v3 and youtu: the sizes and norms that engines' kernels want; as the result was
             compiled unless given.
-        gguf: with deepseek_v3 and youtu: the form that llama.cpp's converter and loader read.
+        gguf: with deepseek_v3 and youtu: the form that llama.cpp's converter and loader read; `gguf.export` writes a
+            better file itself.
+        engine: "vllm" or "sglang": chooses the profile, and refuses what that engine could not serve. The one that the
+            result was compiled for, unless it or a profile is given.
         progress: told what is going on.
 
     Returns:
@@ -92,29 +99,37 @@ def export(
         >>> export(result, "llama-mla-deepseek", profile="deepseek_v3")  # doctest: +SKIP
     """
     recipe: dict[str, Any] = getattr(getattr(result, "report", None), "recipe", None) or {}
+    if engine == LLAMA_CPP:
+        raise UsageError(f"engine {LLAMA_CPP} takes a GGUF: give --to gguf")
     if profile is None:
+        engine = engine or recipe.get("engine")
         profile = recipe.get("profile")
         kernel_dims = kernel_dims or bool(recipe.get("kernel_dims"))
+    model: PreTrainedModel = result.model
+    if getattr(model.config, "model_type", None) != MODEL_TYPE:
+        raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
+    profile = profile_of(model, engine, profile)
     if profile is None:
-        raise UsageError(f"a checkpoint needs a --profile; give {' or '.join(PROFILES)}")
+        raise UsageError(f"a checkpoint needs a --profile; give {' or '.join(PROFILES)}, or an --engine")
     check_choice("--profile", profile, PROFILES)
     if kernel_dims and profile not in LATENT:
         raise UsageError(f"--kernel-dims goes with --profile {' or '.join(LATENT)}, not with {profile}")
     if gguf and profile not in LATENT:
         raise UsageError(f"--gguf goes with --profile {' or '.join(LATENT)}, not with {profile}")
-    model: PreTrainedModel = result.model
-    if getattr(model.config, "model_type", None) != MODEL_TYPE:
-        raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
+    if gguf and engine is not None:
+        raise UsageError(f"--gguf is for llama.cpp's converter, not for engine {engine}; leave it out")
     _check_kinds(model)
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     with evaluation_mode(model), staged(target) as staging:
         with stage("write", progress):
-            notes = _write(model, staging, profile, kernel_dims, gguf)
+            notes = _write(model, staging, profile, kernel_dims, engine, gguf)
             _write_rest(result, staging, profile, notes)
         with stage("check", progress):
             written = load_code(staging) if profile == REMOTE_PROFILE else read_native(staging)
             checks: list[Check] = check_same(model, written.to(model.device))  # type: ignore[arg-type]
+            if profile != REMOTE_PROFILE:
+                check_files(getattr(result, "tokenizer", None), model, staging)
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)
 
 
@@ -134,21 +149,43 @@ def _check_kinds(model: PreTrainedModel) -> None:
             )
 
 
-def native_form(model: PreTrainedModel, profile: str, kernel_dims: bool = False, gguf: bool = False) -> Native:
+def profile_of(model: PreTrainedModel, engine: str | None, profile: str | None) -> str | None:
+    """Return the profile that an engine takes of a model; `profile` without an engine.
+
+    Raises:
+        UsageError: the engine takes another, or no checkpoint.
+    """
+    if engine is None:
+        return profile
+    sites = source_sites(model).values()
+    latent = any(hasattr(model.get_submodule(site.name), MLA_MODULE) for site in sites)
+    normed = any(norm is not None for site in sites for norm in (site.query_norm, site.key_norm))
+    return export_profile(engine, profile, latent=latent, normed=normed)
+
+
+def native_form(
+    model: PreTrainedModel, profile: str, kernel_dims: bool = False, engine: str | None = None, gguf: bool = False
+) -> Native:
     """Bring a rewritten model into a class of transformers; nothing is written.
 
     Raises:
-        UsageError: the profile cannot express the model; the message says what of it.
+        UsageError: the profile cannot express the model, or the engine could not serve it; the message says what of it.
     """
-    return latent_checkpoint(model, profile, kernel_dims, gguf) if profile in LATENT else WINDOWED[profile](model)
+    if profile in LATENT:
+        native = latent_checkpoint(model, profile, kernel_dims, gguf, SLOT_VALUES if engine == VLLM else None)
+    else:
+        native = WINDOWED[profile](model)
+    return native if engine is None else replace(native, architectures=check_checkpoint(engine, native.config))
 
 
-def _write(model: PreTrainedModel, staging: Path, profile: str, kernel_dims: bool, gguf: bool) -> list[str]:
+def _write(
+    model: PreTrainedModel, staging: Path, profile: str, kernel_dims: bool, engine: str | None, gguf: bool
+) -> list[str]:
     """Write weights, configuration and code; return notes for the model card."""
     if profile == REMOTE_PROFILE:
         write_remote(model, staging)
         return ["Needs the version of transformers that it was written with, or a later one; attnedit is not needed."]
-    native = native_form(model, profile, kernel_dims, gguf)
+    native = native_form(model, profile, kernel_dims, engine, gguf)
     generation: GenerationConfig | None = copy.deepcopy(model.generation_config)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = getattr(model.config, "pad_token_id", None)
@@ -167,5 +204,6 @@ def _write_rest(result: Any, staging: Path, profile: str, notes: list[str]) -> N
         (staging / HTML_FILE).write_text(report.to_html(), encoding="utf-8")
     loading = REMOTE if profile == REMOTE_PROFILE else NATIVE
     form = "checkpoint with code of its own" if profile == REMOTE_PROFILE else f"checkpoint of profile {profile}"
+    notes = [*notes, f"Engines that were tried with this form: {TRIED[profile]}"]
     card = model_card(report, loading=loading, form=form, notes=notes, license=license)
     (staging / CARD_FILE).write_text(card, encoding="utf-8")

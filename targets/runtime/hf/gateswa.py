@@ -115,7 +115,7 @@ def lfm3_checkpoint(model: PreTrainedModel) -> Native:
 
 
 def native_checkpoint(model: PreTrainedModel) -> Native:
-    """Bring a model with plain sliding windows into its source's own class; Qwen2's, where that knows no windows.
+    """Bring a model with plain sliding windows into its source's own class; Llama's with windows where that has none.
 
     Raises:
         UsageError: the class cannot express the model; the message says what of it.
@@ -137,36 +137,50 @@ def native_checkpoint(model: PreTrainedModel) -> Native:
             # Two virtual keys without value weigh what one does with the sum of their exponentials.
             own, ours = (f"{layer.site.name}.{name}" for name in (layer.site.sinks, f"{GATESWA_MODULE}.sink_logit"))
             state[own] = torch.logaddexp(state[own].double(), model.get_parameter(ours).double())
-    if getattr(source, "layer_types", None) is None:
-        return _as_qwen2(source, layers, state)
+    if getattr(source, "layer_types", None) is None or source.model_type == "qwen2":
+        return _as_llama(source, layers, state)
     source.sliding_window = common_window(layers)
     source.layer_types = [FULL if layer.window is None else SLIDING for layer in layers]
     if hasattr(source, "use_sliding_window"):
         source.use_sliding_window = True
+        # vLLM's Qwen classes have windows in no layer: so they refuse the model, and do not ignore its windows.
+        source.max_window_layers = 0
     return Native(source, state, _notes(layers))
 
 
-def _as_qwen2(source: Any, layers: list[Layer], state: dict[str, Tensor]) -> Native:
-    """Qwen2 is Llama with biases on queries, keys and values, and windows in some layers."""
-    sizes = {"layer_types": [FULL if layer.window is None else SLIDING for layer in layers]}
-    first = layers[0].site
-    config: Any = decoder_config(
-        source,
-        "qwen2",
-        num_key_value_heads=first.num_key_value_heads,
-        rope_parameters=_rope(source),
-        use_sliding_window=True,
-        sliding_window=common_window(layers),
-        **sizes,
+def _as_llama(source: Any, layers: list[Layer], state: dict[str, Tensor]) -> Native:
+    """Llama's attention with windows in some layers: Ministral's class, or SmolLM3's where there are biases.
+
+    Transformers knows no windows in Llama's own class. Qwen2's has them, but engines ignore them there, and its
+    tokenizer takes the place of the source's.
+    """
+    biased = any(bool(state[name].any()) for name in _bias_names(layers) if name in state)
+    fields: dict[str, Any] = {
+        "num_key_value_heads": layers[0].site.num_key_value_heads,
+        "rope_parameters": _rope(source),
+        "sliding_window": common_window(layers),
+        "layer_types": [FULL if layer.window is None else SLIDING for layer in layers],
+    }
+    if biased:
+        fields |= {"attention_bias": True, "use_sliding_window": True, "no_rope_layers": [1] * len(layers)}
+    config: Any = decoder_config(source, "smollm3" if biased else "ministral", **fields)
+    config.head_dim = layers[0].site.head_dim
+    for name in _bias_names(layers):
+        weight = state.get(name.replace(".bias", ".weight"))
+        if not biased:
+            state.pop(name, None)
+        elif weight is not None:
+            state.setdefault(name, weight.new_zeros(len(weight)))
+    note = (
+        f"The class is {type(config).__name__.removesuffix('Config')}'s, which is Llama's with windows in some layers; "
+        "transformers' own Llama knows none."
     )
-    config.head_dim = first.head_dim
-    for layer in layers:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            weight = state.get(f"{layer.site.name}.{name}.weight")
-            if weight is not None:
-                state.setdefault(f"{layer.site.name}.{name}.bias", weight.new_zeros(len(weight)))
-    note = f"{type(source).__name__} knows no windows in some layers only, so the class is Qwen2's, its biases 0."
     return Native(config, state, [note, *_notes(layers)])
+
+
+def _bias_names(layers: list[Layer]) -> list[str]:
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj")
+    return [f"{layer.site.name}.{part}.bias" for layer in layers for part in parts]
 
 
 def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> list[Layer]:

@@ -49,18 +49,26 @@ class Sizes:
     v_head_dim: int
 
 
-def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool = False, gguf: bool = False) -> Native:
+def latent_checkpoint(
+    model: PreTrainedModel,
+    model_type: str,
+    kernel_dims: bool = False,
+    gguf: bool = False,
+    slot_values: int | None = None,
+) -> Native:
     """Bring a model with latent attention in every layer into DeepSeek's form.
 
-    Layers are padded to common sizes with zeros, which changes nothing; so are slots that some layers lack.
+    Layers are padded to common sizes with zeros, which changes nothing; so are slots that some layers lack. Engines
+    take ``rms_norm_eps`` for the latent's norm too, so the residual stream is scaled to the latent's; and they know no
+    tied head in this class, so it has weights of its own.
 
     Args:
         model: the rewritten model.
         model_type: "deepseek_v3" or "youtu".
-        kernel_dims: pad to what engines' kernels want, and scale the residual stream so that ``rms_norm_eps`` is the
-            latent norm's as well, which engines take it for.
-        gguf: scale the residual stream too, and store the query in two steps with a norm between them, neutralised
+        kernel_dims: pad to what engines' kernels want.
+        gguf: store the query in two steps with a norm between them, neutralised
             like the latent's: llama.cpp loads no other form of most depths. Sizes stay as they are.
+        slot_values: rotary values per token, with zeros for slots that are not there; as many as needed unless given.
 
     Raises:
         UsageError: the class cannot express the model; the message says what of it.
@@ -75,7 +83,7 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
         sizes = common_sizes(layers, rope, kernel_dims)
         return latent_config(source, model_type, sizes, parameters, source.hidden_size if gguf else None)
 
-    size = KERNEL_DIMS["qk_rope_head_dim"] if kernel_dims else None
+    size = KERNEL_DIMS["qk_rope_head_dim"] if kernel_dims else slot_values
     table = choose_table([layer.frequencies for layer in layers], source, make, size)
     if gguf and table.type != "default":
         raise UsageError(
@@ -93,8 +101,11 @@ def latent_checkpoint(model: PreTrainedModel, model_type: str, kernel_dims: bool
         if gguf:
             made |= _query_in_two_steps(made.pop("q_proj"), model.dtype)
         state |= {f"{layer.site.name}.{name}.weight": value.to(model.dtype) for name, value in made.items()}
-    if (kernel_dims or gguf) and config.rms_norm_eps != LATENT_EPSILON:
-        _scale_residual_stream(state, (LATENT_EPSILON / config.rms_norm_eps) ** 0.5, config.tie_word_embeddings)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].detach().clone()
+        config.tie_word_embeddings = False
+    if config.rms_norm_eps != LATENT_EPSILON:
+        _scale_residual_stream(state, (LATENT_EPSILON / config.rms_norm_eps) ** 0.5)
         config.rms_norm_eps = LATENT_EPSILON
     return Native(config, state, _notes(config, table))
 
@@ -227,14 +238,12 @@ def _query_in_two_steps(query: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _scale_residual_stream(state: dict[str, Tensor], factor: float, tied: bool) -> None:
+def _scale_residual_stream(state: dict[str, Tensor], factor: float) -> None:
     """Multiply the residual stream by a factor; norms with eps times its square then give what they gave before."""
     for name, value in state.items():
         last = name.removesuffix(".weight").rpartition(".")[2]
-        if last in ("embed_tokens", "o_proj", "down_proj") or (tied and last == "lm_head"):
+        if last in ("embed_tokens", "o_proj", "down_proj"):
             state[name] = (value.double() * factor).to(value.dtype)
-        elif tied and name == "model.norm.weight":
-            state[name] = (value.double() / factor).to(value.dtype)  # the head has shrunk with the embedding
 
 
 def _notes(config: Any, table: Table) -> list[str]:
@@ -255,9 +264,4 @@ def _notes(config: Any, table: Table) -> list[str]:
         )
     elif table.type != "default":
         notes.append(f"Engines with a DeepSeek class of their own read rope_type {table.type} each in its own way.")
-    if config.rms_norm_eps != LATENT_EPSILON:
-        notes.append(
-            f"The latent norm is neutralised for its eps in transformers, {LATENT_EPSILON:g}; engines that take "
-            f"rms_norm_eps ({config.rms_norm_eps:g}) there need the export with --kernel-dims or --gguf."
-        )
     return notes

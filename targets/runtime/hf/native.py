@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +49,14 @@ class Native:
         config: of that class.
         state: the weights, by its names.
         notes: what its user should know.
+        architectures: what config.json calls the class for an engine that has it by another name; transformers goes by
+            the model's type.
     """
 
     config: PreTrainedConfig
     state: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
+    architectures: list[str] | None = None
 
 
 def decoder_config(source: PreTrainedConfig, model_type: str, **fields: Any) -> PreTrainedConfig:
@@ -156,6 +160,10 @@ def write_native(native: Native, directory: Path, dtype: torch.dtype, generation
     if generation_config is not None:
         model.generation_config = generation_config
     model.save_pretrained(directory)
+    if native.architectures is not None:
+        file = directory / "config.json"
+        values = {**json.loads(file.read_text(encoding="utf-8")), "architectures": native.architectures}
+        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_native(directory: Path) -> PreTrainedModel:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.sites import AttentionSite
-from attnedit.targets.runtime.hf.export import LATENT, PROFILES, REMOTE_PROFILE, native_form
+from attnedit.targets.runtime.engines import VLLM, check_engine
+from attnedit.targets.runtime.hf.export import LATENT, PROFILES, REMOTE_PROFILE, native_form, profile_of
 from attnedit.targets.runtime.hf.latent import lacking, positions, slot_frequencies
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS, Sizes, check_activation, latent_config
 from attnedit.targets.runtime.hf.native import OTHER, check_places, refuse_half, skeleton
@@ -32,10 +33,17 @@ class Form:
     Attributes:
         profile: its name.
         kernel_dims: whether sizes are those of engines' kernels.
+        engine: that it is for.
     """
 
     profile: str
     kernel_dims: bool = False
+    engine: str | None = None
+
+    @property
+    def kernel_slots(self) -> bool:
+        """Whether the rotary slots are those of engines' kernels."""
+        return self.kernel_dims or self.engine == VLLM
 
     @property
     def latent(self) -> bool:
@@ -50,6 +58,7 @@ def form_for(
     kv_budget: float | None = None,
     gate: str | None = None,
     sinks: str | None = None,
+    engine: str | None = None,
 ) -> Form | None:
     """Hold the arguments of a compilation against a profile.
 
@@ -57,8 +66,9 @@ def form_for(
         The form that the model gets; None where the profile asks for nothing: none is given, or one for any result.
 
     Raises:
-        UsageError: there is no such profile, or an argument contradicts it.
+        UsageError: there is no such profile or engine, or an argument contradicts it.
     """
+    profile = check_engine(engine, target, profile, kernel_dims, gate, sinks)
     if profile is None:
         if kernel_dims:
             raise UsageError(f"kernel_dims goes with profile {' or '.join(LATENT)}")
@@ -77,7 +87,7 @@ def form_for(
             raise UsageError(f"profile {profile} holds gate {' or '.join(GATES[profile])}, not {gate}; {OTHER}")
         if sinks is not None and sinks not in (("none", "logit") if profile == "native" else ("none",)):
             raise UsageError(f"profile {profile} holds no sinks {sinks}; give sinks none")
-    return Form(profile, kernel_dims)
+    return Form(profile, kernel_dims, engine)
 
 
 def check_source(model: PreTrainedModel, sites: list[AttentionSite], form: Form) -> list[str]:
@@ -143,7 +153,7 @@ def slot_columns(model: PreTrainedModel, sites: list[AttentionSite], form: Form)
         columns = list(site.rope.columns) if site.rope else []
         frequencies, _ = slot_frequencies(model, site, columns)
         pairs = sorted(zip(frequencies, columns, strict=True), reverse=True)
-        if form.kernel_dims and theta:
+        if form.kernel_slots and theta:
             table = plain_table(theta, KERNEL_DIMS["qk_rope_head_dim"])
             pairs = [pair for pair in pairs[:: kernel_fold(site)] if table.places([pair[0]]) is not None]
         found[site.name] = [column for _, column in pairs]
@@ -162,5 +172,5 @@ def check_form(model: PreTrainedModel, form: Form) -> None:
     Raises:
         UsageError: the profile cannot express the model; the message says what of it.
     """
-    native = native_form(model, form.profile, form.kernel_dims)
+    native = native_form(model, profile_of(model, form.engine, None) or form.profile, form.kernel_dims, form.engine)
     check_places(skeleton(native.config), native.state)

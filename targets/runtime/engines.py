@@ -1,0 +1,167 @@
+"""Inference engines that results are written for: what each takes, and which form that makes of a result.
+
+From the engines' own loaders. vLLM: one of three sizes of cached latent attention, windows in its Llama and Laguna.
+SGLang: any size that is the same in all layers, windows in Laguna. llama.cpp: a GGUF.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnedit.compiler.errors import UsageError
+from attnedit.targets.runtime.staging import check_choice
+
+VLLM, SGLANG, LLAMA_CPP = "vllm", "sglang", "llama.cpp"
+ENGINES = (VLLM, SGLANG, LLAMA_CPP)
+SLOT_VALUES = 64
+"""Rotary values per token in stock vLLM's sizes."""
+STOCK_VALUES = (576, 512, 320)
+"""Cached values per token and layer of latent attention that stock vLLM admits."""
+LATENT_PROFILE = "deepseek_v3"
+VLLM_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "laguna")
+"""Types whose classes in vLLM read ``layer_types``."""
+VLLM_LLAMA = ("ministral", "smollm3")
+"""Types that vLLM's Llama serves, ``layer_types`` and biases included."""
+PLUGIN = "attnedit's plugin for vLLM (pip install 'attnedit[vllm]'), which serves the saved result itself"
+
+# What was run with which form, for model cards; the others were only read.
+TRIED = {
+    "deepseek_v3": "vLLM 0.32.0 (CPU; one of its sizes, or a plugin); llama.cpp through --to gguf; SGLang was not run.",
+    "youtu": "None: neither vLLM 0.32 nor SGLang knows this class.",
+    "laguna": "vLLM 0.32.0 (CPU); SGLang was not run.",
+    "lfm3": "None: vLLM 0.32 does not know this class.",
+    "native": "vLLM 0.32.0 (CPU), as its LlamaForCausalLM with layer_types; not as any other class.",
+    "remote": "None: engines run their own classes.",
+}
+
+
+def check_engine(
+    engine: str | None, target: str, profile: str | None, kernel_dims: bool, gate: str | None, sinks: str | None
+) -> str | None:
+    """Hold the arguments of a compilation against an engine.
+
+    Returns:
+        The profile that the engine asks for; `profile` where it asks for none.
+
+    Raises:
+        UsageError: an argument contradicts it.
+    """
+    if engine is None:
+        return profile
+    check_choice("engine", engine, ENGINES)
+    if target not in ("mla", "gateswa"):
+        other = f"; use {PLUGIN}" if engine == VLLM else ""
+        raise UsageError(f"engine {engine} holds target mla or gateswa, not {target}{other}")
+    wanted = LATENT_PROFILE if target == "mla" else _windowed_profile(engine)
+    if profile not in (None, wanted):
+        raise UsageError(
+            f"engine {engine} takes {_named(wanted)} of target {target}, not profile {profile}; leave it out"
+        )
+    if kernel_dims:
+        raise UsageError(f"kernel_dims and engine {engine} both say which sizes there are; give one of them")
+    if wanted is None:
+        kinds = sorted({*(sinks or "none").split(",")} - {"none", "logit"})
+        if kinds:
+            raise UsageError(f"engine {engine} holds no sinks {kinds[0]}; give sinks none or logit")
+        if gate == "element":
+            raise UsageError(f"engine {engine} holds a gate per head or none, not per element")
+        if gate == "head" and "logit" in (sinks or ""):
+            raise UsageError(f"engine {engine} holds a gate or sink logits, not both")
+    return wanted
+
+
+def _windowed_profile(engine: str) -> str | None:
+    return {VLLM: "native", SGLANG: "laguna"}.get(engine)
+
+
+def _named(profile: str | None) -> str:
+    return "a .gguf and no profile" if profile is None else f"profile {profile}"
+
+
+def stock_rank(engine: str | None, source_values: int, budget: float) -> int | None:
+    """Return the latent's size for an engine with sizes of its own; None where any will do.
+
+    Args:
+        engine: its name.
+        source_values: what the source caches per token and layer.
+        budget: fraction of it that may be cached.
+
+    Raises:
+        UsageError: none of its sizes is within the budget.
+    """
+    if engine != VLLM:
+        return None
+    within = [values for values in STOCK_VALUES if values <= budget * source_values + 1e-6]
+    if within:
+        return max(within) - SLOT_VALUES
+    saving = [values for values in STOCK_VALUES if values < source_values]
+    sizes = ", ".join(map(str, STOCK_VALUES))
+    if saving:
+        least = -(-min(saving) * 100 // source_values) / 100
+        raise UsageError(
+            f"stock vLLM caches {sizes} values per token and layer, and kv_budget {budget:g} allows "
+            f"{int(budget * source_values)}; give kv_budget {least:g}, or use {PLUGIN}"
+        )
+    raise UsageError(
+        f"stock vLLM caches {sizes} values per token and layer, and the source {source_values}: nothing would be "
+        f"saved; use {PLUGIN}"
+    )
+
+
+def export_profile(engine: str, profile: str | None, *, latent: bool, normed: bool) -> str:
+    """Return the profile of a checkpoint for an engine.
+
+    Args:
+        engine: its name.
+        profile: as asked for, or as the result was compiled for.
+        latent: whether its attention is latent.
+        normed: whether queries or keys are normalised.
+
+    Raises:
+        UsageError: the engine takes no checkpoint, or not of that profile.
+    """
+    check_choice("--engine", engine, ENGINES)
+    if engine == LLAMA_CPP and not latent:
+        raise UsageError("llama.cpp takes a GGUF of this result: give --to gguf")
+    windowed = "laguna" if normed or engine == SGLANG else "native"
+    wanted = LATENT_PROFILE if latent else windowed
+    able = {wanted} if latent or engine == SGLANG else {wanted, "laguna"}
+    if profile is not None and profile not in able:
+        raise UsageError(f"{engine} takes profile {wanted} of this result, not {profile}; leave --profile out")
+    return profile or wanted
+
+
+def check_checkpoint(engine: str, config: Any) -> list[str] | None:
+    """Hold a checkpoint's configuration against what an engine's loader reads.
+
+    Returns:
+        What config.json is to call the class, if not by transformers' name.
+
+    Raises:
+        UsageError: the engine could not serve it, or would serve something else.
+    """
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise UsageError(f"{engine} has a silu in the MLP of this class, the model {config.hidden_act}")
+    rank = getattr(config, "kv_lora_rank", None)
+    if rank is None:
+        if engine == SGLANG and "full_attention" not in config.layer_types:
+            raise UsageError("SGLang's Laguna wants a full layer; compile with --full-layers 1 or more")
+        if engine != VLLM or config.model_type in VLLM_WINDOWS:
+            return None
+        if config.model_type in VLLM_LLAMA:
+            return ["LlamaForCausalLM"]
+        raise UsageError(f"vLLM's class for {config.model_type} has no windows in some layers only; use {PLUGIN}")
+    rope = config.rope_parameters["rope_type"]
+    if rope != "default":
+        raise UsageError(
+            f"the rotary slots need rope_type {rope}, which {engine} reads in its own way; "
+            f"compile with --engine {engine}"
+        )
+    values = rank + config.qk_rope_head_dim
+    if engine == VLLM and (values not in STOCK_VALUES or config.qk_rope_head_dim != SLOT_VALUES):
+        sizes = ", ".join(f"{size - SLOT_VALUES} + {SLOT_VALUES}" for size in STOCK_VALUES)
+        raise UsageError(
+            f"stock vLLM admits latent and slots of {sizes} values, the result has {rank} + "
+            f"{config.qk_rope_head_dim}; compile with --engine vllm, or use {PLUGIN}"
+        )
+    return None
