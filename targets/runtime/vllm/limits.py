@@ -35,6 +35,7 @@ NOT_SERVED = {
     "expert parallelism": "leave out --enable-expert-parallel",
     "speculative decoding": "leave out --speculative-config",
     "LoRA": "leave out --enable-lora; fold the adapter into the model before compiling",
+    "quantisation on load": "leave out --quantization",
     "a quantised KV cache": "use --kv-cache-dtype auto",
 }
 """Features of vLLM that nobody ran with rewritten attention, and what to do instead."""
@@ -52,7 +53,9 @@ def check(record: Mapping[str, Any], settings: Settings) -> None:
     """
     for feature, used in (settings.others or {}).items():
         if used:
-            raise UsageError(f"{feature} was not tested with rewritten attention in vLLM; {NOT_SERVED[feature]}")
+            raise UsageError(
+                f"{feature} is not served with rewritten attention: nobody tested it; {NOT_SERVED[feature]}"
+            )
     for name, values in record["sites"].items():
         config = config_from_dict(values)
         for feature, remedy in _problems(config, settings):
@@ -64,27 +67,21 @@ def _problems(config: AnyConfig, settings: Settings) -> Iterator[tuple[str, str]
     ranks = settings.tensor_parallel
     if isinstance(config, MLAConfig):
         if config.num_attention_heads % ranks:
-            yield f"{config.num_attention_heads} heads for {ranks} ranks", "use a --tensor-parallel-size that divides it"
-        if settings.device == "cpu":
-            return
-        for feature, there in {
-            "latent attention with a window": config.window is not None,
-            "latent attention with a softcap": config.softcap is not None,
-            "latent attention with sink logits": config.sinks,
-        }.items():
-            if there:
-                yield (
-                    f"{feature}, which vLLM has on no GPU",
-                    "compile that source with --target gateswa, or use attnedit.load",
-                )
-        if not config.rope_columns or not config.qk_nope_head_dim:
-            which = "no rotary slots" if not config.rope_columns else "rotary slots only"
-            yield f"latent attention with {which}, which vLLM's kernels do not take", "use attnedit.load"
+            yield (
+                f"{config.num_attention_heads} heads for {ranks} ranks",
+                "use a --tensor-parallel-size that divides it",
+            )
+        if settings.device != "cpu":
+            yield (
+                f"latent attention, of which no size was run on {settings.device}",
+                "serve it with vLLM on a CPU, or write a checkpoint of a class that vLLM has (attnedit export --to hf "
+                "--profile deepseek_v3)",
+            )
     elif isinstance(config, GateSWAConfig):
         if config.sink_tokens:
             yield (
-                f"{config.sink_tokens} kept first tokens (--sinks keep:{config.sink_tokens}), for which vLLM's cache has "
-                "no place",
+                f"{config.sink_tokens} kept first tokens (--sinks keep:{config.sink_tokens}), for which vLLM's cache "
+                "has no place",
                 "compile with --sinks none or --sinks logit",
             )
         if config.sinks and config.sink_value:

@@ -31,7 +31,8 @@ class AttneditForCausalLM(TransformersForCausalLM):
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> AttneditForCausalLM:
         """Take the class that has its experts run by vLLM, where there are any."""
         experts = vllm_config.model_config.get_num_experts() > 1
-        return super().__new__(AttneditMoEForCausalLM if experts else cls)
+        made: AttneditForCausalLM = super().__new__(AttneditMoEForCausalLM if experts else cls)
+        return made
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         decoder_class(vllm_config.model_config.hf_config)
