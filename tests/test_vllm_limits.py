@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +25,10 @@ from attnedit.targets.runtime.vllm.decoder import (
     without_mask_and_cache,
 )
 from attnedit.targets.runtime.vllm.limits import NOT_SERVED
+from attnedit.targets.runtime.vllm.plugin import check_engine
 
 
-def record(**changes: Any) -> dict[str, Any]:
+def record(**changes: Any) -> Any:
     values = {
         "kind": "gateswa",
         "layer_idx": 3,
@@ -37,10 +40,10 @@ def record(**changes: Any) -> dict[str, Any]:
         "sliding_window": 16,
         "scale": 1.0,
     }
-    return {"sites": {"model.layers.3.self_attn": {**values, **changes}}}
+    return SimpleNamespace(attnedit={"sites": {"model.layers.3.self_attn": {**values, **changes}}})
 
 
-def latent(**changes: Any) -> dict[str, Any]:
+def latent(**changes: Any) -> Any:
     values = {
         "kind": "mla",
         "layer_idx": 3,
@@ -53,7 +56,7 @@ def latent(**changes: Any) -> dict[str, Any]:
         "input_size": 64,
         "scale": 1.0,
     }
-    return {"sites": {"model.layers.3.self_attn": {**values, **changes}}}
+    return SimpleNamespace(attnedit={"sites": {"model.layers.3.self_attn": {**values, **changes}}})
 
 
 CUDA = Settings("cuda")
@@ -95,6 +98,48 @@ def test_what_can_be_served_is() -> None:
     check(latent(), Settings(tensor_parallel=2))
     for changes in ({"window": 8}, {"softcap": 8.0}, {"sinks": True}, {"rope_columns": []}, {"qk_nope_head_dim": 0}):
         check(latent(**changes), Settings())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_follow_the_longest_request_are_refused(kind: str) -> None:
+    config = record()
+    for parameters in ({"rope_type": kind}, {"sliding": {"rope_type": "default"}, "full": {"rope_type": kind}}):
+        config.rope_parameters = parameters
+        with pytest.raises(UsageError, match=f"rotary embedding of type '{kind}'"):
+            check(config, Settings())
+    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0}
+    check(config, Settings())
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "warnings"),
+    [("0.32.1", "cpu", []), ("0.40.0", "cpu", ["0.32"]), ("0.32.0", "cuda", ["CPUs only"])],
+)
+def test_an_unknown_vllm_or_device_is_warned_of(
+    version: str, device: str, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    logger = SimpleNamespace(warning_once=lambda text, *values: said.append(text % values))
+    fakes: dict[str, Any] = {"vllm": ModuleType("vllm"), "vllm.logger": ModuleType("vllm.logger")}
+    fakes["vllm"].__version__ = version
+    fakes["vllm.logger"].init_logger = lambda name: logger
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "enable_expert_parallel": False}
+    parallel |= {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    given = {
+        "device_config": SimpleNamespace(device_type=device),
+        "parallel_config": SimpleNamespace(**parallel),
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "model_config": SimpleNamespace(hf_config=record(), quantization=None),
+        "speculative_config": None,
+        "lora_config": None,
+    }
+    check_engine(SimpleNamespace(**given))
+    assert len(said) == len(warnings)
+    assert all(part in text for part, text in zip(warnings, said, strict=True))
+    with pytest.raises(UsageError, match=r"^LoRA is not served"):
+        check_engine(SimpleNamespace(**{**given, "lora_config": object()}))
 
 
 class Attending(nn.Module):

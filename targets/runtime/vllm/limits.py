@@ -41,11 +41,15 @@ NOT_SERVED = {
 """Features of vLLM that nobody ran with rewritten attention, and what to do instead."""
 
 
-def check(record: Mapping[str, Any], settings: Settings) -> None:
+BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings whose angles depend on how long the longest sequence of a batch is."""
+
+
+def check(config: Any, settings: Settings) -> None:
     """Refuse what cannot be served.
 
     Args:
-        record: "attnedit" of config.json.
+        config: of a saved result, as transformers reads it.
         settings: of the engine.
 
     Raises:
@@ -56,11 +60,26 @@ def check(record: Mapping[str, Any], settings: Settings) -> None:
             raise UsageError(
                 f"{feature} is not served with rewritten attention: nobody tested it; {NOT_SERVED[feature]}"
             )
-    for name, values in record["sites"].items():
-        config = config_from_dict(values)
-        for feature, remedy in _problems(config, settings):
-            layer = getattr(config, "layer_idx", name)
+    for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        if kind in BY_LENGTH:
+            raise UsageError(
+                f"every layer has a rotary embedding of type {kind!r}, which follows the longest sequence of a batch: "
+                "requests that are served together would change each other; use attnedit.load"
+            )
+    for name, values in config.attnedit["sites"].items():
+        site = config_from_dict(values)
+        for feature, remedy in _problems(site, settings):
+            layer = getattr(site, "layer_idx", name)
             raise UsageError(f"layer {layer} has {feature}; {remedy}")
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Types of rotary embedding: of all layers, or of each kind of layer."""
+    for name, value in parameters.items():
+        if name == "rope_type":
+            yield str(value)
+        elif isinstance(value, Mapping):
+            yield from _rope_types(value)
 
 
 def _problems(config: AnyConfig, settings: Settings) -> Iterator[tuple[str, str]]:

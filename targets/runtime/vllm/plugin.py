@@ -56,4 +56,4 @@ def check_engine(vllm_config: Any) -> None:
         "a quantised KV cache": vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
     }
     settings = Settings(device, parallel.tensor_parallel_size, others)
-    check(vllm_config.model_config.hf_config.attnedit, settings)
+    check(vllm_config.model_config.hf_config, settings)
