@@ -105,7 +105,7 @@ def _styles(placed: Placed, plan: dict[str, str]) -> dict[str, str]:
     others = [parameter for path in before - linear for parameter in placed.graph.get_submodule(path).parameters()]
     if not split or not after or any(parameter.numel() > placed.config.head_dim for parameter in others):
         raise UsageError(
-            f"layer {placed.config.layer_idx}: its projections are no nn.Linear modules, or a norm spans several heads, "
+            f"layer {placed.config.layer_idx}: its projections are no nn.Linear modules, or a norm spans heads, "
             "and these are not split among devices; use --tensor-parallel-size 1"
         )
     for path, style in styles.items():
