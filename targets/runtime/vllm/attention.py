@@ -16,12 +16,12 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.mla import rotate
 from attnedit.targets.runtime.vllm.decoder import ServedConfig
+from attnedit.targets.runtime.vllm.latent_backend import LatentBackend
 
 
 def by_heads(*shape: int) -> nn.Parameter:
@@ -39,6 +39,8 @@ class ServedLatent(nn.Module):
         vllm_config: of the engine.
         prefix: the name of this module in the model.
     """
+
+    columns: Tensor
 
     def __init__(self, config: MLAConfig, vllm_config: Any, prefix: str) -> None:
         super().__init__()
@@ -59,11 +61,6 @@ class ServedLatent(nn.Module):
         self.q_rope_proj = by_heads(heads, rope, config.head_dim) if rope else None
         self.sinks = by_heads(heads) if config.sinks else None
         self.register_buffer("columns", torch.tensor(config.rope_columns, dtype=torch.long), persistent=False)
-        others: dict[str, Any] = {}
-        if current_platform.is_cpu():
-            from attnedit.targets.runtime.vllm.latent_backend import LatentBackend
-
-            others = {"attn_backend": LatentBackend, "softcap": config.softcap, "sinks": self.sinks}
         self.attn = MLAAttention(
             num_heads=heads,
             scale=config.scale,
@@ -76,8 +73,10 @@ class ServedLatent(nn.Module):
             cache_config=vllm_config.cache_config,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
+            attn_backend=LatentBackend,
             sliding_window=config.window,
-            **others,
+            softcap=config.softcap,
+            sinks=self.sinks,
         )
 
     def forward(self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, *_: None) -> Tensor:
@@ -118,6 +117,11 @@ class ServedWindow(nn.Module):
             raise AssertionError("latent attention has a module of its own")
         self.config = config
         ranks = get_tensor_model_parallel_world_size()
+        if config.num_key_value_heads % ranks:  # of layers that were not rewritten nothing stands in config.json
+            raise UsageError(
+                f"layer {config.layer_idx} has {config.num_key_value_heads} key/value heads for {ranks} ranks; use a "
+                "--tensor-parallel-size that divides it"
+            )
         self.heads, self.groups = config.num_attention_heads // ranks, config.num_key_value_heads // ranks
         self.g_proj: nn.Module | None = None
         self.sink_logit = self.sink_value = None
@@ -135,7 +139,7 @@ class ServedWindow(nn.Module):
             self.sink_logit = by_heads(self.heads) if config.sink_logit else None
             self.sink_value = by_heads(self.groups, config.v_head_dim) if config.sink_value else None
         self.both = (sinks, self.sink_logit) if sinks is not None and self.sink_logit is not None else None
-        logits = next((x for x in (sinks, self.sink_logit) if x is not None), None)
+        logits: Tensor | None = sinks if self.sink_logit is None else self.sink_logit
         if self.both is not None:
             logits = torch.zeros(self.heads)  # filled by `finish`
         self.logits = (logits,)  # not a parameter a second time
@@ -162,7 +166,8 @@ class ServedWindow(nn.Module):
         """Compute what depends on loaded weights: two keys without value are one, whose weight is their sum."""
         if self.both is not None:
             first, second = self.both
-            self.logits[0].copy_(torch.logaddexp(first.float(), second.float()))
+            logits: Any = self.logits[0]
+            logits.copy_(torch.logaddexp(first.float(), second.float()))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, *_: Any) -> Tensor:
         """Attend: query [1, H, N, d], key [1, G, N, d] and value [1, G, N, v], all rotated; returns [1, N, H, v]."""

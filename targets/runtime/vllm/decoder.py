@@ -7,6 +7,7 @@ size, v value size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -107,7 +108,7 @@ def decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     config_class, causal = attnedit_classes(config)
     source = cast(type[PreTrainedModel], causal.__bases__[1])
-    base = MODEL_MAPPING.get(source_config_class(type(config)), None)
+    base: Any = MODEL_MAPPING.get(source_config_class(type(config)), None)
     if base is None:
         raise UsageError(
             f"{source.__name__} comes with code of its own, or transformers has no base model for it: it cannot be "
@@ -117,8 +118,8 @@ def decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for site in sites.values():
         if site.bias:
             raise UsageError(
-                f"layer {site.layer_idx} of {source.__name__} adds biases of its own to the logits (such as ALiBi), which "
-                "the engine's attention is not given; use attnedit.load"
+                f"layer {site.layer_idx} of {source.__name__} adds biases of its own to the logits (such as ALiBi), "
+                "which the engine's attention is not given; use attnedit.load"
             )
     missing = sorted(set(range(config.num_hidden_layers)) - {site.layer_idx for site in sites.values()})
     if missing:
@@ -171,7 +172,7 @@ def without_mask_and_cache(graph: fx.GraphModule, child: str) -> None:
     graph.recompile()
 
 
-def _place(decoder: PreTrainedModel, prefix: str, sites: dict[str, AttentionSite]) -> None:
+def _place(decoder: PreTrainedModel, prefix: str, sites: Mapping[str, AttentionSite]) -> None:
     """Put graphs in place of the attention modules of a decoder just built as the source, in place."""
     holder = nn.Module()  # names of sites begin with the decoder's own
     holder.add_module(prefix, decoder)
@@ -201,7 +202,8 @@ def _ordinary_graph(holder: nn.Module, site: AttentionSite) -> fx.GraphModule:
 
 
 def _call(graph: fx.GraphModule, child: str) -> fx.Node:
-    return next(node for node in graph.graph.nodes if node.op == "call_module" and node.target == child)
+    found: fx.Node = next(node for node in graph.graph.nodes if node.op == "call_module" and node.target == child)
+    return found
 
 
 def _sinks(graph: fx.GraphModule, child: str) -> str | None:

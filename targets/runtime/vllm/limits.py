@@ -35,16 +35,21 @@ NOT_SERVED = {
     "expert parallelism": "leave out --enable-expert-parallel",
     "speculative decoding": "leave out --speculative-config",
     "LoRA": "leave out --enable-lora; fold the adapter into the model before compiling",
+    "quantisation on load": "leave out --quantization",
     "a quantised KV cache": "use --kv-cache-dtype auto",
 }
 """Features of vLLM that nobody ran with rewritten attention, and what to do instead."""
 
 
-def check(record: Mapping[str, Any], settings: Settings) -> None:
+BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings whose angles depend on how long the longest sequence of a batch is."""
+
+
+def check(config: Any, settings: Settings) -> None:
     """Refuse what cannot be served.
 
     Args:
-        record: "attnedit" of config.json.
+        config: of a saved result, as transformers reads it.
         settings: of the engine.
 
     Raises:
@@ -52,12 +57,29 @@ def check(record: Mapping[str, Any], settings: Settings) -> None:
     """
     for feature, used in (settings.others or {}).items():
         if used:
-            raise UsageError(f"{feature} was not tested with rewritten attention in vLLM; {NOT_SERVED[feature]}")
-    for name, values in record["sites"].items():
-        config = config_from_dict(values)
-        for feature, remedy in _problems(config, settings):
-            layer = getattr(config, "layer_idx", name)
+            raise UsageError(
+                f"{feature} is not served with rewritten attention: nobody tested it; {NOT_SERVED[feature]}"
+            )
+    for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        if kind in BY_LENGTH:
+            raise UsageError(
+                f"every layer has a rotary embedding of type {kind!r}, which follows the longest sequence of a batch: "
+                "requests that are served together would change each other; use attnedit.load"
+            )
+    for name, values in config.attnedit["sites"].items():
+        site = config_from_dict(values)
+        for feature, remedy in _problems(site, settings):
+            layer = getattr(site, "layer_idx", name)
             raise UsageError(f"layer {layer} has {feature}; {remedy}")
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Types of rotary embedding: of all layers, or of each kind of layer."""
+    for name, value in parameters.items():
+        if name == "rope_type":
+            yield str(value)
+        elif isinstance(value, Mapping):
+            yield from _rope_types(value)
 
 
 def _problems(config: AnyConfig, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -68,26 +90,17 @@ def _problems(config: AnyConfig, settings: Settings) -> Iterator[tuple[str, str]
                 f"{config.num_attention_heads} heads for {ranks} ranks",
                 "use a --tensor-parallel-size that divides it",
             )
-        if settings.device == "cpu":
-            return
-        for feature, there in {
-            "latent attention with a window": config.window is not None,
-            "latent attention with a softcap": config.softcap is not None,
-            "latent attention with sink logits": config.sinks,
-        }.items():
-            if there:
-                yield (
-                    f"{feature}, which vLLM has on no GPU",
-                    "compile that source with --target gateswa, or use attnedit.load",
-                )
-        if not config.rope_columns or not config.qk_nope_head_dim:
-            which = "no rotary slots" if not config.rope_columns else "rotary slots only"
-            yield f"latent attention with {which}, which vLLM's kernels do not take", "use attnedit.load"
+        if settings.device != "cpu":
+            yield (
+                f"latent attention, of which no size was run on {settings.device}",
+                "serve it with vLLM on a CPU, or write a checkpoint of a class that vLLM has (attnedit export --to hf "
+                "--profile deepseek_v3)",
+            )
     elif isinstance(config, GateSWAConfig):
         if config.sink_tokens:
             yield (
-                f"{config.sink_tokens} kept first tokens (--sinks keep:{config.sink_tokens}), for which vLLM's cache has "
-                "no place",
+                f"{config.sink_tokens} kept first tokens (--sinks keep:{config.sink_tokens}), for which vLLM's cache "
+                "has no place",
                 "compile with --sinks none or --sinks logit",
             )
         if config.sinks and config.sink_value:

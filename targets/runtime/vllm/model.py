@@ -31,7 +31,8 @@ class AttneditForCausalLM(TransformersForCausalLM):
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> AttneditForCausalLM:
         """Take the class that has its experts run by vLLM, where there are any."""
         experts = vllm_config.model_config.get_num_experts() > 1
-        return super().__new__(AttneditMoEForCausalLM if experts else cls)
+        made: AttneditForCausalLM = super().__new__(AttneditMoEForCausalLM if experts else cls)
+        return made
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         decoder_class(vllm_config.model_config.hf_config)
@@ -94,12 +95,19 @@ def _styles(placed: Placed, plan: dict[str, str]) -> dict[str, str]:
     """
     linear = {path for path, module in placed.graph.named_modules() if isinstance(module, nn.Linear)}
     latent = isinstance(placed.config, MLAConfig)
-    heads = [inputs_of(placed.graph, placed.child, index) & linear for index in ((0,) if latent else (0, 1, 2))]
+    arguments = (0,) if latent else (0, 1, 2)
+    before = set().union(*(inputs_of(placed.graph, placed.child, index) for index in arguments))
+    split = before & linear
     shared = inputs_of(placed.graph, placed.child, 1) & linear if latent else set()
-    split = set().union(*heads)
     styles = {path: "replicate" for path in shared} | {path: "colwise" for path in split}
     after = {path for path in linear - split - shared if not path.startswith(f"{placed.child}.")}
     styles |= {path: "rowwise" for path in after}
+    others = [parameter for path in before - linear for parameter in placed.graph.get_submodule(path).parameters()]
+    if not split or not after or any(parameter.numel() > placed.config.head_dim for parameter in others):
+        raise UsageError(
+            f"layer {placed.config.layer_idx}: its projections are no nn.Linear modules, or a norm spans heads, "
+            "and these are not split among devices; use --tensor-parallel-size 1"
+        )
     for path, style in styles.items():
         planned = plan.get(_starred(f"model.{placed.name}.{path}"))
         known = {"colwise": ("colwise",), "rowwise": ("rowwise",), "replicate": (None, "replicate", "colwise")}[style]

@@ -41,17 +41,19 @@ def check_engine(vllm_config: Any) -> None:
         init_logger(f"vllm.{__name__}").warning_once(
             "attnedit's plugin was tested with vLLM %s, this is %s", ", ".join(TESTED), vllm.__version__
         )
+    device = vllm_config.device_config.device_type
+    if device != "cpu":
+        init_logger(f"vllm.{__name__}").warning_once("attnedit's plugin was tested on CPUs only, this is %s", device)
     parallel = vllm_config.parallel_config
+    context = (parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     others = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "context parallelism": max(
-            parallel.decode_context_parallel_size, getattr(parallel, "prefill_context_parallel_size", 1)
-        )
-        > 1,
+        "context parallelism": max(context) > 1,
         "expert parallelism": parallel.enable_expert_parallel,
         "speculative decoding": vllm_config.speculative_config is not None,
         "LoRA": vllm_config.lora_config is not None,
+        "quantisation on load": vllm_config.model_config.quantization is not None,
         "a quantised KV cache": vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
     }
-    settings = Settings(vllm_config.device_config.device_type, parallel.tensor_parallel_size, others)
-    check(vllm_config.model_config.hf_config.attnedit, settings)
+    settings = Settings(device, parallel.tensor_parallel_size, others)
+    check(vllm_config.model_config.hf_config, settings)
