@@ -151,7 +151,7 @@ class CheckpointSource(Source):
         windowed = [site for site in plan.chosen if windowing is not None and site.layer_idx not in full]
         latent = plan.latent_sites([site.name for site in windowed])
         shapes = plan.shapes(latent)
-        by_cost = plan.form is None and by_loss(options.allocation, options.alternations, shapes, latent)
+        by_cost = options.form is None and by_loss(options.allocation, options.alternations, shapes, latent)
         if windowing is not None and windows is not None:
             check_loss(windows, windowing)
         open_run(self.output, self._recipe, overwrite=options.overwrite)

@@ -139,7 +139,7 @@ class LiveSource(Source):
         losses = dict(windowed.loss_increases)
         if sites := plan.latent_sites(list(windowed.graphs)):
             shapes = plan.shapes(sites)
-            by_cost = plan.form is None and by_loss(options.allocation, options.alternations, shapes, sites)
+            by_cost = options.form is None and by_loss(options.allocation, options.alternations, shapes, sites)
             if by_cost and windows is not None:
                 with log("allocation") as entry:
                     alone = single_losses(model, result, sites, shapes, windows, **work)

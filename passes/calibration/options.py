@@ -96,8 +96,7 @@ class CalibrationOptions(Options):
     @field_validator("short_seq_len")
     @classmethod
     def _shorter(cls, value: int | None, info: ValidationInfo) -> int | None:
-        longest = info.data.get("seq_len", value)
-        if value is not None and value >= longest:
+        if value is not None and value >= (longest := int(info.data.get("seq_len", value + 1))):
             raise ValueError(f"must be below seq_len ({longest}), got {value}")
         return value
 
