@@ -250,11 +250,11 @@ def test_refused_in_one_line(folder: Path) -> None:
 
 @contextmanager
 def server(directory: Path, log: Path) -> Iterator[str]:
-    """A running ``vllm serve``; the address of its interface."""
+    """A running server; its address. ``vllm serve`` of the CPU's wheel stops at looking up its own version."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(python()).with_name("vllm")), "serve", str(directory), "--port", str(port)]
+    command = [python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--served-model-name", "result"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
