@@ -89,6 +89,8 @@ def _kind_or_error(call: AttentionCall, fresh: bool) -> _Kind | CaptureError:
         if (kept := recall(key)) is not None:
             try:
                 return _read_kind(call, kept)
+            except NoOutputProjectionError:
+                raise
             except CaptureError as error:
                 _log.debug("what was kept of %s does not fit (%s); tracing it anew", call.name, error)
                 forget(key)

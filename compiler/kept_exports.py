@@ -10,7 +10,6 @@ import copy
 import enum
 import functools
 import hashlib
-import marshal
 import sys
 import types
 from collections import OrderedDict
@@ -70,7 +69,8 @@ def forget(key: Key | None = None) -> None:
 
 
 def _copied(exported: Exported) -> Exported:
-    return Exported(copy.deepcopy(exported.graph), dict(exported.constants))
+    constants = {name: tensor.clone() for name, tensor in exported.constants.items()}
+    return Exported(copy.deepcopy(exported.graph), constants)
 
 
 def key_of(call: AttentionCall) -> Key | None:
@@ -129,7 +129,7 @@ class _Contents:
         self.digest.update(repr(parts).encode())
 
     def _shape(self, tensor: torch.Tensor) -> None:
-        self._add("tensor", tuple(tensor.shape), tensor.dtype, tensor.is_meta)
+        self._add(type(tensor), tuple(tensor.shape), tensor.dtype, tensor.is_meta)
 
     def _value(self, value: Any) -> None:
         if isinstance(value, _PLAIN):
@@ -137,8 +137,11 @@ class _Contents:
         elif isinstance(value, torch.Tensor):
             self._shape(value)
             if not value.is_meta:
-                contents = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                self.digest.update(contents.numpy().tobytes())
+                try:
+                    contents = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    self.digest.update(contents.numpy().tobytes())
+                except (RuntimeError, TypeError) as error:  # quantised or sparse ones
+                    raise _UnknownError from error
         elif isinstance(value, torch.nn.Module):
             if id(value) not in self._modules:
                 raise _UnknownError
@@ -200,6 +203,13 @@ class _Contents:
 
     def _function(self, function: types.FunctionType) -> None:
         self._add("function", function.__qualname__)
-        self.digest.update(marshal.dumps(function.__code__, 2))
+        self._code(function.__code__)
         cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
         self._value([function.__defaults__, function.__kwdefaults__, cells])
+
+    def _code(self, code: types.CodeType) -> None:
+        self._add(
+            code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_flags, code.co_exceptiontable
+        )
+        for constant in code.co_consts:
+            self._code(constant) if isinstance(constant, types.CodeType) else self._add(constant)
