@@ -11,15 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from compiled import MODULE, _remembered, tokens
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import attnedit
 from attnedit.targets.runtime.hf import export
 
 IDS = tokens(2, 24)
+needs_lfm3 = pytest.mark.skipif("lfm3" not in CONFIG_MAPPING, reason="transformers has it from 5.18 on")
 
 ALONE = """
 import json, sys

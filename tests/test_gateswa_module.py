@@ -95,7 +95,7 @@ def test_memory_of_a_prefill_is_linear() -> None:
     peaks = []
     for length in (1024, 4096):
         arguments = tuple(x.float() for x in inputs(module, 1, length))
-        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             module(*arguments)
         sizes = [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
         peaks.append(max(sizes))

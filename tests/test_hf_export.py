@@ -12,7 +12,7 @@ from commands import save as save_with_tokenizer
 from compiled import compile_tiny, deviation, half, logits, source
 from conftest import make_llama
 from families import build
-from hf_exports import IDS, alone, gated, greedy, windowed, written
+from hf_exports import IDS, alone, gated, greedy, needs_lfm3, windowed, written
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedModel
 
 import attnedit
@@ -23,12 +23,12 @@ import attnedit
     [
         ("qwen3", {}, "laguna", "LagunaForCausalLM"),
         ("qwen3", {"gate": "head"}, "laguna", "LagunaForCausalLM"),
-        ("qwen3", {"gate": "element"}, "lfm3", "Lfm3ForCausalLM"),
+        pytest.param("qwen3", {"gate": "element"}, "lfm3", "Lfm3ForCausalLM", marks=needs_lfm3),
         ("qwen3", {"gate": "head"}, "native", "Qwen3ForCausalLM"),
         ("qwen2", {}, "laguna", "LagunaForCausalLM"),
         ("qwen2", {}, "native", "SmolLM3ForCausalLM"),
         ("llama", {"gate": "head"}, "laguna", "LagunaForCausalLM"),
-        ("llama", {}, "lfm3", "Lfm3ForCausalLM"),
+        pytest.param("llama", {}, "lfm3", "Lfm3ForCausalLM", marks=needs_lfm3),
         ("llama", {}, "native", "MinistralForCausalLM"),
         ("gpt_oss", {"sinks": "logit", "full_layers": 0, "window": 4}, "native", "GptOssForCausalLM"),
         ("gemma2", {"full_layers": 0, "window": 4}, "native", "Gemma2ForCausalLM"),
@@ -47,6 +47,7 @@ def test_windows_as_other_classes(
     }
 
 
+@needs_lfm3
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2"])
 def test_trained_gates_as_lfm3(family: str, tmp_path: Path) -> None:
     model = gated(windowed(source(family), gate="head"))
@@ -67,11 +68,11 @@ def test_trained_gates_as_lfm3(family: str, tmp_path: Path) -> None:
         (lambda: half("llama").model, "laguna", "latent attention"),
         (lambda: windowed(source("llama")), "deepseek_v3", "no latent attention"),
         (lambda: gated(windowed(source("qwen3"), gate="head")), "laguna", "sigmoid"),
-        (lambda: gated(windowed(source("qwen3"), gate="element")), "lfm3", "per element"),
+        pytest.param(lambda: gated(windowed(source("qwen3"), gate="element")), "lfm3", "per element", marks=needs_lfm3),
         (lambda: gated(windowed(source("qwen3"), gate="head")), "native", "trained gate"),
         (lambda: windowed(source("qwen3"), sinks="keep:4"), "laguna", "kept sink tokens"),
         (lambda: windowed(source("qwen3"), sinks="logit"), "native", "sink logits"),
-        (lambda: windowed(source("olmo2")), "lfm3", "projection norm"),
+        pytest.param(lambda: windowed(source("olmo2")), "lfm3", "projection norm", marks=needs_lfm3),
         (lambda: windowed(source("smollm3")), "laguna", "no rotary embedding"),
     ],
 )
@@ -154,3 +155,12 @@ def test_command_line(tmp_path: Path, capsys: Captured) -> None:
     ):
         assert message in refusal(capsys, "export", *arguments, "-o", other)
         assert not (tmp_path / "other").exists()
+
+
+def test_a_class_that_transformers_lacks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = half("llama")
+    monkeypatch.setattr("attnedit.targets.runtime.hf.export.CONFIG_MAPPING", {})
+    with pytest.raises(attnedit.UsageError, match="youtu: transformers .* has no such class"):
+        result.export("hf", tmp_path / "out", profile="youtu")
+    with pytest.raises(attnedit.UsageError, match="has no such class"):
+        attnedit.compile(source("llama"), profile="deepseek_v3", calibration=IDS)

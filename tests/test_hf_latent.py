@@ -11,7 +11,7 @@ import pytest
 import torch
 from compiled import compile_tiny, deviation, exact, half, logits, source
 from families import build
-from hf_exports import IDS, windowed, written
+from hf_exports import IDS, needs_lfm3, windowed, written
 from safetensors import safe_open
 from transformers import AutoConfig
 
@@ -145,7 +145,8 @@ def test_bfloat16_loses_no_more_than_rounding(profile: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("profile", "make"), [("youtu", lambda: half("llama").model), ("lfm3", lambda: windowed(source("llama")))]
+    ("profile", "make"),
+    [("youtu", lambda: half("llama").model), pytest.param("lfm3", lambda: windowed(source("llama")), marks=needs_lfm3)],
 )
 def test_float16_is_refused(profile: str, make: Any, tmp_path: Path) -> None:
     model = copy.deepcopy(make()).half()

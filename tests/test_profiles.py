@@ -13,6 +13,7 @@ from commands import Captured, answer, refusal, save
 from compiled import MODULE, _remembered, compile_tiny, deviation, logits, source, tokens
 from conftest import make_llama
 from families import build
+from hf_exports import needs_lfm3
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
@@ -179,7 +180,11 @@ def test_linear_maps_are_better_than_any_factor() -> None:
         ("llama", {"profile": None, "kernel_dims": True}, "goes with profile"),
         ("llama", {"profile": "remote", "kernel_dims": True}, "not with remote"),
         ("qwen3", {"profile": "laguna", "target": "gateswa", "kv_budget": None, "gate": "head"}, "holds gate none"),
-        ("qwen3", {"profile": "lfm3", "target": "gateswa", "kv_budget": None, "gate": "element"}, "holds gate none or"),
+        pytest.param(
+            *("qwen3", {"profile": "lfm3", "target": "gateswa", "kv_budget": None, "gate": "element"}),
+            "holds gate none or",
+            marks=needs_lfm3,
+        ),
         ("qwen3", {"profile": "laguna", "target": "gateswa", "kv_budget": None, "sinks": "keep:4"}, "no sinks keep:4"),
         ("llama", {"profile": "deepseek_v3", "kv_budget": 0.01}, "cached values per token"),
     ],
@@ -197,7 +202,7 @@ def test_float16_is_refused_before_any_work() -> None:
 
 @pytest.mark.parametrize(
     ("profile", "options"),
-    [("laguna", {}), ("lfm3", {"gate": "head"}), ("native", {})],
+    [("laguna", {}), pytest.param("lfm3", {"gate": "head"}, marks=needs_lfm3), ("native", {})],
 )
 def test_window_profiles_choose_what_their_class_has(profile: str, options: dict[str, Any], tmp_path: Path) -> None:
     result = towards(source("qwen3"), profile, None, target="gateswa", window=6, full_layers=1, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 from transformers_checks import (
     CHECKS,
     FAILS,
@@ -25,6 +26,11 @@ RUNS = [
     for family in FAMILIES
     for name in checks_of(family)
 ]
+
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "activation_checkpointing_enable"), reason="the suites are those of transformers 5.23"
+)
 
 
 @pytest.mark.parametrize(("family", "name"), RUNS)

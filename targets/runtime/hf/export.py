@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.forwards import evaluation_mode
@@ -38,6 +39,25 @@ WINDOWED: dict[str, Callable[[PreTrainedModel], Native]] = {
     "native": native_checkpoint,
 }
 PROFILES = (*LATENT, *WINDOWED, REMOTE_PROFILE)
+CLASSLESS = ("native", REMOTE_PROFILE)
+"""Profiles that are not named after one class."""
+
+
+def check_profile(name: str, profile: str) -> None:
+    """Refuse a profile that there is not, or whose class the installed transformers does not have.
+
+    Args:
+        name: of the option, for the message.
+        profile: as given.
+
+    Raises:
+        UsageError: it is one of these.
+    """
+    check_choice(name, profile, PROFILES)
+    if profile not in CLASSLESS and profile not in CONFIG_MAPPING:
+        raise UsageError(
+            f"{name} {profile}: transformers {transformers.__version__} has no such class; upgrade it, or choose another"
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ def export(
     profile = profile_of(model, engine, profile)
     if profile is None:
         raise UsageError(f"a checkpoint needs a --profile; give {' or '.join(PROFILES)}, or an --engine")
-    check_choice("--profile", profile, PROFILES)
+    check_profile("--profile", profile)
     if kernel_dims and profile not in LATENT:
         raise UsageError(f"--kernel-dims goes with --profile {' or '.join(LATENT)}, not with {profile}")
     if gguf and profile not in LATENT:

@@ -153,6 +153,7 @@ def _listed(needed: list[float], positions: int) -> Table:
     parameters = {
         "rope_type": "longrope",
         "rope_theta": 1.0,
+        "factor": 1.0,  # what transformers 5.17 wants of every table of a DeepSeek class
         "short_factor": factors,
         "long_factor": factors,
         "attention_factor": 1.0,

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.runtime.engines import VLLM, check_engine
-from attnedit.targets.runtime.hf.export import LATENT, PROFILES, REMOTE_PROFILE, native_form, profile_of
+from attnedit.targets.runtime.hf.export import LATENT, REMOTE_PROFILE, check_profile, native_form, profile_of
 from attnedit.targets.runtime.hf.latent import lacking, positions, slot_frequencies
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS, Sizes, check_activation, latent_config
 from attnedit.targets.runtime.hf.native import OTHER, check_places, refuse_half, skeleton
 from attnedit.targets.runtime.hf.rope import BY_LENGTH, flat_rope, plain_table
-from attnedit.targets.runtime.staging import check_choice
 
 KERNEL_VALUES = KERNEL_DIMS["kv_lora_rank"] + KERNEL_DIMS["qk_rope_head_dim"]
 GATES = {"laguna": ("none",), "lfm3": ("none", "head"), "native": ("none",)}
@@ -73,7 +72,7 @@ def form_for(
         if kernel_dims:
             raise UsageError(f"kernel_dims goes with profile {' or '.join(LATENT)}")
         return None
-    check_choice("profile", profile, PROFILES)
+    check_profile("profile", profile)
     if kernel_dims and profile not in LATENT:
         raise UsageError(f"kernel_dims goes with profile {' or '.join(LATENT)}, not with {profile}")
     if profile == REMOTE_PROFILE:
