@@ -132,7 +132,7 @@ def test_the_command_line_refuses_what_contradicts_an_engine(
 ) -> None:
     compile_it = ("compile", saved_llama, "-o", tmp_path / "out")
     assert "not known" in refusal(capsys, *compile_it, "--engine", "tgi")
-    assert "--engine needs the whole model" in refusal(capsys, *compile_it, "--engine", "sglang", "--low-memory")
+    assert "engine needs the whole model" in refusal(capsys, *compile_it, "--engine", "sglang", "--low-memory")
     result = compile_tiny(make_llama(), 0.5, engine="sglang", calibration=tokens(2, 256))
     result.save(tmp_path / "result")
     export_it = ("export", tmp_path / "result", "-o", tmp_path / "exported")

@@ -160,7 +160,7 @@ def test_command_line(tmp_path: Path, capsys: Captured) -> None:
 def test_a_class_that_transformers_lacks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = half("llama")
     monkeypatch.setattr("attnedit.targets.runtime.hf.export.CONFIG_MAPPING", {})
-    with pytest.raises(attnedit.UsageError, match="youtu: transformers .* has no such class"):
+    with pytest.raises(attnedit.UsageError, match=r"youtu: transformers .* has no such class"):
         result.export("hf", tmp_path / "out", profile="youtu")
     with pytest.raises(attnedit.UsageError, match="has no such class"):
         attnedit.compile(source("llama"), profile="deepseek_v3", calibration=IDS)

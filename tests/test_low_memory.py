@@ -205,7 +205,7 @@ def test_killed_it_goes_on_to_the_same_bytes(checkpoint: Callable[..., Path], tm
 
 
 def test_a_result_that_does_not_load_is_left_unfinished(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    part: Any = sys.modules["attnedit.compile_checkpoint"]
+    part: Any = sys.modules["attnedit._checkpoint"]
     written = part.write_beside
 
     def damaged(output: Path, *rest: Any) -> None:

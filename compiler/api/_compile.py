@@ -139,13 +139,15 @@ class LiveSource(Source):
         losses = dict(windowed.loss_increases)
         if sites := plan.latent_sites(list(windowed.graphs)):
             shapes = plan.shapes(sites)
-            by_cost = options.form is None and by_loss(options.allocation, options.alternations, shapes, sites)
-            if by_cost and windows is not None:
+            if options.allocation != "even":
                 with log("allocation") as entry:
-                    alone = single_losses(model, result, sites, shapes, windows, **work)
-                    entry.did = f"{len(alone)} layers measured"
-                shapes, losses = plan.shapes(sites, alone), {**losses, **alone}
-                notes.append(_SHARES_NOTE)
+                    entry.did = "shares are even, nothing was measured"
+                    by_cost = options.form is None and by_loss(options.allocation, options.alternations, shapes, sites)
+                    if by_cost and windows is not None:
+                        alone = single_losses(model, result, sites, shapes, windows, **work)
+                        entry.did = f"{len(alone)} layers measured"
+                        shapes, losses = plan.shapes(sites, alone), {**losses, **alone}
+                        notes.append(_SHARES_NOTE)
             with log("fit") as entry:
                 form: dict[str, Any] = {"linear": plan.linear, "kept": self._kept, **work}
                 latent = latent_layers(model, result, sites, shapes, options.fit, windows, **form)

@@ -42,7 +42,7 @@ STAGES = (
     Stage("windows", "fit windows; choose full layers by loss", FORM, lambda options, parts: options.windowed > parts),
     Stage(
         "allocation",
-        "measure each layer alone, where shares go by loss",
+        "measure what each layer alone costs, where shares go by it",
         ("allocation",),
         lambda options, parts: options.latent > parts and options.allocation != "even",
     ),

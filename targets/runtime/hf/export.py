@@ -56,7 +56,7 @@ def check_profile(name: str, profile: str) -> None:
     check_choice(name, profile, PROFILES)
     if profile not in CLASSLESS and profile not in CONFIG_MAPPING:
         raise UsageError(
-            f"{name} {profile}: transformers {transformers.__version__} has no such class; upgrade it, or choose another"
+            f"{name} {profile}: transformers {transformers.__version__} has no such class; upgrade it or choose another"
         )
 
 
