@@ -169,7 +169,7 @@ def test_a_run_of_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
     older = {name: value for name, value in recipe.items() if name not in ("allocation", "kernel_dims", "profile")}
     (tmp_path / RUN_FILE).write_text(json.dumps({"recipe": older}))
     assert check_run(tmp_path, recipe, overwrite=False)
-    with refused("another recipe (allocation 'even' there, 'loss' here)"):
+    with refused("another recipe (allocation 'auto' there, 'loss' here)"):
         check_run(tmp_path, {**recipe, "allocation": "loss"}, overwrite=False)
 
 
