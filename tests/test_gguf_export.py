@@ -203,7 +203,7 @@ def test_the_command_line_writes_a_file_or_a_directory(tmp_path: Path, capsys: C
     assert names == {"model.gguf", "README.md", "attnedit-report.json", "report.html"}
     assert "llama-server" in (tmp_path / "out" / "README.md").read_text()
     again = ("export", result, "--to", "gguf", "-o")
-    assert "exists" in refusal(capsys, *again, tmp_path / "new" / "m.gguf")
+    assert "is a file" in refusal(capsys, *again, tmp_path / "new" / "m.gguf")
     both = ("--dtype", "float16", "--quantize", "q8_0")
     assert "give one of them" in refusal(capsys, *again, tmp_path / "n.gguf", *both)
     assert "give q8_0" in refusal(capsys, *again, tmp_path / "n.gguf", "--quantize", "int8")
