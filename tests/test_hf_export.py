@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_command_line(tmp_path: Path, capsys: Captured) -> None:
 
 def test_a_class_that_transformers_lacks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = half("llama")
-    monkeypatch.setattr("attnedit.targets.runtime.hf.export.CONFIG_MAPPING", {})
+    monkeypatch.setattr(sys.modules["attnedit.targets.runtime.hf.export"], "CONFIG_MAPPING", {})
     with pytest.raises(attnedit.UsageError, match=r"youtu: transformers .* has no such class"):
         result.export("hf", tmp_path / "out", profile="youtu")
     with pytest.raises(attnedit.UsageError, match="has no such class"):
