@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnedit
-from attnedit.compiler.report import peak_memory_bytes
+from attnedit.compiler.reporting.report import peak_memory_bytes
 
 CASES = ("source alone", "compiled", "attention only", "attention only, two copies", "all weights, two copies")
 BATCH, LENGTH = 2, 128

@@ -14,8 +14,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from attnedit.compiler.data import text_tokens
-from attnedit.compiler.models import load_source
+from attnedit.compiler.data.token_windows import text_tokens
+from attnedit.compiler.model_io.models import load_source
 
 
 def seen_before(window: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from attnedit.compiler.compatibility.caches import with_cache
-from attnedit.compiler.models import load_source
+from attnedit.compiler.model_io.models import load_source
 
 
 @torch.inference_mode()

@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import attnedit
-from attnedit.compiler.anchor import attention_implementation
-from attnedit.compiler.capture import capture, captured_implementation, graph_module
-from attnedit.compiler.source_checks import check_config
+from attnedit.compiler.capture.capture import capture, captured_implementation, graph_module
+from attnedit.compiler.graph.anchor import attention_implementation
+from attnedit.compiler.model_io.source_checks import check_config
 from attnedit.targets.runtime.eager import share_copy, splice
 
 SECONDS = 180

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.caches import with_cache
-from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention import MLAConfig
 from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
 from attnedit.targets.attention.mla_graph import mla_graph

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.intervals import Interval, interval_of_mean, percentiles, resampled_means
+from attnedit.compiler.evaluation.intervals import Interval, interval_of_mean, percentiles, resampled_means
 
 Item = dict[str, Any]
 Cells = Mapping[str, Tensor]

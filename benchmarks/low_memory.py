@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config
 
 import attnedit
-from attnedit.compiler.checkpoint_reader import INDEX_FILE
-from attnedit.compiler.models import load_config_only
+from attnedit.compiler.model_io.checkpoint_reader import INDEX_FILE
+from attnedit.compiler.model_io.models import load_config_only
 
 SPREAD = 0.02
 

@@ -36,8 +36,8 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import attnedit
-from attnedit.compiler.capture import capture
-from attnedit.compiler.models import load_source
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.model_io.models import load_source
 from attnedit.passes.mla.assemble import build
 from attnedit.passes.mla.budget import Shape, source_values
 from attnedit.passes.mla.weights import Factors

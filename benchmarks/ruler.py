@@ -43,9 +43,9 @@ from items import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from attnedit.compiler.data import position_limit
+from attnedit.compiler.data.token_windows import position_limit
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import Source, load_config_only, load_source, load_tokenizer
+from attnedit.compiler.model_io.models import Source, load_config_only, load_source, load_tokenizer
 
 PACKAGE = "long_context_eval"
 SHORTEST = 4096

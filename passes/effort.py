@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnedit.compiler.source_checks import embedding_weight
+from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.passes.site_sample import sampled_queries
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.execution.stream import Walk, decoder_layers, replaced_forward
 from attnedit.compiler.progress import Progress, silent
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import Walk, decoder_layers, replaced_forward
 from attnedit.passes.repeats import with_repeats
 
 MEASURED = 8

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attnedit.compiler.capture import graph_module
-from attnedit.compiler.data import context_length
+from attnedit.compiler.capture.capture import graph_module
+from attnedit.compiler.capture.rope import rope_angles
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.data.token_windows import context_length
 from attnedit.compiler.errors import AttneditError
-from attnedit.compiler.rope import rope_angles
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import AttentionInputs
-from attnedit.compiler.surgery import cut
+from attnedit.compiler.execution.stream import AttentionInputs
+from attnedit.compiler.graph.surgery import cut
 from attnedit.passes.sample import FIRST_POSITIONS, LayerSample, Rotation
 
 NEAR = 1024

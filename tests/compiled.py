@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import attnedit
-from attnedit.compiler.capture import capture
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.testing import VOCABULARY, deviation, in_pieces, logits, same_weights, tokens
 
 __all__ = ["VOCABULARY", "deviation", "in_pieces", "logits", "same_weights", "tokens"]

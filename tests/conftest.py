@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from attnedit.compiler.data import demo_text
+from attnedit.compiler.data.token_windows import demo_text
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

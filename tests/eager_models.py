@@ -18,8 +18,8 @@ from transformers import (
     set_seed,
 )
 
-from attnedit.compiler.capture import capture
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.targets.attention import MLA, MLAConfig
 from attnedit.targets.attention.mla_graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit

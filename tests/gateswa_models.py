@@ -8,9 +8,9 @@ from families import shared
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.caches import with_cache
-from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention import GateSWA
 from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit

@@ -13,7 +13,7 @@ from hf_exports import windowed
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from attnedit.compiler.data import demo_text
+from attnedit.compiler.data.token_windows import demo_text
 from attnedit.targets.runtime.gguf.tokenizer import LLAMA3_REGEX, QWEN2_REGEX
 
 WINDOW = 6

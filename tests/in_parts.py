@@ -9,7 +9,7 @@ from compiled import tokens
 from transformers import PreTrainedModel
 
 import attnedit
-from attnedit.compiler.models import load_source
+from attnedit.compiler.model_io.models import load_source
 
 TOLERANCE = 1e-5
 """Of the weights, as a fraction of the largest of each: the same sums, perhaps in another order."""

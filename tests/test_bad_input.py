@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from attnedit.cli import main
-from attnedit.compiler.capture import capture
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
 
 COMMANDS = ["inspect", "compile", "eval", "generate", "sweep"]
 Refused = Callable[..., str]

@@ -18,9 +18,9 @@ from test_benchmarks import BENCHMARKS, run
 from torch.nn import functional
 
 import attnedit
-from attnedit.compiler.data import demo_text
+from attnedit.compiler.data.token_windows import demo_text
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import Source, load_config_only, load_source, load_tokenizer
+from attnedit.compiler.model_io.models import Source, load_config_only, load_source, load_tokenizer
 
 RULER = [
     *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import attnedit
 from attnedit._calibrate import training_batches
-from attnedit.compiler.sampling import own_windows
+from attnedit.compiler.data.sampling import own_windows
 from attnedit.options import CalibrateOptions
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE, STATE_FILE
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
@@ -80,7 +80,7 @@ def test_own_samples_are_kept_for_the_next_time(tmp_path: Path, monkeypatch: pyt
     first = compiled("llama", "mla", **options)
     (file,) = tmp_path.rglob("*.safetensors")
     written = file.stat().st_mtime_ns
-    with mock.patch("attnedit.compiler.sampling.sample_windows", side_effect=AssertionError("sampled again")):
+    with mock.patch("attnedit.compiler.data.sampling.sample_windows", side_effect=AssertionError("sampled again")):
         again = compiled("llama", "mla", **options)
     assert file.stat().st_mtime_ns == written
     ids = tokens(2, 20, seed=5)
@@ -91,7 +91,7 @@ def test_own_samples_are_kept_for_the_next_time(tmp_path: Path, monkeypatch: pyt
 
 def test_more_samples_begin_with_those_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("attnedit.compiler.sampling.CHUNK", 4)
+    monkeypatch.setattr("attnedit.compiler.data.sampling.CHUNK", 4)
     steps: list[tuple[int, int]] = []
     few = own_windows(source("llama"), None, count=4, length=9)
     more = own_windows(source("llama"), None, count=10, length=9, progress=lambda _, *step: steps.append(step))
@@ -106,7 +106,7 @@ def test_more_samples_begin_with_those_there_are(monkeypatch: pytest.MonkeyPatch
 def test_samples_go_on_from_the_text(prefixed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Half of them; where every window of the text begins with the first token, these do too."""
     monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("attnedit.compiler.sampling.PROMPT", 5)
+    monkeypatch.setattr("attnedit.compiler.data.sampling.PROMPT", 5)
     first = int(own_windows(source("llama"), None, count=1, length=2)[0, 0])
     text = torch.arange(3, 51).view(3, 16)  # ascending, which samples of random weights are not
     if prefixed:
@@ -142,7 +142,7 @@ def test_samples_do_not_go_on_from_what_is_held_out() -> None:
 
 def test_long_windows_are_packed_from_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("attnedit.compiler.sampling.SAMPLE_LENGTH", 8)
+    monkeypatch.setattr("attnedit.compiler.data.sampling.SAMPLE_LENGTH", 8)
     windows = own_windows(source("llama"), None, count=5, length=21)
     assert windows.shape == (5, 21)
     first = int(windows[0, 0])

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attnedit
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.sites import AttentionSite
 from attnedit.passes.calibration.batches import mix
 from attnedit.passes.calibration.distillation import Distillation
 from attnedit.passes.calibration.fitting import BYTES_PER_PARAMETER, LayerFit, groups

@@ -14,9 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import attnedit
 from attnedit.cli import main
-from attnedit.compiler.calibration_windows import LONG_WINDOWS, SHORT_WINDOWS, CalibrationWindows, calibration_windows
+from attnedit.compiler.data.calibration_windows import (
+    LONG_WINDOWS,
+    SHORT_WINDOWS,
+    CalibrationWindows,
+    calibration_windows,
+)
+from attnedit.compiler.data.lengths import beyond
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.lengths import beyond
 
 CONTEXT = 4096
 SENTENCE = "The cache decides what a long context costs. "

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from attnedit.compiler.anchor import ANCHOR, attention, attention_implementation, reference_attention
-from attnedit.compiler.capture import (
+from attnedit.compiler.capture.capture import (
     as_captured,
     capture,
     capture_model,
     captured_implementation,
     graph_module,
 )
+from attnedit.compiler.capture.rope import rope_angles
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.caches import cache_parameter
-from attnedit.compiler.dataflow import anchors
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.rope import rope_angles
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.graph.anchor import ANCHOR, attention, attention_implementation, reference_attention
+from attnedit.compiler.graph.dataflow import anchors
 from tests.families import FAMILIES, SUPPORTED, UNSUPPORTED, build, shared
 
 

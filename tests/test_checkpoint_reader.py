@@ -14,9 +14,9 @@ from conftest import make_llama
 from in_parts import TARGETS, in_parts
 from safetensors.torch import load_file, save_file
 
-from attnedit.compiler.checkpoint_reader import INDEX_FILE, CheckpointReader
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import load_config_only, load_source
+from attnedit.compiler.model_io.checkpoint_reader import INDEX_FILE, CheckpointReader
+from attnedit.compiler.model_io.models import load_config_only, load_source
 
 
 def _truncate(source: Path) -> None:

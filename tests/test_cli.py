@@ -20,7 +20,7 @@ import attnedit
 from attnedit.cli import inspect, main
 from attnedit.cli.demo import run as run_demo
 from attnedit.cli.terminal import ProgressBars
-from attnedit.compiler.models import Source
+from attnedit.compiler.model_io.models import Source
 
 
 def test_inspect_needs_no_weights(saved_llama: Path, tmp_path: Path, capsys: Captured) -> None:

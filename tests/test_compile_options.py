@@ -22,8 +22,8 @@ from transformers import (
 )
 
 import attnedit
-from attnedit.compiler.capture import capture
-from attnedit.compiler.verify import TOLERANCE
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.execution.verify import TOLERANCE
 from attnedit.passes.mla.budget import plan, source_values
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import latent_layers, single_losses

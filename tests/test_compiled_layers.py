@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnedit
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture.capture import capture
 from attnedit.passes.calibration.batches import mix
 from attnedit.passes.calibration.compiled import worthwhile
 from attnedit.passes.calibration.options import CalibrationOptions

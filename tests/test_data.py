@@ -15,10 +15,10 @@ from pyarrow import parquet
 from torch.nn import functional
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from attnedit.compiler.data import demo_text, text_tokens, token_windows
-from attnedit.compiler.documents import read_documents
+from attnedit.compiler.data.documents import read_documents
+from attnedit.compiler.data.token_windows import demo_text, text_tokens, token_windows
 from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.compiler.evaluate import kv_usage, perplexity
+from attnedit.compiler.evaluation.evaluate import kv_usage, perplexity
 
 SENTENCE = "The cache decides what a long context costs. "
 

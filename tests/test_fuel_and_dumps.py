@@ -11,9 +11,9 @@ from compiled import compile_tiny, deviation, logits, tokens
 from examples import EXAMPLES, rewrite, source
 
 import attnedit
-from attnedit.compiler.capture import capture, graph_module
-from attnedit.compiler.graph_svg import graph_svg
-from attnedit.compiler.graph_text import as_text
+from attnedit.compiler.capture.capture import capture, graph_module
+from attnedit.compiler.graph.graph_text import as_text
+from attnedit.compiler.reporting.graph_svg import graph_svg
 
 
 def kinds(result: attnedit.CompileResult) -> list[str]:

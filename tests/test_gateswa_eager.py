@@ -23,7 +23,7 @@ from gateswa_models import (
 )
 from transformers import DynamicCache, StaticCache, set_seed
 
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention import GateSWA

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import attnedit
-from attnedit.compiler.capture import capture
-from attnedit.compiler.stream import Walk, decoder_layers
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.execution.stream import Walk, decoder_layers
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions, Sinks, full_count, full_layers_of

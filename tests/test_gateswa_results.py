@@ -26,10 +26,10 @@ from gateswa_models import (
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from attnedit.compiler.capture import capture_model
+from attnedit.compiler.capture.capture import capture_model
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import kv_usage
+from attnedit.compiler.evaluation.evaluate import kv_usage
 from attnedit.targets.attention import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.gateswa_cache import GateSWALayer
 from attnedit.targets.attention.gateswa_graph import doubled, gateswa_config, gateswa_graph

@@ -18,9 +18,9 @@ from families import build
 from torch import fx, nn
 
 import attnedit
-from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.compatibility.caches import cache_parameter
-from attnedit.compiler.graph_text import as_text
+from attnedit.compiler.graph.graph_text import as_text
 
 GOLDEN = Path(__file__).with_name("golden")
 # One whose keys are normalised before rope, and one whose keys are linear in the hidden states, and so folded.

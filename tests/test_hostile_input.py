@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import attnedit
 from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.compiler.models import load_config_only, load_source
+from attnedit.compiler.model_io.models import load_config_only, load_source
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -12,13 +12,12 @@ from families import build, shared
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from attnedit.compiler import capture as capturing
-from attnedit.compiler import kept_exports
-from attnedit.compiler.capture import capture, graph_module
-from attnedit.compiler.dataflow import anchors
-from attnedit.compiler.graph_text import as_text
-from attnedit.compiler.kept_exports import Key, key_of
-from attnedit.compiler.probe import discover
+from attnedit.compiler.capture.capture import capture, graph_module, kept_exports
+from attnedit.compiler.capture.capture import capture as capturing
+from attnedit.compiler.capture.kept_exports import Key, key_of
+from attnedit.compiler.capture.probe import discover
+from attnedit.compiler.graph.dataflow import anchors
+from attnedit.compiler.graph.graph_text import as_text
 
 
 @pytest.fixture(autouse=True)

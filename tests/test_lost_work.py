@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import attnedit
 from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.compiler.models import load_source
+from attnedit.compiler.model_io.models import load_source
 
 NO_FIT = {"calibration": tokens(4, 32)}
 

@@ -24,8 +24,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import attnedit
-from attnedit.compiler.checkpoint_reader import INDEX_FILE, CheckpointReader
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.model_io.checkpoint_reader import INDEX_FILE, CheckpointReader
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 

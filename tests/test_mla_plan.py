@@ -15,11 +15,11 @@ from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnedit.compiler.capture import capture, graph_module
+from attnedit.compiler.capture.capture import capture, graph_module
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import AttentionInputs, stream
-from attnedit.compiler.surgery import cut
+from attnedit.compiler.execution.stream import AttentionInputs, stream
+from attnedit.compiler.graph.surgery import cut
 from attnedit.passes.mla.assemble import exact_factors, kv_as_affine
 from attnedit.passes.mla.budget import (
     EXPONENT,

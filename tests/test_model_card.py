@@ -10,8 +10,8 @@ from conftest import make_llama
 from huggingface_hub import metadata_load
 
 import attnedit
-from attnedit.compiler.licenses import source_license
-from attnedit.compiler.models import load_source
+from attnedit.compiler.model_io.licenses import source_license
+from attnedit.compiler.model_io.models import load_source
 from attnedit.targets.runtime.hf import model_card
 
 

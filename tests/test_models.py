@@ -24,9 +24,9 @@ from transformers import (
 )
 
 import attnedit
-from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import load_config_only, load_source
+from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
+from attnedit.compiler.model_io.models import load_config_only, load_source
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_damaged_gguf(tmp_path: Path, content: bytes) -> None:
 
 
 def test_the_embedded_model_cut_off(tmp_path: Path) -> None:
-    from attnedit.compiler.demo_model import embedded_gguf
+    from attnedit.compiler.model_io.demo_model import embedded_gguf
 
     file = tmp_path / "model.gguf"
     with embedded_gguf().open("rb") as whole:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from compiled import source
 from torch import Tensor
 
-from attnedit.compiler.anchor import experts_implementation
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.graph.anchor import experts_implementation
 from attnedit.targets.runtime.npu.experts import EXPERTS
 from attnedit.targets.runtime.npu.reference import REFERENCES, register
 from attnedit.targets.runtime.npu.reference_attention import float32_allowed

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import attnedit
-from attnedit.compiler.anchor import attention_implementation
-from attnedit.compiler.devices import resolve_device
+from attnedit.compiler.graph.anchor import attention_implementation
+from attnedit.compiler.model_io.devices import resolve_device
 from attnedit.targets.attention import MLA
 from attnedit.targets.attention.kernels import kernel_for
 from attnedit.targets.runtime.npu import training

@@ -9,9 +9,9 @@ from compiled import tokens
 from conftest import make_llama
 from transformers import BltConfig, BltForCausalLM, LlamaForCausalLM, MoshiConfig, MoshiForCausalLM
 
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.errors import CaptureError, VerificationError
-from attnedit.compiler.verify import decode_error, decode_note, same_decode
+from attnedit.compiler.execution.verify import decode_error, decode_note, same_decode
 
 
 def test_a_linear_module_that_is_wrapped_is_found() -> None:

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 import attnedit
 from attnedit import Match, Rewrite, RewriteError, attention, cache, exact
-from attnedit.compiler.capture import graph_module
-from attnedit.compiler.pattern import Binding, Miss, Pattern
-from attnedit.compiler.rope import rotate, rotated
+from attnedit.compiler.capture.capture import graph_module
+from attnedit.compiler.capture.rope import rotate, rotated
+from attnedit.compiler.rewriting.pattern import Binding, Miss, Pattern
 
 
 @functools.cache

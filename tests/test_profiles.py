@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
 import attnedit
-from attnedit.compiler.stream import stream
+from attnedit.compiler.execution.stream import stream
 from attnedit.passes.mla.linear import linearise
 from attnedit.passes.site_sample import take_samples
 from attnedit.targets.runtime.hf import export

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import attnedit
-from attnedit.compiler.models import READING_ERRORS
+from attnedit.compiler.model_io.models import READING_ERRORS
 
 EXAMPLES = int(os.environ.get("ATTNEDIT_EXAMPLES", "0"))
 GROUPED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi", "phi3", "olmo2", "cohere", "stablelm")

@@ -16,7 +16,7 @@ import attnedit
 from attnedit.cli import main
 from attnedit.compiler.compatibility.caches import cache_parameter
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import load_config_only, load_source
+from attnedit.compiler.model_io.models import load_config_only, load_source
 
 CODE = """
 import pathlib

@@ -21,10 +21,10 @@ from families import build
 from PIL import Image
 
 import attnedit
-from attnedit.compiler.capture import graph_module
-from attnedit.compiler.evaluate import kv_usage
-from attnedit.compiler.graph_svg import graph_svg
-from attnedit.compiler.report import Report
+from attnedit.compiler.capture.capture import graph_module
+from attnedit.compiler.evaluation.evaluate import kv_usage
+from attnedit.compiler.reporting.graph_svg import graph_svg
+from attnedit.compiler.reporting.report import Report
 
 VOID = {"meta", "br", "path", "rect", "use", "img"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -10,9 +10,9 @@ import torch
 from conftest import make_tokenizer
 from torch import Tensor, nn
 
-from attnedit.compiler import retrieval as module
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.retrieval import OPTIONS, default_lengths, retrieval
+from attnedit.compiler.evaluation import retrieval as module
+from attnedit.compiler.evaluation.retrieval import OPTIONS, default_lengths, retrieval
 
 SIZE = 4096
 

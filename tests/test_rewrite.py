@@ -19,8 +19,8 @@ from torch import fx, nn
 from transformers import AutoModelForCausalLM
 
 import attnedit
-from attnedit.compiler import provenance
-from attnedit.compiler.capture import graph_module
+from attnedit.compiler.capture.capture import graph_module
+from attnedit.compiler.graph import provenance
 from attnedit.targets.attention.rewritten import KVCache
 from attnedit.targets.runtime.eager.classes import source_sites
 from attnedit.testing import check_decode, check_exact, check_saved

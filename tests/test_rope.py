@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from attnedit.compiler.capture import capture
-from attnedit.compiler.dataflow import Evaluator, anchors
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.rope import Rotation, live_angles, measure, rope_angles, rotate
 from attnedit.compiler.errors import CaptureError
-from attnedit.compiler.rope import Rotation, live_angles, measure, rope_angles, rotate
+from attnedit.compiler.graph.dataflow import Evaluator, anchors
 from tests.families import FAMILIES, SUPPORTED, build, shared
 from tests.test_capture import sites_of
 

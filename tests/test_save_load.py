@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.targets.attention import MLAConfig
 from attnedit.targets.attention.mla_graph import mla_graph

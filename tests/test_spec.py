@@ -13,11 +13,11 @@ from families import shared
 from torch import fx
 
 import attnedit
-from attnedit.compiler import export, graft
-from attnedit.compiler.capture import capture, graph_module
-from attnedit.compiler.dataflow import anchors, aten
+from attnedit.compiler.capture.capture import capture, export, graph_module
 from attnedit.compiler.errors import CaptureError, RewriteError
-from attnedit.compiler.spec import verify
+from attnedit.compiler.graph.dataflow import anchors, aten
+from attnedit.compiler.graph.spec import verify
+from attnedit.compiler.rewriting import graft
 
 Break = Callable[[fx.Graph], None]
 

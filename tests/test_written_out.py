@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, PreTrainedMode
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 import attnedit
-from attnedit.compiler.capture import capture
+from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.errors import CaptureError
 
 GLOBAL = {"attention_types": [[["global"], 2]]}

@@ -11,8 +11,8 @@ from conftest import VOCABULARY, make_tokenizer
 from families import build
 from torch import fx, nn
 
-from attnedit.compiler.capture import capture
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.targets.attention import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
 from attnedit.targets.attention.mla_graph import mla_graph

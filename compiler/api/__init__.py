@@ -26,10 +26,10 @@ from attnedit._checkpoint import compile_checkpoint
 from attnedit._compile import compile
 from attnedit._rewrite import rewrite
 from attnedit.compiler.errors import AttneditError, CaptureError, RewriteError, UsageError, VerificationError
-from attnedit.compiler.language import attention, cache
-from attnedit.compiler.pipeline import Target
-from attnedit.compiler.report import Report
-from attnedit.compiler.rewrite import Match, Reject, Rewrite, close, exact, learned, least_squares
+from attnedit.compiler.reporting.report import Report
+from attnedit.compiler.rewriting.language import attention, cache
+from attnedit.compiler.rewriting.pipeline import Target
+from attnedit.compiler.rewriting.rewrite import Match, Reject, Rewrite, close, exact, learned, least_squares
 from attnedit.result import CompileResult, load
 
 __all__ = [

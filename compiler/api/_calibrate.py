@@ -13,19 +13,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit._stages import Log, said
 from attnedit.arguments import CalibrateArguments, check_known, shown
-from attnedit.compiler.capture import as_captured, capture
-from attnedit.compiler.data import context_length, shares_of, token_windows
-from attnedit.compiler.devices import device_failures
+from attnedit.compiler.capture.capture import as_captured, capture
+from attnedit.compiler.capture.forwards import evaluation_mode
+from attnedit.compiler.data.lengths import record_lengths
+from attnedit.compiler.data.sampling import own_windows
+from attnedit.compiler.data.token_windows import context_length, shares_of, token_windows
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.forwards import evaluation_mode
-from attnedit.compiler.lengths import record_lengths
-from attnedit.compiler.positions import loss_curve
-from attnedit.compiler.processes import processes
+from attnedit.compiler.evaluation.positions import loss_curve
+from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.execution.verify import check_tokens, decode_error, same_decode
+from attnedit.compiler.model_io.devices import device_failures
+from attnedit.compiler.model_io.source_checks import model_name
 from attnedit.compiler.progress import stage
-from attnedit.compiler.report import PipelineStage, Report, StageReport, peak_memory_bytes
-from attnedit.compiler.sampling import own_windows
-from attnedit.compiler.source_checks import model_name
-from attnedit.compiler.verify import check_tokens, decode_error, same_decode
+from attnedit.compiler.reporting.report import PipelineStage, Report, StageReport, peak_memory_bytes
 from attnedit.options import CalibrateOptions
 from attnedit.passes.calibration.batches import Batches, hold_out, mix
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE

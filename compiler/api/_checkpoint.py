@@ -17,17 +17,17 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from attnedit._pipeline import Source, run, with_recipe
 from attnedit._stages import Log
 from attnedit.arguments import CheckpointArguments, shown
-from attnedit.compiler.capture import capture
-from attnedit.compiler.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import own_buffers
-from attnedit.compiler.demo_model import SMOLLM2
-from attnedit.compiler.devices import parse_dtype, resolve_device
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import load_config_only, load_tokenizer
-from attnedit.compiler.processes import processes
-from attnedit.compiler.remote_code import copy_code
-from attnedit.compiler.report import Report
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
+from attnedit.compiler.model_io.demo_model import SMOLLM2
+from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
+from attnedit.compiler.model_io.models import load_config_only, load_tokenizer
+from attnedit.compiler.model_io.remote_code import copy_code
+from attnedit.compiler.reporting.report import Report
 from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
 from attnedit.passes.gateswa.rewrite import check_loss

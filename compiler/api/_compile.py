@@ -14,17 +14,17 @@ from attnedit._pipeline import Source, on_device, run, with_recipe
 from attnedit._rewrite import rewrite_live
 from attnedit._stages import Log
 from attnedit.arguments import CompileArguments, check_known, shown
-from attnedit.compiler.capture import capture, graph_module
-from attnedit.compiler.devices import device_failures
-from attnedit.compiler.dumps import Dump
+from attnedit.compiler.capture.capture import capture, graph_module
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.fuel import Fuel
-from attnedit.compiler.live_checks import check_in_memory, check_live
-from attnedit.compiler.pipeline import Target
-from attnedit.compiler.processes import processes
-from attnedit.compiler.remote_code import is_own_class
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.source_checks import check_config, check_weights, model_name
+from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.model_io.devices import device_failures
+from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
+from attnedit.compiler.model_io.remote_code import is_own_class
+from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
+from attnedit.compiler.rewriting.dumps import Dump
+from attnedit.compiler.rewriting.fuel import Fuel
+from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.figures import linear_notes
 from attnedit.options import CompileOptions
 from attnedit.passes.gateswa.rewrite import Windowed, window_layers

@@ -12,14 +12,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnedit._stages import Log, said
-from attnedit.compiler.capture import as_captured
-from attnedit.compiler.devices import resolve_device
-from attnedit.compiler.evaluate import kv_usage
-from attnedit.compiler.lengths import record_lengths
-from attnedit.compiler.positions import loss_curve
-from attnedit.compiler.report import Report, Verification
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.verify import check_tokens, decode_error, decode_note, logits_of, same_decode, same_logits
+from attnedit.compiler.capture.capture import as_captured
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.data.lengths import record_lengths
+from attnedit.compiler.evaluation.evaluate import kv_usage
+from attnedit.compiler.evaluation.positions import loss_curve
+from attnedit.compiler.execution.verify import (
+    check_tokens,
+    decode_error,
+    decode_note,
+    logits_of,
+    same_decode,
+    same_logits,
+)
+from attnedit.compiler.model_io.devices import resolve_device
+from attnedit.compiler.reporting.report import Report, Verification
 from attnedit.figures import site_graphs
 from attnedit.options import CompileOptions
 from attnedit.passes.effort import effort_on

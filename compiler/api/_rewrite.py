@@ -15,20 +15,20 @@ from attnedit._calibrate import calibration_name
 from attnedit._pipeline import evaluating, on_device, set_modes
 from attnedit._stages import Log, said
 from attnedit.arguments import CompileArguments, check_known, shown
-from attnedit.compiler.capture import as_captured, capture, graph_module
-from attnedit.compiler.data import token_windows
-from attnedit.compiler.dumps import Dump
+from attnedit.compiler.capture.capture import as_captured, capture, graph_module
+from attnedit.compiler.data.token_windows import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.evaluate import KVUsage, kv_usage
-from attnedit.compiler.fuel import Fuel
-from attnedit.compiler.graft import SiteGraph
-from attnedit.compiler.live_checks import check_in_memory, check_live
-from attnedit.compiler.pipeline import Inputs, SiteRecord, Target, run_pipeline
-from attnedit.compiler.registry import PASSES, TARGETS, load, registered
-from attnedit.compiler.report import LayerReport, Report, kv_fields, peak_memory_bytes
-from attnedit.compiler.rewrite import Rewrite, check_rewrite
-from attnedit.compiler.source_checks import check_config, check_weights, model_name
-from attnedit.compiler.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
+from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
+from attnedit.compiler.execution.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
+from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
+from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
+from attnedit.compiler.reporting.report import LayerReport, Report, kv_fields, peak_memory_bytes
+from attnedit.compiler.rewriting.dumps import Dump
+from attnedit.compiler.rewriting.fuel import Fuel
+from attnedit.compiler.rewriting.graft import SiteGraph
+from attnedit.compiler.rewriting.pipeline import Inputs, SiteRecord, Target, run_pipeline
+from attnedit.compiler.rewriting.registry import PASSES, TARGETS, load, registered
+from attnedit.compiler.rewriting.rewrite import Rewrite, check_rewrite
 from attnedit.options import TARGETS as OWN_TARGETS
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions

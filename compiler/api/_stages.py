@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.report import PipelineStage, Verification
+from attnedit.compiler.reporting.report import PipelineStage, Verification
 from attnedit.options import CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 

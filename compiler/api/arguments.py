@@ -13,9 +13,9 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, get_type_hints
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from attnedit.compiler.data.window_sources import TextSource
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.progress import Progress
-from attnedit.compiler.window_sources import TextSource
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import Rule, Train
 from attnedit.passes.gateswa.options import FullLayers

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import fx
 from transformers import PreTrainedModel
 
-from attnedit.compiler.capture import graph_module
-from attnedit.compiler.graph_svg import sketch
-from attnedit.compiler.report import KVCurve, SiteGraphs
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.capture.capture import graph_module
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.reporting.graph_svg import sketch
+from attnedit.compiler.reporting.report import KVCurve, SiteGraphs
 from attnedit.passes.mla.rewrite import Latent
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
-from attnedit.compiler.checkpoint_reader import CheckpointReader, weights_of
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.transformers_names import set_conversions
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.execution.stream import AttentionInputs, Stream, decoder_layers
+from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, weights_of
 from attnedit.compiler.progress import Progress, silent
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import AttentionInputs, Stream, decoder_layers
 from attnedit.passes.gateswa.options import GateSWAOptions
 from attnedit.passes.gateswa.rewrite import fit_site as fit_window
 from attnedit.passes.mla.budget import Shape

@@ -18,14 +18,14 @@ import torch
 from pydantic import BeforeValidator, Field, InstanceOf, SkipValidation, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from attnedit.compiler.data.window_sources import TextSource
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.options import Flag, Number, Options, Switch, Whole
-from attnedit.compiler.pipeline import Target
 from attnedit.compiler.progress import Progress
-from attnedit.compiler.registry import PASSES as REGISTERED_PASSES
-from attnedit.compiler.registry import TARGETS as REGISTERED_TARGETS
-from attnedit.compiler.registry import names_of, registered
-from attnedit.compiler.window_sources import TextSource
+from attnedit.compiler.rewriting.pipeline import Target
+from attnedit.compiler.rewriting.registry import PASSES as REGISTERED_PASSES
+from attnedit.compiler.rewriting.registry import TARGETS as REGISTERED_TARGETS
+from attnedit.compiler.rewriting.registry import names_of, registered
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW, GateSWAOptions, Sinks
 from attnedit.passes.mla.budget import Allocation
@@ -157,7 +157,7 @@ class SourceOptions(Options):
 
     @property
     def loading(self) -> dict[str, Any]:
-        """Keyword arguments for `attnedit.compiler.models.load_source`."""
+        """Keyword arguments for `attnedit.compiler.model_io.models.load_source`."""
         return {name: getattr(self, name) for name in SourceOptions.model_fields}
 
 

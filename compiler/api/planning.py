@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from attnedit.compiler.calibration_windows import CalibrationWindows
-from attnedit.compiler.calibration_windows import calibration_windows as cut_windows
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.data.calibration_windows import CalibrationWindows
+from attnedit.compiler.data.calibration_windows import calibration_windows as cut_windows
+from attnedit.compiler.data.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.evaluate import KVUsage
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
+from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.options import CompileOptions
 from attnedit.passes.gateswa.options import full_count, full_layers_of
 from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values, plan

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.compiler.capture import capture_model
+from attnedit.compiler.capture.capture import capture_model
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.licenses import source_license
-from attnedit.compiler.models import READING_ERRORS
-from attnedit.compiler.registry import RUNTIMES, registered
-from attnedit.compiler.registry import load as load_entry
-from attnedit.compiler.report import Report
+from attnedit.compiler.model_io.licenses import source_license
+from attnedit.compiler.model_io.models import READING_ERRORS
+from attnedit.compiler.reporting.report import Report
+from attnedit.compiler.rewriting.registry import RUNTIMES, registered
+from attnedit.compiler.rewriting.registry import load as load_entry
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE

@@ -10,9 +10,9 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from attnedit._calibrate import calibration_name
-from attnedit.compiler.calibration_windows import CalibrationWindows
-from attnedit.compiler.evaluate import KVUsage, kv_usage
-from attnedit.compiler.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes
+from attnedit.compiler.data.calibration_windows import CalibrationWindows
+from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
+from attnedit.compiler.reporting.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes
 from attnedit.figures import memory_curve
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.verify import TOLERANCE
+from attnedit.compiler.execution.verify import TOLERANCE
 from attnedit.result import CompileResult, load
 
 VOCABULARY = 64

@@ -8,8 +8,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import attnedit
-from attnedit.compiler.capture import capture, graph_module
-from attnedit.compiler.graph_svg import graph_svg
+from attnedit.compiler.capture.capture import capture, graph_module
+from attnedit.compiler.reporting.graph_svg import graph_svg
 
 HERE = Path(__file__).parent
 SHAPE = {

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from attnedit.compiler.compatibility.torch_names import compiler_limits, share_class
-from attnedit.compiler.stream import replaced_forwards
+from attnedit.compiler.execution.stream import replaced_forwards
 from attnedit.targets.attention.mla import MLA
 
 COMPILATIONS = 64

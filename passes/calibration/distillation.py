@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from attnedit.compiler.logits import body, head
+from attnedit.compiler.evaluation.logits import body, head
 from attnedit.passes.calibration.optimiser import suggested_rate
 
 POSITIONS = 2048

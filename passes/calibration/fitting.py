@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import Walk, decoder_layers
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.execution.stream import Walk, decoder_layers
 from attnedit.passes.calibration.optimiser import half_power, suggested_rate
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.training import mixed_precision

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from attnedit.compiler.errors import AttneditError
-from attnedit.compiler.processes import processes
+from attnedit.compiler.execution.processes import processes
 from attnedit.passes.calibration.parameters import snapshot
 
 STATE_FILE = "calibration.pt"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import perplexity
-from attnedit.compiler.processes import processes
+from attnedit.compiler.evaluation.evaluate import perplexity
+from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.execution.stream import decoder_layers, replaced_forwards
 from attnedit.compiler.progress import Progress
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import decoder_layers, replaced_forwards
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
 from attnedit.passes.calibration.distillation import Distillation, distillation_rate, summed_divergence

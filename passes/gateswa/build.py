@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import fx, nn
 
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.passes.gateswa.fit import WindowFit
 from attnedit.passes.site_sample import output_weight
 from attnedit.targets.attention.config import GateSWAConfig

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.config import Gate, GateSWAConfig
 from attnedit.targets.attention.gateswa_graph import gateswa_config
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.progress import Progress
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.effort import effort_on, queries_for
 from attnedit.passes.gateswa.build import build
 from attnedit.passes.gateswa.fit import WindowFit, fit_window

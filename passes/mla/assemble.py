@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from attnedit.compiler.capture import graph_module
-from attnedit.compiler.dataflow import sources
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.surgery import cut
+from attnedit.compiler.capture.capture import graph_module
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.graph.dataflow import sources
+from attnedit.compiler.graph.surgery import cut
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.linear import LinearSite
 from attnedit.passes.mla.weights import Factors

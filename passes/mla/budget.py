@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.sites import AttentionSite
 
 VALUES_PER_SLOT = 8
 """One rotary slot (two values) for every eight cached values: the best split at a context of 8,192 tokens

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnedit.compiler.capture.sites import AttentionSite, Projection
 from attnedit.compiler.errors import CaptureError
-from attnedit.compiler.sites import AttentionSite, Projection
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.solve import cross_moment, ridge_regression, second_moment
 

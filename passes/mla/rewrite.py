@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.progress import Progress, track
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.stream import AttentionInputs, stream
 from attnedit.passes.effort import effort_on, queries_for
 from attnedit.passes.kept_fits import KeptFits, digest
 from attnedit.passes.layer_loss import loss_increases, measured_rows

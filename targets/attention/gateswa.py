@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnedit.compiler.compatibility.live import recorded_attention
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.masks import hidden_value, masked, shown
+from attnedit.compiler.graph.masks import hidden_value, masked, shown
 from attnedit.targets.attention.config import GateSWAConfig
 from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks
 from attnedit.targets.attention.gateswa_documents import Documents

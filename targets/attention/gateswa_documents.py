@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnedit.compiler.masks import shown
+from attnedit.compiler.graph.masks import shown
 
 EMPTY = 2**31 - 1
 """Position of a slot without token: later than every query."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import CaptureError
-from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.gateswa import GateSWA, GateSWAConfig
 from attnedit.targets.attention.site_graph import (
     AnchorCall,

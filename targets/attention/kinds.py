@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE, gateswa_graph
 from attnedit.targets.attention.mla_graph import MLA_MODULE, mla_graph

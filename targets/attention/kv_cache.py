@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from attnedit.compiler.anchor import reference_attention
 from attnedit.compiler.compatibility.transformers_names import attention_of
-from attnedit.compiler.masks import dense_mask
+from attnedit.compiler.graph.anchor import reference_attention
+from attnedit.compiler.graph.masks import dense_mask
 
 
 class KVCache(nn.Module):
@@ -126,5 +126,5 @@ class DenseMask(nn.Module):
         self.window = window
 
     def forward(self, mask: Tensor | None, hidden: Tensor, keys: Tensor) -> Tensor:
-        """Return a mask to add; `attnedit.compiler.masks.dense_mask` of hidden [B, T, D] and keys [B, G, S, ..]."""
+        """Return a mask to add, of hidden [B, T, D] and keys [B, G, S, ..]: `attnedit.compiler.graph.masks.dense_mask`."""
         return dense_mask(mask, hidden, keys.shape[2], self.window)

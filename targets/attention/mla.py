@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attnedit.compiler.compatibility.caches import append
 from attnedit.compiler.compatibility.live import is_plain_linear, recorded_attention
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.masks import causal, masked, shown
+from attnedit.compiler.graph.masks import causal, masked, shown
 from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 from attnedit.targets.attention.latent_decode import decodes_fused, latent_decode

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.mla import MLA, MLAConfig
 from attnedit.targets.attention.site_graph import AnchorCall, check_facts, replace_attention, weights_like
 

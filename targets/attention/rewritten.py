@@ -17,18 +17,18 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.passes.tools_common import stable_topological_sort
 
-from attnedit.compiler import provenance
-from attnedit.compiler.apply import apply
-from attnedit.compiler.capture import graph_module
-from attnedit.compiler.dataflow import anchors
+from attnedit.compiler.capture.capture import graph_module
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import RewriteError, UsageError
-from attnedit.compiler.fuel import Fuel
-from attnedit.compiler.graft import CACHE_OP, SiteGraph
-from attnedit.compiler.pattern import ANCHOR_OP, Pattern
-from attnedit.compiler.rewrite import Rewrite, options_of, rewrite_from
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.spec import verify
-from attnedit.compiler.surgery import prune, substitute, with_graph
+from attnedit.compiler.graph import provenance
+from attnedit.compiler.graph.dataflow import anchors
+from attnedit.compiler.graph.spec import verify
+from attnedit.compiler.graph.surgery import prune, substitute, with_graph
+from attnedit.compiler.rewriting.apply import apply
+from attnedit.compiler.rewriting.fuel import Fuel
+from attnedit.compiler.rewriting.graft import CACHE_OP, SiteGraph
+from attnedit.compiler.rewriting.pattern import ANCHOR_OP, Pattern
+from attnedit.compiler.rewriting.rewrite import Rewrite, options_of, rewrite_from
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kv_cache import Attend, DenseMask, KVCache
 from attnedit.targets.attention.site_graph import checked_cache

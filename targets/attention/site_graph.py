@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from attnedit.compiler import provenance
-from attnedit.compiler.capture import graph_module
+from attnedit.compiler.capture.capture import graph_module
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.caches import CACHE_NAMES, known_cache
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.surgery import prune, with_graph
+from attnedit.compiler.graph import provenance
+from attnedit.compiler.graph.surgery import prune, with_graph
 
 _ANCHOR_ARGUMENTS = ("q", "k", "v", "mask", "scale", "softcap", "sinks", "window", "layer")
 

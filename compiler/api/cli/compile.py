@@ -23,10 +23,10 @@ from attnedit.cli.terminal import (
     show,
 )
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import load_source
-from attnedit.compiler.processes import processes
+from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.model_io.models import load_source
 from attnedit.compiler.progress import stage
-from attnedit.compiler.report import Report
+from attnedit.compiler.reporting.report import Report
 from attnedit.options import CompileOptions
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.run_directory import check_run, run_with_fits

@@ -12,9 +12,9 @@ import attnedit
 from attnedit.cli.evaluate import measure
 from attnedit.cli.generate import complete
 from attnedit.cli.terminal import JsonOption, ProgressBars, check_tokenizer_there, print_json, show
-from attnedit.compiler.data import demo_text
-from attnedit.compiler.demo_model import SMOLLM2
-from attnedit.compiler.models import Source, load_source
+from attnedit.compiler.data.token_windows import demo_text
+from attnedit.compiler.model_io.demo_model import SMOLLM2
+from attnedit.compiler.model_io.models import Source, load_source
 from attnedit.compiler.progress import stage
 
 KV_BUDGET = 0.5

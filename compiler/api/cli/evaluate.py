@@ -29,14 +29,12 @@ from attnedit.cli.terminal import (
     remark,
     show,
 )
-from attnedit.compiler.data import demo_text, served_length, text_tokens
+from attnedit.compiler.data.lengths import beyond
+from attnedit.compiler.data.token_windows import demo_text, served_length, text_tokens
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import kv_usage, text_windows, window_losses
-from attnedit.compiler.lengths import beyond
-from attnedit.compiler.models import Source, load_source
-from attnedit.compiler.positions import WINDOWS as LONG_WINDOWS
-from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.retrieval import (
+from attnedit.compiler.evaluation.evaluate import kv_usage, text_windows, window_losses
+from attnedit.compiler.evaluation.positions import WINDOWS as LONG_WINDOWS
+from attnedit.compiler.evaluation.retrieval import (
     TRIALS,
     answers,
     check_lengths,
@@ -44,6 +42,8 @@ from attnedit.compiler.retrieval import (
     default_lengths,
     retrieval_prompts,
 )
+from attnedit.compiler.model_io.models import Source, load_source
+from attnedit.compiler.progress import Progress, stage
 from attnedit.options import SourceOptions
 
 SEQ_LEN = 1024

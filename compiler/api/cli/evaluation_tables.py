@@ -13,10 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from attnedit.compiler.evaluate import KVUsage, mean_perplexity
-from attnedit.compiler.intervals import Interval, exponential, interval_of_exponential
-from attnedit.compiler.positions import losses_by_position
-from attnedit.compiler.retrieval import OPTIONS, Answer, scores, scores_by_length
+from attnedit.compiler.evaluation.evaluate import KVUsage, mean_perplexity
+from attnedit.compiler.evaluation.intervals import Interval, exponential, interval_of_exponential
+from attnedit.compiler.evaluation.positions import losses_by_position
+from attnedit.compiler.evaluation.retrieval import OPTIONS, Answer, scores, scores_by_length
 
 Figures = dict[str, Any]
 

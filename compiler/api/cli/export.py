@@ -19,10 +19,10 @@ from attnedit.cli.terminal import (
     remark,
     show,
 )
-from attnedit.compiler.data import context_length
+from attnedit.compiler.data.lengths import beyond
+from attnedit.compiler.data.token_windows import context_length
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.lengths import beyond
-from attnedit.compiler.models import load_source
+from attnedit.compiler.model_io.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.options import SourceOptions
 from attnedit.result import CompileResult, find_runtime, read_report

@@ -20,10 +20,10 @@ from attnedit.cli.terminal import (
     remark,
     show,
 )
-from attnedit.compiler.data import position_limit
+from attnedit.compiler.data.lengths import beyond
+from attnedit.compiler.data.token_windows import position_limit
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.lengths import beyond
-from attnedit.compiler.models import load_source
+from attnedit.compiler.model_io.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.options import SourceOptions
 

@@ -20,13 +20,13 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
-from attnedit.compiler.capture import capture
-from attnedit.compiler.data import context_length
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.data.token_windows import context_length
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.models import load_config_only
+from attnedit.compiler.model_io.models import load_config_only
 from attnedit.compiler.progress import stage
-from attnedit.compiler.report import ranges
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.reporting.report import ranges
 from attnedit.options import SourceOptions
 from attnedit.planning import check_fresh
 from attnedit.result import find_inspection

@@ -26,13 +26,13 @@ from attnedit.cli.terminal import (
     print_json,
     show,
 )
-from attnedit.compiler.capture import capture
-from attnedit.compiler.data import text_tokens
+from attnedit.compiler.capture.capture import capture
+from attnedit.compiler.data.token_windows import text_tokens
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluate import kv_usage
-from attnedit.compiler.models import load_source
+from attnedit.compiler.evaluation.evaluate import kv_usage
+from attnedit.compiler.model_io.models import load_source
+from attnedit.compiler.model_io.source_checks import model_name
 from attnedit.compiler.progress import stage
-from attnedit.compiler.source_checks import model_name
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.planning import calibration_windows, check_fresh, plan_sites

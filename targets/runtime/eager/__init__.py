@@ -1,6 +1,6 @@
 """Eager runtime: rewritten attention inside a live transformers model, saved and loaded as model type "attnedit"."""
 
-from attnedit.compiler.modules import share_copy
+from attnedit.compiler.graph.modules import share_copy
 from attnedit.targets.runtime.eager.cache import bind_cache, bounded_cache
 from attnedit.targets.runtime.eager.checkpoint import load_model, save
 from attnedit.targets.runtime.eager.classes import (

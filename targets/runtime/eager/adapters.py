@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.live_checks import is_adapter
+from attnedit.compiler.model_io.live_checks import is_adapter
 
 ADAPTERS = "adapters"
 """Folder of a saved model that has a folder for each adapter, by its name."""

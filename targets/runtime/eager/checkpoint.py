@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
-from attnedit.compiler.live_checks import check_savable
-from attnedit.compiler.models import READING_ERRORS
-from attnedit.compiler.remote_code import copy_code, is_own_class, trusting
-from attnedit.compiler.source_checks import check_sizes, check_weight_files
+from attnedit.compiler.model_io.live_checks import check_savable
+from attnedit.compiler.model_io.models import READING_ERRORS
+from attnedit.compiler.model_io.remote_code import copy_code, is_own_class, trusting
+from attnedit.compiler.model_io.source_checks import check_sizes, check_weight_files
 from attnedit.targets.runtime.eager.adapters import adapters_of, read_adapters, without_adapters, write_adapters
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_classes
 from attnedit.targets.runtime.staging import staged

@@ -26,7 +26,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from attnedit.compiler.capture import capture, captured_implementation
+from attnedit.compiler.capture.capture import capture, captured_implementation
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import share_class
 from attnedit.compiler.compatibility.transformers_names import (
     NOT_SAVED_AS_CODE,
@@ -37,9 +38,8 @@ from attnedit.compiler.compatibility.transformers_names import (
     set_implementations,
 )
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.models import forget_quantised_storage
-from attnedit.compiler.remote_code import class_references, own_class
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.model_io.models import forget_quantised_storage
+from attnedit.compiler.model_io.remote_code import class_references, own_class
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
 from attnedit.targets.attention.kv_cache import Attend

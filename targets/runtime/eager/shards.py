@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnedit.compiler.checkpoint_reader import INDEX_FILE
 from attnedit.compiler.compatibility.transformers_names import ignored_on_save, revert_weight_conversion
+from attnedit.compiler.model_io.checkpoint_reader import INDEX_FILE
 
 SHARD_BYTES = 1 << 30
 """The most in one shard of what is outside the layers, unless a single weight is larger."""

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.licenses import source_license
+from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.report import Report
+from attnedit.compiler.reporting.report import Report
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
 from attnedit.targets.attention.mla_graph import MLA_MODULE
 from attnedit.targets.runtime.check import check_model

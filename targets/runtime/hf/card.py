@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attnedit.compiler.licenses import CARD_FILE
-from attnedit.compiler.report import Report
+from attnedit.compiler.model_io.licenses import CARD_FILE
+from attnedit.compiler.reporting.report import Report
 
 __all__ = ["CARD_FILE", "NATIVE", "OURS", "REMOTE", "model_card"]
 

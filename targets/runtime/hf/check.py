@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import VerificationError
-from attnedit.compiler.verify import HALF
+from attnedit.compiler.execution.verify import HALF
 from attnedit.targets.attention.gateswa import GateSWA
 
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}

@@ -12,11 +12,11 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
+from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.forwards import evaluation_mode
-from attnedit.compiler.licenses import source_license
+from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.report import Report
+from attnedit.compiler.reporting.report import Report
 from attnedit.targets.attention.mla_graph import MLA_MODULE
 from attnedit.targets.attention.rewritten import KV_CACHE_MODULE
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE, check_free

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from attnedit.compiler.data import demo_text
+from attnedit.compiler.data.token_windows import demo_text
 from attnedit.compiler.errors import VerificationError
 
 SAMPLE = 20_000

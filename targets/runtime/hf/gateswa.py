@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.sites import AttentionSite, Projection
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.sites import AttentionSite, Projection
 from attnedit.targets.attention.config import GateSWAConfig
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE

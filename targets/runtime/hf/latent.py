@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.rope import rope_angles
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.rope import rope_angles
-from attnedit.compiler.sites import AttentionSite
-from attnedit.compiler.surgery import cut
+from attnedit.compiler.graph.surgery import cut
 from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.mla import MLA
 from attnedit.targets.attention.mla_graph import MLA_MODULE, QUERY_MODULE

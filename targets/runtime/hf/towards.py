@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.runtime.engines import VLLM, check_engine
 from attnedit.targets.runtime.hf.export import LATENT, REMOTE_PROFILE, check_profile, native_form, profile_of
 from attnedit.targets.runtime.hf.latent import lacking, positions, slot_frequencies

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from attnedit.compiler.report import ranges
+from attnedit.compiler.reporting.report import ranges
 from attnedit.targets.runtime.npu.legalise import PLAIN, Decision, LayerPlan, Site, advice, legalise
 from attnedit.targets.runtime.npu.limits import SOCS
 from attnedit.targets.runtime.npu.survey import survey

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from attnedit.compiler.sites import AttentionSite
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.runtime.npu.limits import (
     ALIGNMENT,

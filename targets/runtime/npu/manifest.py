@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnedit.compiler.report import ranges
+from attnedit.compiler.reporting.report import ranges
 from attnedit.targets.runtime.npu.legalise import PLAIN
 from attnedit.targets.runtime.npu.run_npu import MANIFEST_FILE
 

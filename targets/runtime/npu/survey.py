@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from attnedit.compiler.anchor import (
+from attnedit.compiler.compatibility.caches import with_cache
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.graph.anchor import (
     PROBE,
     InterfaceCall,
     attention_implementation,
@@ -17,8 +19,6 @@ from attnedit.compiler.anchor import (
     listening,
     mask_window,
 )
-from attnedit.compiler.compatibility.caches import with_cache
-from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.mla import MLA
 from attnedit.targets.runtime.npu.legalise import Site

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from attnedit.compiler.anchor import attention_implementation, reference_attention
-from attnedit.compiler.masks import shown
+from attnedit.compiler.graph.anchor import attention_implementation, reference_attention
+from attnedit.compiler.graph.masks import shown
 from attnedit.targets.attention.kernels import using, with_virtual_keys
 from attnedit.targets.runtime.npu.limits import MASK
 from attnedit.targets.runtime.npu.reference import register

@@ -15,9 +15,9 @@ from torch import fx, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.transformers_names import set_implementations
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.sites import AttentionSite
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
 from attnedit.targets.attention.kinds import config_from_dict, kind_of

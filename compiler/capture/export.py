@@ -1,0 +1,376 @@
+"""Exports one attention module with the anchor in it, as an fx graph whose forward has the module's own signature.
+
+The export runs on a bfloat16 copy on the meta device: no weight is touched, and every cast the source makes shows up
+in the graph whatever the dtype of the live model is.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import Cache
+
+from attnedit.compiler.capture.forwards import PAST
+from attnedit.compiler.capture.normalise import ChildCall, clean, merge_duplicates, raise_children, retarget_sizes
+from attnedit.compiler.capture.probe import AttentionCall
+from attnedit.compiler.capture.recorder import BATCH, LENGTH
+from attnedit.compiler.capture.written_out import Past, drop_past, emit_anchor
+from attnedit.compiler.compatibility.torch_names import (
+    FakeTensor,
+    HigherOrderOperator,
+    TorchDynamoException,
+    forward_hooks,
+    pytree,
+)
+from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD
+from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.graph.anchor import ANCHOR
+from attnedit.compiler.graph.dataflow import Evaluator, where
+from attnedit.compiler.graph.spec import verify
+from attnedit.compiler.graph.surgery import prune
+
+PROBE_DTYPE = torch.bfloat16
+_ROOT = "attn"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A normalised attention graph; `constants` are tensors that tracing lifted out of the source."""
+
+    graph: fx.Graph
+    constants: Mapping[str, torch.Tensor]
+
+
+def shadow(
+    module: torch.nn.Module, implementation: str, device: str, dtype: torch.dtype, seed: int | None = None
+) -> torch.nn.Module:
+    """A copy of `module` that shares no storage with it and whose attention implementation is `implementation`.
+
+    Args:
+        module: any attention module.
+        implementation: for the copy of its configuration; the module's own is left alone.
+        device: "meta", or where parameters are made.
+        dtype: of the floating parameters and buffers.
+        seed: for random parameters; None for empty ones.
+    """
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        floating = tensor.is_floating_point()
+        replacement: torch.Tensor
+        if generator is None:
+            replacement = torch.empty_like(tensor, device=device, dtype=dtype if floating else tensor.dtype)
+        elif floating and (isinstance(tensor, torch.nn.Parameter) or tensor.is_meta):
+            # Variance 1/fan_in keeps activations near 1, vectors near 1 keep norms from vanishing.
+            spread = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
+            replacement = torch.empty(tensor.shape, dtype=dtype).uniform_(-1.7, 1.7, generator=generator) * spread
+        else:
+            replacement = tensor.detach().to(device=device, dtype=dtype if floating else tensor.dtype, copy=True)
+        if isinstance(tensor, torch.nn.Parameter):
+            replacement = torch.nn.Parameter(replacement, requires_grad=False)
+        memo[id(tensor)] = replacement
+    for child in module.modules():
+        config = getattr(child, "config", None)
+        if config is not None and id(config) not in memo:
+            twin = copy.copy(config)
+            if hasattr(twin, ATTENTION_FIELD):
+                setattr(twin, ATTENTION_FIELD, implementation)
+            memo[id(config)] = twin
+    hooks = {id(hook): hook for child in module.modules() for hook in forward_hooks(child)}
+    memo.update(hooks)
+    return copy.deepcopy(module, memo).eval()
+
+
+class _Structure:
+    """The arguments of the probe's call and the structure of its output.
+
+    Not attributes of the module: export restores those after tracing.
+    """
+
+    def __init__(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        self.leaves = leaves
+        self.spec = spec
+        self.output: tuple[list[Any], pytree.TreeSpec] | None = None
+
+
+class _Flat(torch.nn.Module):
+    """Calls the attention module with tensors put back among its other arguments; keeps its output structure."""
+
+    def __init__(self, module: torch.nn.Module, structure: _Structure) -> None:
+        super().__init__()
+        self.attn = module
+        self.structure = structure
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.structure.leaves]
+        if past := tuple(given):
+            leaves = [Past(*past) if isinstance(leaf, Cache) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure.spec)
+        output = self.attn(*args, **kwargs)
+        values, spec = pytree.tree_flatten(output)
+        self.structure.output = ([isinstance(v, torch.Tensor) or v for v in values], spec)
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _empty(leaf: Any, device: str) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    dtype = PROBE_DTYPE if leaf.is_floating_point() else leaf.dtype
+    # Contiguous and distinct: a view of another argument would become a guard on its base.
+    return torch.empty(leaf.shape, dtype=dtype, device=device)
+
+
+def bind(call: AttentionCall) -> inspect.BoundArguments:
+    """The arguments of the call that is exported by parameter name, without defaults."""
+    given = call if call.cached is None else call.cached
+    return inspect.signature(call.module.forward).bind(*given.args, **given.kwargs)
+
+
+def record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]]:
+    """Note every call of a child module from now on; returns the calls so far, and hooks to remove."""
+    calls: list[ChildCall] = []
+    counts: dict[str, int] = {}
+    handles = []
+    for name, child in module.named_modules():
+        if not name:
+            continue
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            number = counts.get(name, 0)
+            counts[name] = number + 1
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            marked = [ChildCall.TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            calls.append(ChildCall(name, number, marked, spec))
+
+        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+    return calls, handles
+
+
+def export_attention(call: AttentionCall) -> Exported:
+    """Export, unlift and normalise the attention module of one call.
+
+    Returns:
+        The graph: child modules are called, sizes are read from the hidden states, casts follow the hidden states'
+        dtype, the anchor stands for the attention interface.
+
+    Raises:
+        CaptureError: torch.export could not trace the module, or the graph holds something that is no plain op.
+    """
+    cached = call.cached
+    # Constants that a module makes on the way have values on a real device only; nothing is computed there.
+    implementation, device = (ANCHOR, "meta") if cached is None else (cached.implementation, "cpu")
+    copied = shadow(call.module, implementation, device, PROBE_DTYPE)
+    given = (call.args, call.kwargs) if cached is None else (cached.args, cached.kwargs)
+    leaves, spec = pytree.tree_flatten((given[0], dict(given[1])))
+    leaves = [_empty(leaf, device) for leaf in leaves]
+    structure = _Structure(leaves, spec)
+    flat = _Flat(copied, structure).eval()
+    inputs = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    if cached is not None:
+        inputs += (_empty(cached.keys, device), _empty(cached.values, device))
+    children, handles = record_children(copied)
+    dynamic = (tuple(_dynamic(tensor, cached is not None) for tensor in inputs),)
+    try:
+        program = export_program(flat, inputs, dynamic)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _assemble(call, program, structure, children)
+
+
+def export_program(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: Any
+) -> torch.export.ExportedProgram:
+    """Non-strict export in functional form, every composite op kept; CaptureError where torch.export fails."""
+    program: torch.export.ExportedProgram
+    try:
+        # With gradients on, the no_grad regions of rotary embeddings would become higher-order ops.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch's own copy of it
+            program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+            program = program.run_decompositions({})
+    except (RuntimeError, ValueError, TypeError, AssertionError, TorchDynamoException) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"torch.export failed: {reason}") from error
+    return program
+
+
+def unlift(
+    program: torch.export.ExportedProgram,
+    graph: fx.Graph,
+    root: str,
+    argument: Callable[[fx.Node], fx.Node],
+    constant: str = "_constant_",
+) -> tuple[list[fx.Node], dict[str, torch.Tensor]]:
+    """Copy an exported program into a graph, where get_attr takes the place of what export made arguments of.
+
+    Args:
+        program: to copy.
+        graph: that gets its nodes, all but the output.
+        root: what their FQNs begin with; it is left out.
+        argument: adds the node for an argument that the program had before.
+        constant: what the names of tensors that the code makes begin with.
+
+    Returns:
+        The nodes that are returned, and the tensors that the code makes, by get_attr target.
+
+    Raises:
+        CaptureError: there is an op that calls other graphs, or a constant whose value cannot be known.
+    """
+    signature = program.graph_signature
+    own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    constants: dict[str, torch.Tensor] = {}
+    values: dict[fx.Node, fx.Node] = {}
+    outputs: list[fx.Node] = []
+    for node in program.graph.nodes:
+        if node.op == "output":
+            outputs = [values[n] for n in node.args[0]]
+            continue
+        if node.op == "placeholder":
+            if node.name in own:
+                new = graph.get_attr(own[node.name].removeprefix(f"{root}."))
+            elif node.name in lifted:
+                name = constant + lifted[node.name].rsplit(".", 1)[-1]
+                value = program.constants[lifted[node.name]]
+                if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.is_meta:
+                    raise CaptureError(f"the source makes a constant tensor ({name}) that has no value")
+                constants[name] = value
+                new = graph.get_attr(name)
+            else:
+                new = argument(node)
+            new.meta.update(node.meta)
+        elif node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
+            raise CaptureError(f"{where(node)} is the higher-order op {node.target}; cannot rewrite it")
+        else:
+            new = graph.node_copy(node, lambda n: values[n])
+        values[node] = new
+    return outputs, constants
+
+
+def _dynamic(tensor: torch.Tensor, written_out: bool) -> dict[int, Any]:
+    # Batch, and whatever is as long as the sequence; feature dims stay numbers.
+    lengths = {size for size in tensor.shape if size in (BATCH, LENGTH, PAST, PAST + LENGTH)}
+    dims = [
+        dim
+        for dim, size in enumerate(tensor.shape)
+        if size in lengths and dim < max(tensor.dim() - 1, 2 if tensor.dim() < 4 else 4)
+    ]
+    if written_out and tensor.dim() and tensor.shape[0] % BATCH == 0:
+        dims.append(0)  # batch and heads in one
+    if written_out and tensor.dim() and tensor.shape[-1] == PAST + LENGTH:
+        dims.append(tensor.dim() - 1)
+    return {dim: torch.export.Dim.AUTO for dim in dims}
+
+
+def _assemble(
+    call: AttentionCall, program: torch.export.ExportedProgram, structure: _Structure, children: list[ChildCall]
+) -> Exported:
+    graph = fx.Graph()
+    users = _source_signature(graph, call)
+    arguments: list[fx.Node] = []
+
+    def argument(_: fx.Node) -> fx.Node:
+        arguments.append(next(users))
+        return arguments[-1]
+
+    outputs, constants = unlift(program, graph, _ROOT, argument)
+    graph.output(_output(structure, outputs))
+    clean(graph)
+    verify(graph, "clean", anchored=False, resized=False)
+    if call.cached is not None:
+        emit_anchor(graph, Evaluator(call.module, constants))
+        verify(graph, "emit_anchor", anchored=False, resized=False)
+        *arguments, keys, values_ = arguments
+        drop_past(graph, [keys, values_], _attended(arguments, structure))
+        verify(graph, "drop_past", resized=False)
+    retarget_sizes(graph)
+    verify(graph, "retarget_sizes")
+    if call.cached is not None:
+        merge_duplicates(graph)
+        verify(graph, "merge_duplicates")
+    raise_children(graph, children, _ROOT)
+    prune(graph)
+    verify(graph, "raise_children")
+    return Exported(graph, constants)
+
+
+def _source_signature(graph: fx.Graph, call: AttentionCall) -> Any:
+    """Add placeholders with the source's signature; yield the node of each tensor the probe passed, in order."""
+    bound = bind(call)
+    parameters = inspect.signature(call.module.forward).parameters
+    roots: dict[str, fx.Node] = {}
+    defaulted = False
+    for name, parameter in parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            roots[name] = graph.create_node("placeholder", f"*{name}", name=name)
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            roots[name] = graph.create_node("placeholder", f"**{name}", name=name)
+        elif parameter.default is inspect.Parameter.empty and not defaulted:
+            roots[name] = graph.placeholder(name)
+        else:
+            defaulted = True
+            empty = parameter.default is inspect.Parameter.empty
+            roots[name] = graph.placeholder(name, default_value=None if empty else parameter.default)
+    # The leaves of args come before those of kwargs, each in order: the order the export flattened them in.
+    by_identity: dict[int, list[fx.Node]] = {}
+    made: dict[tuple[str, str], fx.Node] = {}
+    for path, leaf in pytree.tree_flatten_with_path(dict(bound.arguments))[0]:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        name = _step(path[0])
+        node = roots[name]
+        keys: list[Any] = []
+        for step in path[1:]:
+            keys.append(_step(step))
+            at = (name, repr(keys))
+            if at not in made:
+                made[at] = graph.call_function(operator.getitem, (node, keys[-1]))
+            node = made[at]
+        by_identity.setdefault(id(leaf), []).append(node)
+    given = call if call.cached is None else call.cached
+    originals = pytree.tree_leaves((given.args, dict(given.kwargs)))
+    nodes = [
+        (by_identity[id(leaf)].pop(0) if len(by_identity[id(leaf)]) > 1 else by_identity[id(leaf)][0])
+        for leaf in originals
+        if isinstance(leaf, torch.Tensor)
+    ]
+    if call.cached is not None:
+        nodes += [graph.placeholder(f"_past_{name}") for name in ("keys", "values")]
+    return iter(nodes)
+
+
+def _attended(arguments: list[fx.Node], structure: _Structure) -> tuple[fx.Node, int] | None:
+    """An argument that is as long as what is attended to, new and cached tokens, and its dim."""
+    tensors = [leaf for leaf in structure.leaves if isinstance(leaf, torch.Tensor)]
+    for node, tensor in zip(arguments, tensors, strict=True):
+        for dim in reversed(range(tensor.dim())):
+            if tensor.shape[dim] == PAST + LENGTH:
+                return node, dim
+    return None
+
+
+def _step(entry: Any) -> Any:
+    """The key or index of one step of a pytree path."""
+    if isinstance(entry, pytree.MappingKey):
+        return entry.key
+    if isinstance(entry, pytree.SequenceKey):
+        return entry.idx
+    raise CaptureError(f"an argument holds a tensor inside an object that cannot be indexed ({entry})")
+
+
+def _output(structure: _Structure, tensors: list[fx.Node]) -> Any:
+    if structure.output is None:
+        raise RuntimeError("the module was never called during export")
+    marks, spec = structure.output
+    given = iter(tensors)
+    return pytree.tree_unflatten([next(given) if mark is True else mark for mark in marks], spec)

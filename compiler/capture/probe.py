@@ -1,0 +1,286 @@
+"""One tiny forward of the live model: which modules run attention, with which arguments, and which avoid the interface.
+
+The forward runs without cache or gradient on B=2, T=11; it works on meta models and in any dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnedit.compiler.capture.forwards import CachedCall, bound, cached_calls, probe_inputs, probing
+from attnedit.compiler.capture.recorder import Attention, Frame, Produced, Recorder
+from attnedit.compiler.capture.sites import RotarySource
+from attnedit.compiler.compatibility.torch_names import pytree
+from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.graph.anchor import (
+    MaskWindow,
+    listening,
+    mask_window,
+    recording_windows,
+)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention module as the probe saw it.
+
+    `cached` is None where it calls the attention interface, `layer` (the cache slot) where it names none. `outer` is
+    the module around it, which may hold the output projection.
+    """
+
+    name: str
+    module: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    mask: MaskWindow | None
+    signature: str
+    rotary: RotarySource | None
+    cached: CachedCall | None = None
+    layer: int | None = None
+    outer: AttentionCall | None = None
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    config = getattr(model, "config", None)
+    kind = type(model).__name__
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UsageError(f"{kind} is not a transformers model; load one with AutoModelForCausalLM.from_pretrained")
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(f"{kind} is an encoder-decoder; only decoder-only language models are supported")
+    text = config.get_text_config()
+    if text is not config:
+        tower = next((name for name, m in model.named_modules() if name and getattr(m, "config", None) is text), None)
+        where = f"its text tower is {tower!r} ({type(text).__name__})" if tower else "its text tower was not found"
+        raise CaptureError(f"{kind} is multimodal; {where}: pass a causal language model built from it instead")
+
+
+def discover(model: torch.nn.Module) -> list[AttentionCall]:
+    """Find the attention modules of a live model.
+
+    Args:
+        model: a transformers causal language model, on any device (meta too) and in any dtype; left as it was.
+
+    Returns:
+        One entry per attention module, in the order they run. Modules that attend to the keys of another one, and those
+        whose keys others attend to, are left out: neither can be replaced alone.
+
+    Raises:
+        UsageError: not a transformers model.
+        CaptureError: encoder-decoder, multimodal, no attention at all, or layers that cannot be captured (each
+            is listed with its reason).
+    """
+    _check_model(model)
+    recorder = Recorder(model)
+    with probing(model), listening(recorder.called), recording_windows() as windows:
+        inputs = probe_inputs(model)
+        with recorder.watching(model):
+            model(**inputs, use_cache=False)
+    cached: dict[str, CachedCall] = {}
+    if any(found.call is None for found in recorder.attention):
+        cached = cached_calls(model)
+    shared = _sharing(recorder.attention)
+    found = [_located(attention, windows, cached) for attention in recorder.attention if attention not in shared]
+    if shared and not found:
+        raise CaptureError(
+            f"{type(model).__name__}: all {len(shared)} attention layers share keys and values with others, so that "
+            f"none can be replaced alone"
+        )
+    _refuse_unsupported(model, found)
+    return _attention_calls(recorder, found)
+
+
+def _sharing(found: list[Attention]) -> list[Attention]:
+    """Attention over keys that several modules attend to."""
+    by_key: dict[int, list[Attention]] = {}
+    for attention in found:
+        if attention.call is not None:
+            by_key.setdefault(id(attention.call.key), []).append(attention)
+    several = [group for group in by_key.values() if len({id(one.stack[-1].module) for one in group}) > 1]
+    return [attention for group in several for attention in group]
+
+
+@dataclass(frozen=True)
+class _Located:
+    """Attention and the module whose site it is."""
+
+    frame: Frame
+    mask: MaskWindow | None
+    settings: tuple[Any, ...]
+    problem: str | None
+    cached: CachedCall | None = None
+    layer: int | None = None
+    outer: _Located | None = None
+
+
+def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[str, CachedCall]) -> _Located:
+    call = attention.call
+    if call is not None:
+        problem = call.problem
+        if problem is None and call.mask is None:
+            problem = "no attention mask reaches the attention interface, so it may not be causal"
+        layer = getattr(call.module, "layer_idx", None)
+        if problem is None and "layer_idx" in attention.stack[-1].kwargs:
+            problem = "its caller says which layer it is (layer_idx), so several layers share it"
+        one = _Located(attention.stack[-1], mask_window(call.mask), call.settings, problem, layer=layer)
+        return dataclasses.replace(one, outer=_around(one, attention.stack, None))
+    frame = next((frame for frame in reversed(attention.stack) if frame.name in cached), None)
+    if frame is None:
+        return _Located(
+            attention.stack[-1],
+            None,
+            (),
+            f"its attention runs at {attention.place} and does not go through transformers' attention interface, and "
+            f"no module around it is given a cache, so it cannot be traced",
+        )
+    masks = [mask_window(leaf) for _, leaf in bound(frame) if isinstance(leaf, torch.Tensor)]
+    given = {mask for mask in masks if mask is not None} or set(windows)
+    problem = "it is given several masks" if len(given) > 1 else None
+    one = _Located(
+        frame, next(iter(given), None), ("written out",), problem, cached[frame.name], cached[frame.name].layer
+    )
+    return dataclasses.replace(one, outer=_around(one, attention.stack, cached))
+
+
+def _around(one: _Located, stack: list[Frame], cached: Mapping[str, CachedCall] | None) -> _Located | None:
+    index = next(i for i, frame in enumerate(stack) if frame is one.frame)
+    if index == 0 or (cached is not None and stack[index - 1].name not in cached):
+        return None
+    frame = stack[index - 1]
+    return dataclasses.replace(one, frame=frame, cached=None if cached is None else cached[frame.name])
+
+
+def _refuse_unsupported(model: torch.nn.Module, found: list[_Located]) -> None:
+    problems = []
+    seen: set[int] = set()
+    for one in found:
+        reason = one.problem
+        if reason is None and id(one.frame.module) in seen:
+            reason = "it runs attention more than once"
+        if reason is not None:
+            problems.append((one.frame.name, f"({type(one.frame.module).__name__}): {reason}"))
+        seen.add(id(one.frame.module))
+    if problems and hasattr(model.config, "attnedit"):
+        names = ", ".join(name for name, _ in problems)
+        raise CaptureError(
+            f"{type(model).__name__}: attnedit has rewritten its attention already ({names}); give the model that it "
+            f"was made from"
+        )
+    if problems:
+        raise CaptureError(f"{type(model).__name__}: {by_reason(problems)}")
+    if not found:
+        raise CaptureError(
+            f"{type(model).__name__}: no attention site; no module runs softmax attention, so there is nothing to "
+            f"convert: give a model with attention"
+        )
+
+
+def by_reason(problems: list[tuple[str, str]]) -> str:
+    """One clause per reason with the layers it holds for.
+
+    >>> by_reason([("h.0.attn", "(A): no"), ("h.1.attn", "(A): no"), ("h.2.attn", "(B): never")])
+    'h.0.attn, h.1.attn (A): no; h.2.attn (B): never'
+    """
+    grouped: dict[str, list[str]] = {}
+    for name, reason in problems:
+        grouped.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} {reason}" for reason, names in grouped.items())
+
+
+def _attention_calls(recorder: Recorder, located: list[_Located]) -> list[AttentionCall]:
+    outer = [one.outer for one in located if one.outer is not None]
+    around = _attention_calls(recorder, outer) if len(outer) == len(located) else [None] * len(located)
+    identities = _shared_identities([one.frame for one in located])
+    found = []
+    for one, identity, wider in zip(located, identities, around, strict=True):
+        frame = one.frame
+        rotary = _rotary_source(recorder, frame)
+        signature = _signature(one, identity, rotary)
+        call = AttentionCall(frame.name, frame.module, frame.args, frame.kwargs, one.mask, signature, rotary)
+        found.append(dataclasses.replace(call, cached=one.cached, layer=one.layer, outer=wider))
+    return found
+
+
+def _shared_identities(frames: list[Frame]) -> list[dict[str, int]]:
+    """Which tensor object each argument is, numbered by first appearance, where layers share them at all.
+
+    Hidden states differ in every layer and say nothing; masks and cos/sin tell sliding from full layers.
+    """
+    seen: dict[str, dict[int, int]] = {}
+    rows: list[dict[str, int]] = []
+    for frame in frames:
+        row = {}
+        for path, leaf in bound(frame):
+            if isinstance(leaf, torch.Tensor):
+                numbers = seen.setdefault(path, {})
+                row[path] = numbers.setdefault(id(leaf), len(numbers))
+        rows.append(row)
+    private = {path for path, numbers in seen.items() if len(numbers) == sum(path in row for row in rows)}
+    return [{path: number for path, number in row.items() if path not in private} for row in rows]
+
+
+def _scalars(module: torch.nn.Module) -> list[tuple[str, str]]:
+    plain = (bool, int, float, str, type(None), torch.dtype, torch.Size)
+    return sorted(
+        (name, repr(value))
+        for name, value in vars(module).items()
+        if (isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(v, plain) for v in value)))
+        and name not in ("layer_idx", "training")
+    )
+
+
+def _signature(one: _Located, identity: dict[str, int], rotary: RotarySource | None) -> str:
+    """Equal only where two modules run the same ops on the same shapes with the same settings and shared inputs."""
+    frame = one.frame
+    module = frame.module
+    persistent = set(module.state_dict(keep_vars=True))
+    parts: list[Any] = [
+        [(name, type(child).__qualname__, _scalars(child)) for name, child in module.named_modules()],
+        [(name, tuple(t.shape), str(t.dtype)) for name, t in module.state_dict(keep_vars=True).items()],
+        [
+            (path, (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, torch.Tensor) else repr(leaf))
+            for path, leaf in bound(frame)
+        ],
+        sorted(identity.items()),
+        # Buffers that are no weights are constants of the layer: windows of its own, tables of angles.
+        [
+            (name, tuple(buffer.shape), None if buffer.is_meta else float(buffer.double().sum()))
+            for name, buffer in module.named_buffers()
+            if name not in persistent
+        ],
+        one.settings,
+        one.mask,
+        rotary and (rotary.module, rotary.outputs, repr(rotary.args), repr(sorted(rotary.kwargs.items()))),
+        # layer_idx may steer the forward through the configuration; the ops that ran show it.
+        frame.trace,
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _rotary_source(recorder: Recorder, frame: Frame) -> RotarySource | None:
+    """The module that made the (cos, sin) pair this attention module was called with."""
+    produced = [
+        recorder.produced[id(leaf)]
+        for _, leaf in bound(frame)
+        if isinstance(leaf, torch.Tensor) and id(leaf) in recorder.produced and leaf.dim() in (3, 4)
+    ]
+    by_call: dict[tuple[str, int], list[Produced]] = {}
+    for item in produced:
+        by_call.setdefault((item.name, id(item.args)), []).append(item)
+    for items in by_call.values():
+        if len(items) == 2:
+            first, second = items
+
+            def mark(leaf: Any) -> Any:
+                if isinstance(leaf, torch.Tensor):
+                    return "hidden" if leaf.is_floating_point() else "positions"
+                return leaf
+
+            args, kwargs = pytree.tree_map(mark, (first.args, first.kwargs))
+            return RotarySource(first.name, args, kwargs, (first.index, second.index))
+    return None

@@ -1,0 +1,1 @@
+"""Perplexity, by position too, planted facts, and their intervals."""

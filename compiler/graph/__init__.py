@@ -1,0 +1,1 @@
+"""Graphs of torch.fx: ops of ours, questions about values, cuts, masks, the verifier, text."""

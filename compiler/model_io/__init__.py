@@ -1,0 +1,1 @@
+"""Sources read and refused: hub names, directories, GGUF files, checkpoints part by part."""

@@ -1,0 +1,1 @@
+"""What a compilation has to say: table, JSON, page, drawings."""
