@@ -126,5 +126,5 @@ class DenseMask(nn.Module):
         self.window = window
 
     def forward(self, mask: Tensor | None, hidden: Tensor, keys: Tensor) -> Tensor:
-        """Return a mask to add, of hidden [B, T, D] and keys [B, G, S, ..]: `attnedit.compiler.graph.masks.dense_mask`."""
+        """Return a mask to add, of hidden [B, T, D], keys [B, G, S, ..]: `attnedit.compiler.graph.masks.dense_mask`."""
         return dense_mask(mask, hidden, keys.shape[2], self.window)
