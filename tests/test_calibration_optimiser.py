@@ -117,7 +117,15 @@ def test_a_stopped_run_goes_on_with_the_moments_of_both_rules(stop: int, tmp_pat
             return {"loss": float(loss.detach())}
 
         made = Stage(
-            "toy", parameters, [list(parameters)], 12, lambda _: 0.1, 1, learn, lambda: [-float(seen[-1])], {"matrix"}
+            "toy",
+            parameters,
+            [list(parameters)],
+            12,
+            lambda _: 0.1,
+            lambda _: 1,
+            learn,
+            lambda: [-float(seen[-1])],
+            {"matrix"},
         )
         return made, parameters
 
@@ -169,7 +177,7 @@ def test_each_layer_is_fitted_at_the_rate_of_its_own_start() -> None:
 
     looks = iter([[0.001, 0.004, 0.016], [0.0, 0.0, 0.0]])
     parts = [[name] for name in parameters]
-    stage = Stage("toy", parameters, parts, 1, lambda loss: loss, 1, learn, lambda: next(looks))
+    stage = Stage("toy", parameters, parts, 1, lambda loss: loss, lambda _: 1, learn, lambda: next(looks))
     state = run_stage(stage, CalibrationOptions(), Journal(None))
     assert (state.rate, state.first) == (0.016, pytest.approx(0.007))
     moved = {name: float((before[name] - parameters[name].detach()).mean()) for name in parameters}

@@ -267,6 +267,7 @@ class Finder:  # asked first for every module
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from attnedit.cli import main
 sys.exit(main(["generate", "smollm2", "--prompt", "a"]))
 """

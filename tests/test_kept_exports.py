@@ -12,8 +12,9 @@ from families import build, shared
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from attnedit.compiler.capture.capture import capture, graph_module, kept_exports
-from attnedit.compiler.capture.capture import capture as capturing
+from attnedit.compiler.capture import capture as capturing
+from attnedit.compiler.capture import kept_exports
+from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.capture.kept_exports import Key, key_of
 from attnedit.compiler.capture.probe import discover
 from attnedit.compiler.graph.dataflow import anchors

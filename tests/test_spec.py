@@ -13,7 +13,8 @@ from families import shared
 from torch import fx
 
 import attnedit
-from attnedit.compiler.capture.capture import capture, export, graph_module
+from attnedit.compiler.capture import export
+from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.errors import CaptureError, RewriteError
 from attnedit.compiler.graph.dataflow import anchors, aten
 from attnedit.compiler.graph.spec import verify
@@ -132,8 +133,8 @@ BREAKS: dict[Break, str] = {
     a_length: r"gives \[B, 11, 4, 8\] of bfloat16, but is noted as \[B, T, 4, 8\] of bfloat16",
     a_note: "of bfloat16, but is noted as .* of float32",
     no_note: "nothing is noted of its shape",
-    no_anchor: "there are 0 anchors",
-    two_anchors: "there are 2 anchors .*; expected 1",
+    no_anchor: "there are 0 of attention",
+    two_anchors: "there are 2 of attention.*; expected one",
     no_layer: "names no layer",
     keys_in_another_layout: r"expected \[B, H, T, d\], \[B, G, S, d\]",
     a_module: "takes w_proj, which its module does not have",
@@ -163,7 +164,7 @@ def test_a_breakage_is_seen(breakage: Break) -> None:
         ("llama", "retarget_sizes", a_length, r"gives \[B, 11, 4, 8\]"),
         ("llama", "raise_children", a_tensor, "constant Tensor"),
         ("gptj", "emit_anchor", a_method, "calls the method"),
-        ("gptj", "drop_past", two_anchors, "there are 2 anchors"),
+        ("gptj", "drop_past", two_anchors, "there are 2 of attention"),
         ("gptj", "merge_duplicates", no_layer, "names no layer"),
     ],
 )

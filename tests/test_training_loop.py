@@ -34,7 +34,7 @@ class Quadratic:
             [["x"]],
             steps,
             lambda _: 0.3,
-            10,
+            lambda _: 10,
             self.learn,
             lambda: [float(self.loss().detach())],
         )
@@ -84,7 +84,9 @@ def test_steps_are_relative_to_the_size_of_a_weight() -> None:
         return {"loss": 1.0}
 
     looks = iter([[1.0] * len(parameters), [0.5] * len(parameters)])
-    stage = Stage("toy", parameters, [[name] for name in parameters], 1, lambda _: 0.01, 10, learn, lambda: next(looks))
+    stage = Stage(
+        "toy", parameters, [[name] for name in parameters], 1, lambda _: 0.01, lambda _: 10, learn, lambda: next(looks)
+    )
     run_stage(stage, CalibrationOptions(), Journal(None))
     moved = {name: float((weights[name] - p.detach()).mean()) for name, p in parameters.items()}
     assert moved == pytest.approx({"large": 0.08, "small": 0.005, "zero": 0.01 * FRESH_SIZE}, rel=1e-3)

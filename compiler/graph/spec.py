@@ -57,7 +57,7 @@ def verify(
         made_by: the pass that it comes from, for messages.
         root: holds its modules and tensors; None where they are not at hand.
         anchored: attention is one node at least; exactly one, unless a cache is called.
-        resized: casts follow the hidden states already: none is to the probe's dtype.
+        resized: casts follow the hidden states already: none is to the probe's dtype or device.
         loose: name of a node that graphs traced apart take in another length, the mask; what depends on it is not
             computed anew.
         error: raised with one line.
@@ -84,7 +84,7 @@ def _check(graph: fx.Graph, root: torch.nn.Module | None, anchored: bool, resize
                 raise _BrokenError(
                     f"{where(node)} has a constant {type(leaf).__name__} among its arguments; make it a buffer"
                 )
-            if leaf == torch.device("meta") or (resized and leaf == torch.bfloat16 and node.op == "call_function"):
+            if resized and (leaf == torch.device("meta") or (leaf == torch.bfloat16 and node.op == "call_function")):
                 raise _BrokenError(f"{where(node)} has the probe's {leaf} baked in")
     if anchored:
         _check_anchors(graph)
@@ -127,7 +127,7 @@ def _check_anchors(graph: fx.Graph) -> None:
     found = anchors(graph)
     caches = [n for n in graph.nodes if n.op == "call_function" and getattr(schema_of(n.target), "name", "") == _CACHE]
     if len(found) != 1 and not caches:
-        raise _BrokenError(f"there are {len(found)} anchors (attnedit::attention); expected 1")
+        raise _BrokenError(f"there are {len(found)} of attention() and none of cache(); expected one")
     layers = {node.args[8] if len(node.args) == 9 else None for node in found}
     if found and (len(layers) != 1 or not isinstance(next(iter(layers)), int)):
         raise _BrokenError(f"{where(found[0])} names no layer, or several ({layers})")

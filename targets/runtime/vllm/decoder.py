@@ -16,6 +16,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.compatibility.transformers_names import attention_of as implementation_of
 from attnedit.compiler.compatibility.transformers_names import set_implementations
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
@@ -180,7 +181,7 @@ def _place(decoder: PreTrainedModel, prefix: str, sites: Mapping[str, AttentionS
     records = config.attnedit["sites"]
     if unknown := sorted(set(records) - set(sites)):
         raise UsageError(f"config.json names the attention module {unknown[0]!r}, which its source lacks")
-    implementations = config._attn_implementation
+    implementations = implementation_of(config)
     graphs = {}
     for name, site in sites.items():
         if name in records:
