@@ -30,7 +30,8 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    found = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    return [(language, code) for language, code in found if language != "console"]  # what takes an engine or its files
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it by its old name
