@@ -21,7 +21,6 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 __all__ = [
     "ATTENTION_FIELD",
@@ -96,7 +95,7 @@ def attention_of(config: Any) -> str:
 
 def records_attention(model: PreTrainedModel) -> bool:
     """Whether a model's class has transformers collect the attention weights of its layers."""
-    return "attentions" in (_CAN_RECORD_REGISTRY.get(model) or {})
+    return "attentions" in (getattr(model, "_can_record_outputs", None) or {})
 
 
 def supports_sdpa(model: Any) -> bool:
