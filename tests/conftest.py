@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from attnedit.compiler.data.token_windows import demo_text
+
+# Inductor imports setuptools late, which fails in a process where anything has imported distutils or pip before.
+importlib.import_module("setuptools")
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
