@@ -27,7 +27,8 @@ from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.rewrite import exact_layer
 from attnedit.passes.mla.rewrite import fit_site as fit_latent
-from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_of, config_to_dict, kind_of
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.kinds import config_from_dict, config_of, config_to_dict, kind_of
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard
 
 STATE_DIRECTORY = "run"
@@ -51,7 +52,7 @@ class Rewritten:
     """
 
     done: int = 0
-    configs: dict[str, AnyConfig] = field(default_factory=dict)
+    configs: dict[str, SiteConfig] = field(default_factory=dict)
     energy_kept: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0

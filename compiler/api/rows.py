@@ -15,8 +15,8 @@ from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.reporting.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes
 from attnedit.figures import memory_curve
 from attnedit.planning import Plan
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.kinds import AnyConfig, kind_of
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.kinds import kind_of
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Fitted:
 def compile_report(
     result: PreTrainedModel,
     plan: Plan,
-    configs: Mapping[str, AnyConfig],
+    configs: Mapping[str, SiteConfig],
     fitted: Fitted,
     windows: CalibrationWindows | None,
     **facts: Any,
@@ -94,20 +94,22 @@ def compile_report(
 
 
 def _layers(
-    plan: Plan, configs: Mapping[str, AnyConfig], after: KVUsage, measured: Mapping[str, Mapping[str, float]]
+    plan: Plan, configs: Mapping[str, SiteConfig], after: KVUsage, measured: Mapping[str, Mapping[str, float]]
 ) -> list[LayerReport]:
     """One row per site."""
     rows = []
     for site in plan.sites:
         config = configs.get(site.name)
+        kind = None if config is None else kind_of(config)
+        figures = {} if kind is None or config is None else kind.figures_of(config)
+        columns = {name: figures.pop(name) for name in list(figures) if name in LayerReport.model_fields}
         rows.append(
             LayerReport(
                 layer=site.layer_idx,
                 name=site.name,
-                kind="source" if config is None else kind_of(config).name,
-                kv_lora_rank=config.kv_lora_rank if isinstance(config, MLAConfig) else None,
-                qk_rope_head_dim=config.qk_rope_head_dim if isinstance(config, MLAConfig) else None,
-                sliding_window=config.sliding_window if isinstance(config, GateSWAConfig) else None,
+                kind="source" if kind is None else kind.name,
+                **columns,
+                figures=figures,
                 values_before=plan.before.per_layer[site.layer_idx],
                 values_after=after.per_layer[site.layer_idx],
                 **{what: by_site.get(site.name) for what, by_site in measured.items()},

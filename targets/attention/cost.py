@@ -135,16 +135,6 @@ def gateswa_cost(config: GateSWAConfig) -> AttentionCost:
     return _cost(gateswa_values(config), config.cached_tokens, products, heads * (config.head_dim + size), others)
 
 
-def config_values(config: MLAConfig | GateSWAConfig) -> Any:
-    """Cached values of a rewritten attention over ``batch`` and ``length``.
-
-    >>> config_values(GateSWAConfig(0, 9, 3, 64, 64, 576, 128, 0.125, sink_tokens=4))
-    384*batch*Min(132, length)
-    """
-    cost = gateswa_cost(config) if isinstance(config, GateSWAConfig) else mla_cost(config, config.input_size)
-    return cost.cached_values
-
-
 def _cost(values: int, window: int | None, products: int, per_key: int, others: int = 0) -> AttentionCost:
     """Put together: every weight of a product is used once per token, and ``per_key`` products once per key."""
     slots = LENGTH if window is None else sympy.Min(window, LENGTH)
