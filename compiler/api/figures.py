@@ -1,4 +1,4 @@
-"""What the report of a compilation shows beside its table: memory, graphs, and what linear maps miss."""
+"""What the report of a compilation shows beside its table: memory and graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from attnedit.compiler.capture.capture import graph_module
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.reporting.graph_svg import sketch
 from attnedit.compiler.reporting.report import KVCurve, SiteGraphs
-from attnedit.passes.mla.rewrite import Latent
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost
@@ -19,8 +18,6 @@ from attnedit.targets.attention.kinds import kind_of
 
 CURVE_POINTS = 32
 """Of memory against the length of the context."""
-LINEAR = 1e-6
-"""Energy that a linear map misses by rounding alone."""
 
 
 def memory_curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, SiteConfig]) -> KVCurve:
@@ -58,12 +55,3 @@ def site_graphs(
         )
         for (kind, _), sites in alike.items()
     ]
-
-
-def linear_notes(latent: Latent) -> list[str]:
-    """How far off the linear maps are that stand for something else."""
-    worst = [max(errors) for errors in zip(*(site.errors for site in latent.linear.values()), strict=True)]
-    if not worst or max(worst) < LINEAR:
-        return []
-    named = ", ".join(f"{name} {error:.1%}" for name, error in zip(("queries", "keys", "values"), worst, strict=True))
-    return [f"energy that the linear maps miss on calibration data, in the worst layer: {named}"]

@@ -25,8 +25,8 @@ class Fitted:
 
     Attributes:
         graphs: with their weights, or on meta where these are written already.
-        matched: names of the sites that each kind was fitted for.
-        spent: seconds for that, by kind.
+        matched: names of the sites that each target was fitted for, by the target's name.
+        spent: seconds for that, by the target's name.
         energy_kept, output_error, loss_increase: where measured; see `LayerReport`.
         full: layers that keep no window, where others got one.
         notes: what the user should know.
@@ -62,17 +62,17 @@ def compile_report(
     """
     after, options = kv_usage(result), plan.options
     measured = {name: getattr(fitted, name) for name in ("energy_kept", "output_error", "loss_increase")}
-    contracts = {"gateswa": "learned", "mla": "close" if windows is None else "learned"}
     rules = [
         RuleReport(
-            name=kind,
-            contract=contract,
-            matched=len(fitted.matched[kind]),
-            rewritten=sum(name in configs for name in fitted.matched[kind]),
-            seconds=fitted.spent.get(kind, 0.0),
+            name=target.name,
+            contract="close" if windows is None else "learned",
+            matched=len(fitted.matched[target.name]),
+            rewritten=sum(name in configs for name in fitted.matched[target.name]),
+            rejected=plan.rejected,
+            seconds=fitted.spent.get(target.name, 0.0),
         )
-        for kind, contract in contracts.items()
-        if fitted.matched.get(kind)
+        for target in plan.targets
+        if fitted.matched.get(target.name)
     ]
     return Report(
         target=options.target_name,
@@ -102,7 +102,8 @@ def _layers(
         config = configs.get(site.name)
         kind = None if config is None else kind_of(config)
         figures = {} if kind is None or config is None else kind.figures_of(config)
-        columns = {name: figures.pop(name) for name in list(figures) if name in LayerReport.model_fields}
+        own = [name for name in figures if name in LayerReport.model_fields]
+        columns: dict[str, Any] = {name: figures.pop(name) for name in own}
         rows.append(
             LayerReport(
                 layer=site.layer_idx,

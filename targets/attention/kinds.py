@@ -1,7 +1,7 @@
 """The kinds of attention that a rewritten layer can have: how each is named, built, counted and lowered.
 
-Ours are in `KINDS`. A package adds one by registering, under the entry points `attnedit.targets`, a target (or the kind
-itself) whose kind has the entry point's name; a saved result names it so, and never a module.
+Ours are in `KINDS`. A package adds one by registering, under the entry points `attnedit.targets`, a target whose kind
+has the entry point's name; a saved result names the kind, and never a module.
 """
 
 from __future__ import annotations
@@ -118,12 +118,9 @@ def find_kind(name: str) -> AttentionKind | None:
     point = registered(TARGETS, dict.fromkeys(KINDS, "")).get(name)
     if point is None:
         return None
-    found = load(point, "target")
-    found = found() if isinstance(found, type) else found
-    kind = found if isinstance(found, AttentionKind) else getattr(found, "kind", None)
-    if not isinstance(kind, AttentionKind):
-        return None  # made of rewrites
-    return use_kind(kind) if kind.name == name else None
+    kind = getattr(load(point, "target"), "kind", None)
+    # Others are made of rewrites.
+    return use_kind(kind) if isinstance(kind, AttentionKind) and kind.name == name else None
 
 
 def kind_of(config: SiteConfig) -> AttentionKind:
