@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def rewrite(
 
 def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResult:
     """`rewrite` with options that are checked."""
-    chosen, in_place, progress = resolve(options.target), options.in_place, options.progress
+    chosen, in_place, progress = resolve(cast("str | Target", options.target)), options.in_place, options.progress
     limit, dump = Fuel(options.fuel), Dump(options.dump_graphs)
     name = model_name(model)
     _check_source(model, name)

@@ -104,16 +104,16 @@ def _layers(
         figures = {} if kind is None or config is None else kind.figures_of(config)
         own = [name for name in figures if name in LayerReport.model_fields]
         columns: dict[str, Any] = {name: figures.pop(name) for name in own}
+        columns |= {what: by_site.get(site.name) for what, by_site in measured.items()}
         rows.append(
             LayerReport(
                 layer=site.layer_idx,
                 name=site.name,
                 kind="source" if kind is None else kind.name,
-                **columns,
                 figures=figures,
                 values_before=plan.before.per_layer[site.layer_idx],
                 values_after=after.per_layer[site.layer_idx],
-                **{what: by_site.get(site.name) for what, by_site in measured.items()},
+                **columns,
             )
         )
     return rows

@@ -296,7 +296,7 @@ class Report(BaseModel):
             "rotary": [_number(row.qk_rope_head_dim) for row in self.layers],
             "window": [_number(row.sliding_window) for row in self.layers],
             **{
-                name: [_listed(row.figures.get(name)) for row in self.layers]
+                name.replace("_", " "): [_listed(row.figures.get(name)) for row in self.layers]
                 for name in dict.fromkeys(name for row in self.layers for name in row.figures)
             },
             "loss": ["-" if row.loss_increase is None else f"{row.loss_increase:.4f}" for row in self.layers],

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from attnedit.compiler.compatibility.caches import append
 from attnedit.compiler.compatibility.live import is_plain_linear, recorded_attention
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.graph.masks import causal, masked, shown
+from attnedit.compiler.graph.masks import causal, shown
 from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 from attnedit.targets.attention.latent_decode import decodes_fused, latent_decode
-from attnedit.targets.attention.module import AttentionModule
+from attnedit.targets.attention.module import AttentionModule, upcast
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
 
@@ -232,7 +232,7 @@ class MLA(AttentionModule):
             if is_causal:
                 mask = causal(length, key.shape[2], 0, config.window, query.device)
             logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
-            return torch.matmul(self._probabilities(logits, mask).to(value.dtype), value).transpose(1, 2)
+            return torch.matmul(self.probabilities(logits, mask, self.sinks).to(value.dtype), value).transpose(1, 2)
         # Fused kernels want one head size for all three, a multiple of eight; padding with zeros is 3 to 4 times
         # faster than without them (CPU, 1,024 tokens, 96 and 64).
         size = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8
@@ -276,32 +276,17 @@ class MLA(AttentionModule):
             if query is None:
                 continue
             # Heads stand side by side as more queries: one product per sequence.
-            part = _upcast(torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))).unflatten(1, query.shape[1:3])
+            part = upcast(torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))).unflatten(1, query.shape[1:3])
             logits = part if logits is None else logits + part
         if logits is None:
             raise AssertionError("MLAConfig allows no attention without keys")
         length, keys_seen = logits.shape[2:]
         if mask is None and length > 1:
             mask = causal(length, keys_seen, 0, self.config.window, logits.device)
-        weights = self._probabilities(logits, mask).to(latent.dtype)
+        weights = self.probabilities(logits, mask, self.sinks).to(latent.dtype)
         if (recorded := recorded_attention()) is not None:
             recorded.append(weights)
         return torch.bmm(weights.flatten(1, 2), latent).view(*logits.shape[:3], -1)
-
-    def _probabilities(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Cap, mask and normalise logits [B, H, T, S] in at least fp32, then drop; the sink's share is left out."""
-        logits = _upcast(logits)
-        softcap = self.config.softcap
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if mask is not None:
-            logits = masked(logits, mask)
-        if self.sinks is None:
-            weights = logits.softmax(dim=-1)
-        else:
-            sinks = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
-            weights = torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
-        return F.dropout(weights, self.attention_dropout) if self.training and self.attention_dropout else weights
 
     def _up_weight(self, like: Tensor) -> Tensor:
         """Weight of ``kv_b_proj`` [H (nope + dv), r], read off its output where something wraps it.
@@ -324,11 +309,6 @@ def _filled(cache: Cache | None, layer: int) -> Tensor | None:
     """Tokens of a static cache that are filled, on the device; None where all that it returns are."""
     seen = None if cache is None else cache.get_seq_length(layer)
     return seen if isinstance(seen, Tensor) else None
-
-
-def _upcast(x: Tensor) -> Tensor:
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def slot_table(table: Tensor, columns: tuple[int, ...], like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.graph.masks import causal
+from attnedit.compiler.graph.masks import causal, masked
 from attnedit.targets.attention.config import SiteConfig
 
 
@@ -91,6 +91,30 @@ class AttentionModule(nn.Module):
         padding = F.pad(mask[:, -keys:].to(torch.bool), (0, max(0, keys - mask.shape[1])))[:, None, None, :]
         return padding if length == 1 else padding & causal(length, keys, offset, window, device)
 
+    def probabilities(self, logits: Tensor, mask: Tensor | None, sinks: Tensor | None = None) -> Tensor:
+        """Cap (`config.softcap`), mask and normalise logits, then drop.
+
+        Args:
+            logits: [B, H, T, S], scaled.
+            mask: as `visible` has it.
+            sinks: [H] logits of a key that carries no value; its share is left out.
+
+        Returns:
+            [B, H, T, S] in at least fp32.
+        """
+        logits = upcast(logits)
+        softcap = self.config.softcap
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            logits = masked(logits, mask)
+        if sinks is None:
+            weights = logits.softmax(dim=-1)
+        else:
+            sinks = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
+            weights = torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+        return F.dropout(weights, self.attention_dropout) if self.training and self.attention_dropout else weights
+
     def no_mask(self, mask: Any) -> UsageError:
         """What to raise for a mask of no known form."""
         form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -98,6 +122,11 @@ class AttentionModule(nn.Module):
             f"layer {self.config.layer_idx}: attention mask {form} is neither None nor [B, S] nor [B, 1, T, S]; "
             "use attn_implementation 'sdpa' or 'eager'"
         )
+
+
+def upcast(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, AttentionModule]]:
