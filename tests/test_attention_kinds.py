@@ -56,11 +56,10 @@ def test_a_budget_is_kept_and_the_report_shows_it(family: str, tmp_path: Path) -
     changed = [row for row in report.layers if row.kind == "gla"]
     assert changed
     assert all(row.values_after == (row.kv_lora_rank or 0) + (row.qk_rope_head_dim or 0) for row in changed)
-    assert all(row.values_after <= 0.5 * row.values_before + 1 for row in changed if report.sites_rewritten == 1)
     assert report.kv_budget_achieved <= 0.5 + 1e-9
     assert {row.figures["latent_groups"] for row in changed} == {2}
     assert all(row.output_error is not None and row.output_error < 0.7 for row in changed)
-    assert "latent_groups" in str(report)
+    assert set(report.columns()["latent groups"]) - {"-"} == {"2"}
     assert report.kv_curve is not None
     assert report.kv_curve.after[-1] < report.kv_curve.before[-1]
     check_decode(result)
@@ -139,10 +138,8 @@ def test_the_command_line_knows_it(saved_llama: Path, text_file: Path, tmp_path:
     data = ("--calibration", text_file, "--calibration-tokens", "512", "--alternations", "1")
     found = answer(capsys, "compile", saved_llama, "--target", "gla", "--kv-budget", "0.5", *data, "-o", out)
     assert found["target"] == "gla"
-    stages = [
-        each["stage"] for each in answer(capsys, "compile", saved_llama, "--target", "gla", "--explain")["stages"]
-    ]
-    assert stages[2:5] == ["data", "allocation", "fit"]
+    explained = answer(capsys, "compile", saved_llama, "--target", "gla", "--explain", "-o", out)
+    assert [each["stage"] for each in explained["stages"]][2:5] == ["data", "allocation", "fit"]
     again = answer(capsys, "compile", saved_llama, "--recipe", out / "attnedit-recipe.yaml", "-o", tmp_path / "again")
     assert again["kv_budget_achieved"] == found["kv_budget_achieved"]
     asked = ("compile", saved_llama, "--target", "gla", "-o", tmp_path / "other")
