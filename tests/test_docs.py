@@ -45,6 +45,7 @@ def test_the_code_of_a_page_runs_in_order(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "grouped_latent_attention"))  # as pip would
     # A byte is a token here, and the fits take their time from the number of tokens.
     (tmp_path / "notes.txt").write_text(text_file.read_text(encoding="utf-8")[:6000], encoding="utf-8")
     names: dict[str, Any] = {}

@@ -2,9 +2,9 @@
 
 >>> import attnedit
 >>> sorted(attnedit.__all__)
-['AttneditError', 'CaptureError', 'CompileResult', 'Match', 'Reject', 'Report', 'Rewrite', 'RewriteError', 'Target',
- 'UsageError', 'VerificationError', 'attention', 'cache', 'calibrate', 'close', 'compile', 'compile_checkpoint',
- 'exact', 'learned', 'least_squares', 'load', 'rewrite']
+['AttentionKind', 'AttentionTarget', 'AttneditError', 'CaptureError', 'CompileResult', 'Match', 'Reject', 'Report',
+ 'Rewrite', 'RewriteError', 'Target', 'UsageError', 'VerificationError', 'attention', 'cache', 'calibrate', 'close',
+ 'compile', 'compile_checkpoint', 'exact', 'learned', 'least_squares', 'load', 'rewrite']
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from attnedit.compiler.reporting.report import Report
 from attnedit.compiler.rewriting.language import attention, cache
 from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.compiler.rewriting.rewrite import Match, Reject, Rewrite, close, exact, learned, least_squares
+from attnedit.passes.target import AttentionTarget
 from attnedit.result import CompileResult, load
+from attnedit.targets.attention.kinds import AttentionKind
 
 __all__ = [
+    "AttentionKind",
+    "AttentionTarget",
     "AttneditError",
     "CaptureError",
     "CompileResult",

@@ -14,9 +14,11 @@ from attnedit.compiler.data.calibration_windows import calibration_windows as cu
 from attnedit.compiler.data.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluation.evaluate import KVUsage
+from attnedit.compiler.rewriting.registry import TARGETS, registered
 from attnedit.options import CompileOptions
 from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values
 from attnedit.passes.target import AttentionTarget, Claim, Question
+from attnedit.targets.attention.kinds import KINDS
 from attnedit.targets.runtime.engines import stock_rank
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
 from attnedit.targets.runtime.hf.towards import Form, check_source, kernel_fold, slot_columns
@@ -114,6 +116,12 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
     if caching > len(sites):
         notes.append(f"{caching - len(sites)} layers that keep a cache stay as they are: others read their keys too")
     notes += [note for target in targets for note in target.notes(chosen)]
+    known = registered(TARGETS)
+    notes += [
+        f"no package registers {target.kind.title} as {target.kind.name!r}: a saved copy loads only where one does"
+        for target in targets
+        if target.kind.name not in {*KINDS, *known}
+    ]
     return Plan(sites, chosen, before, options, targets, notes, rejected)
 
 
