@@ -144,7 +144,8 @@ def test_the_command_line_knows_it(saved_llama: Path, text_file: Path, tmp_path:
     assert again["kv_budget_achieved"] == found["kv_budget_achieved"]
     asked = ("compile", saved_llama, "--target", "gla", "-o", tmp_path / "other")
     assert "window is for the targets gateswa and gateswa+mla, not for gla" in refusal(capsys, *asked, "--window", "8")
-    assert "profile deepseek_v3 holds target mla, not gla" in refusal(capsys, *asked, "--profile", "deepseek_v3")
+    profile = refusal(capsys, *asked, "--profile", "deepseek_v3")
+    assert "profile is for the targets mla, gateswa and gateswa+mla, not for gla" in profile
     assert "no target 'gla+gla'" in refusal(capsys, "compile", saved_llama, "--target", "gla+gla", "-o", tmp_path / "x")
 
 
@@ -166,6 +167,31 @@ def test_a_result_says_what_it_needs_to_load(tmp_path: Path, monkeypatch: pytest
     importlib.invalidate_caches()
     with refused("attention of kind 'gla' is not known"):
         attnedit.load(tmp_path / "out")
+
+
+def test_what_knows_its_own_attention_alone_refuses_it_in_a_line(tmp_path: Path) -> None:
+    limits: Any = importlib.import_module("attnedit.targets.runtime.vllm.limits")
+    result = attnedit.compile(build("qwen3"), "gla", kv_budget=0.5, calibration=DATA, alternations=0)
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        ("hf", {"profile": "deepseek_v3"}, "is no latent attention, and the class has no other"),
+        ("gguf", {}, "holds attention that attnedit made, latent or windowed"),
+        ("onnx", {"flavor": "genai"}, "keys and values of one size, and grouped latent attention (GLA) caches"),
+    ]
+    for runtime, options, words in asked:
+        with refused(words, result.model):
+            result.export(runtime, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+    with refused("grouped latent attention (GLA) of another package, which the plugin does not know"):
+        limits.check(result.model.config, limits.Settings())
+
+
+def test_a_cache_of_its_own_is_not_traced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = attnedit.compile(build("llama"), "gla", kv_budget=0.5, calibration=DATA, alternations=0)
+    module = importlib.import_module("attnedit_gla")
+    monkeypatch.setattr(module.GroupedLatent, "bind_cache", lambda self, cache: None, raising=False)
+    for runtime in ("onnx", "npu"):
+        with refused("keeps a cache of its own and has no lowering to " + runtime, result.model):
+            result.export(runtime, tmp_path / "out")
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from attnedit.compiler.capture.sites import AttentionSite, Projection
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import GateSWAConfig
-from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
+from attnedit.targets.attention.kinds import configs_in, kind_of
 from attnedit.targets.runtime.eager.classes import source_config, source_sites
 from attnedit.targets.runtime.hf.native import OTHER, Native, decoder_config, neutral_norm, refuse_half
 from attnedit.targets.runtime.hf.rope import flat_rope
@@ -196,11 +196,10 @@ def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = Fa
     """
     layers = []
     for site in source_sites(model).values():
-        module = getattr(model.get_submodule(site.name), GATESWA_MODULE, None)
-        config = module.config if isinstance(module, GateSWA) else None
-        if config is None and getattr(model.get_submodule(site.name), "mla", None) is not None:
-            raise UsageError(f"{site.name} is latent attention, which {profile} does not have; {OTHER}")
+        config = next((config for _, config in configs_in(model.get_submodule(site.name))), None)
         if config is not None:
+            if not isinstance(config, GateSWAConfig):
+                raise UsageError(f"{site.name} is {kind_of(config).title}, which {profile} does not have; {OTHER}")
             found = {
                 f"{config.sink_tokens} kept sink tokens (compile with --sinks none)": config.sink_tokens > 0,
                 "sink logits": config.sink_logit and not sink_logits,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.mla import MLA, rotate
 from attnedit.targets.runtime.decomposed import (
     AbsorbedAttention,
@@ -46,6 +47,11 @@ class LatentAttention(AbsorbedAttention):
 
     def __init__(self, mla: MLA) -> None:
         super().__init__(mla, mla.config.scale)
+
+    @staticmethod
+    def held(config: MLAConfig) -> int | None:
+        """Tokens that the cache holds, always; None where it grows."""
+        return None
 
     def forward(
         self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor, cache: Any
@@ -89,6 +95,11 @@ class WindowAttention(WindowedAttention):
 
     Which of them there are is known from positions and padding alone, so what an unwritten one holds has no effect.
     """
+
+    @staticmethod
+    def held(config: GateSWAConfig) -> int:
+        """Tokens of the buffer."""
+        return config.sliding_window - 1 + config.sink_tokens
 
     def attend(self, layer: ExportLayer, query: Tensor, key: Tensor, value: Tensor, virtual: Virtual) -> Tensor:
         """Attend to the buffer and the new tokens, and put these into it; returns [B, H, T, dv]."""

@@ -18,7 +18,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.gateswa_cache import GateSWALayer
+from attnedit.targets.attention.module import attention_modules
+from attnedit.targets.runtime.decomposed import lowering_of
 
 CacheForm = Literal["dynamic", "static", "fixed"]
 """Grown by concatenation; buffers of any capacity, written by TensorScatter; every size a number, written by
@@ -70,6 +71,7 @@ def layer_caches(model: PreTrainedModel) -> list[LayerCache]:
     cache = DynamicCache(config=model.config)
     ids = torch.zeros((1, 2), dtype=torch.int64)
     model(ids, attention_mask=torch.ones_like(ids), **with_cache(model, cache))
+    rewritten = {module.config.layer_idx: module for _, module in attention_modules(model)}
     found = []
     for index, layer in enumerate(cache.layers):
         key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -83,7 +85,8 @@ def layer_caches(model: PreTrainedModel) -> list[LayerCache]:
                 f"layer {index} of {type(model).__name__} caches {str(key.dtype).removeprefix('torch.')}; the caches "
                 "of an exported model hold its own dtype"
             )
-        bound = layer.window - 1 + layer.sink_tokens if isinstance(layer, GateSWALayer) else None
+        lowering = lowering_of(rewritten[index], "onnx") if index in rewritten else None
+        bound = None if lowering is None else lowering.held(rewritten[index].config)
         found.append(LayerCache(index, key.shape[1], key.shape[3], value.shape[3], bound))
     return found
 

@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError, VerificationError
 from attnedit.compiler.progress import Progress, stage
+from attnedit.targets.attention.kinds import kind_of
+from attnedit.targets.attention.module import attention_modules
 from attnedit.targets.runtime.check import check_model
+from attnedit.targets.runtime.decomposed import lowering_of
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.onnx.atc import OPSET, fixed_cases, fixed_programs
@@ -98,7 +101,7 @@ def export(
         with stage("export", progress):
             layers = tuple(layer_caches(model))
             if flavor == "genai":
-                layers = even_split(layers)
+                layers = _even(model, layers)
             if fixed:
                 programs = fixed_programs(model, layers, fixed)
             else:
@@ -135,6 +138,23 @@ def _write_companions(result: Any, model: PreTrainedModel, manifest: Manifest, d
         text = model.config.get_text_config(decoder=True)
         sizes = {"hidden_size": text.hidden_size, "heads": text.num_attention_heads}
         write_config(manifest, directory, **sizes, bos_token_id=text.bos_token_id)
+
+
+def _even(model: PreTrainedModel, layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
+    """Caches whose keys and values have one size, as onnxruntime-genai wants them.
+
+    Raises:
+        UsageError: an attention that is traced as it is caches two sizes.
+    """
+    found = even_split(layers)
+    for _, module in attention_modules(model):
+        layer = module.config.layer_idx
+        if lowering_of(module, "onnx") is None and found[layer] != layers[layer]:
+            raise UsageError(
+                f"layer {layer}: --flavor genai wants keys and values of one size, and {kind_of(module.config).title} "
+                f"caches {layers[layer].key_size} and {layers[layer].value_size}; leave --flavor out"
+            )
+    return found
 
 
 def _check_rope(model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig, SiteConfig
-from attnedit.targets.attention.kinds import config_from_dict
+from attnedit.targets.attention.kinds import config_from_dict, kind_of
 
 TESTED = ("0.32",)
 """Releases of vLLM that the tests ran with."""
@@ -113,4 +113,4 @@ def _problems(config: SiteConfig, settings: Settings) -> Iterator[tuple[str, str
                 "use a --tensor-parallel-size that divides it",
             )
     else:
-        yield "a rewrite of another package, which the plugin does not know", "use attnedit.load"
+        yield f"{kind_of(config).title} of another package, which the plugin does not know", "use attnedit.load"
