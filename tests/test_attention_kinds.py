@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -217,3 +218,15 @@ def test_a_checkpoint_with_code_of_its_own_carries_the_package(tmp_path: Path) -
     assert "from attnedit_gla" not in code.replace("from .attnedit_attnedit_gla", "")
     again: PreTrainedModel = attnedit.load(tmp_path / "hf").model
     assert same_weights(again, result.model)
+
+
+def test_a_kind_has_a_name_of_its_own() -> None:
+    from attnedit_gla import KIND, GroupedLatentTarget
+
+    target = GroupedLatentTarget()
+    target.kind = dataclasses.replace(KIND, name="mla")
+    with refused("there is an attention of kind 'mla' already"):
+        attnedit.compile(build("llama"), target, kv_budget=1.0)
+    target.kind = dataclasses.replace(KIND, name="gla2")
+    result = attnedit.compile(build("llama"), target, kv_budget=1.0)
+    assert "no package registers grouped latent attention (GLA) as 'gla2'" in " ".join(result.report.notes)
