@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import compile_tiny, deviation, exact, half, in_pieces, logits, same_weights, source, tokens
-from families import UNSUPPORTED, build
+from families import SIZES, UNSUPPORTED, build
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,17 +30,6 @@ from attnedit.passes.mla.rewrite import latent_layers, single_losses
 from attnedit.passes.repeats import with_repeats
 from attnedit.targets.runtime.eager import share_copy, splice
 from attnedit.testing import tiny_model
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
 
 
 def mean_error(result: attnedit.CompileResult) -> float:

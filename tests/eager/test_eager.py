@@ -1,7 +1,5 @@
 """Latent attention in live transformers models: exactness, caches, generation."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from eager_models import FAMILIES, SIZES, assert_close, batch, exact_config, fill_exact, rewrite, shared_rewrite, source
@@ -16,11 +14,7 @@ from attnedit.targets.attention import MLA, MLAConfig, mla_values
 from attnedit.targets.attention.mla_graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,11 +25,7 @@ from attnedit.targets.attention import MLAConfig
 from attnedit.targets.attention.mla_graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

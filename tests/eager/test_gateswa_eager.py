@@ -1,7 +1,6 @@
 """Gated sliding-window attention in live transformers models: every family, caches, generation, files, memory."""
 
 import copy
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -31,11 +30,7 @@ from attnedit.targets.attention.gateswa_cache import GateSWALayer
 from attnedit.targets.attention.gateswa_graph import doubled, gateswa_config, gateswa_graph
 from attnedit.targets.runtime.eager import bounded_cache, share_copy, splice, to_attnedit
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,11 +35,7 @@ from attnedit.targets.attention.gateswa_graph import doubled, gateswa_config, ga
 from attnedit.targets.attention.mla_graph import mla_graph
 from attnedit.targets.runtime.eager import load_model, save, share_copy, splice, to_attnedit
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

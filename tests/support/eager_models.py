@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable
 
+import families
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -25,19 +26,7 @@ from attnedit.targets.attention.mla_graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 
 torch.set_num_threads(1)
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+SIZES = {**families.SIZES, "initializer_range": 0.2, "eos_token_id": None}
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=12),

@@ -232,7 +232,7 @@ REFUSED: dict[str, Family] = {
 
 SUPPORTED, UNSUPPORTED = list(FAMILIES), list(REFUSED)
 
-_COMMON: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -249,7 +249,7 @@ _COMMON: dict[str, Any] = {
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A fresh tiny model of a family, in evaluation mode, with weights large enough that attention matters."""
     family = (FAMILIES | REFUSED)[name]
-    config = CONFIG_MAPPING[family.model_type](**{**_COMMON, **family.options, **options})
+    config = CONFIG_MAPPING[family.model_type](**{**SIZES, **family.options, **options})
     # Older transformers let these take SDPA, which leaves the softcap out.
     given = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     with torch.random.fork_rng(devices=[]):
