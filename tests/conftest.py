@@ -16,6 +16,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
+from families import FAMILIES, build
 from tiny_llama import make_llama, make_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -31,6 +32,16 @@ logging.disable_progress_bar()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/graph/golden")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker gets all tests of a family: what a process has captured it does not capture again."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        values = parameters.params.values() if parameters else ()
+        for family in [value for value in values if isinstance(value, str) and value in FAMILIES][:1]:
+            item.add_marker(pytest.mark.xdist_group(family))
 
 
 @pytest.fixture
@@ -64,8 +75,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     @functools.cache
     def saved(family: str, shard: str = "20KB", **options: Any) -> Path:
-        from families import build
-
         directory = tmp_path_factory.mktemp("checkpoints") / family
         build(family, **options).save_pretrained(directory, max_shard_size=shard)
         return directory
