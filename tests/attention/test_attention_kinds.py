@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import Captured, answer, refusal
 from families import build
-from test_packaging import ROOT
+from project import ROOT
 from transformers import PreTrainedModel
 
 import attnedit
