@@ -32,7 +32,7 @@ from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
 from attnedit.passes.gateswa.rewrite import check_loss
 from attnedit.passes.mla.budget import by_loss
-from attnedit.planning import Plan
+from attnedit.planning import Plan, check_head
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
 from attnedit.rows import Fitted
@@ -114,6 +114,7 @@ class CheckpointSource(Source):
         self.device: torch.device = resolve_device(options.device)
         check_run(output, recipe, overwrite=options.overwrite)
         self.model, self._reader = _open(model, options, self.device)
+        check_head(self.model, options)
         self.result, self.name = self.model, str(self.model.config.name_or_path)
         reading: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         tokenizer = options.tokenizer or load_tokenizer(self.model, **reading)

@@ -20,6 +20,7 @@ from attnedit.compiler.data.token_windows import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.execution.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
+from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
 from attnedit.compiler.reporting.report import LayerReport, Report, kv_fields, peak_memory_bytes
@@ -76,6 +77,8 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
     limit, dump = Fuel(options.fuel), Dump(options.dump_graphs)
     name = model_name(model)
     _check_source(model, name)
+    if options.calibration is None and any(one.fit is not None for one in chosen):
+        need_language_head(model, SAMPLING, "give calibration text")
     model = on_device(model, options)
     log = Log(progress)
     modes = evaluating(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -13,7 +14,8 @@ from attnedit.compiler.data.calibration_windows import calibration_windows as cu
 from attnedit.compiler.data.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluation.evaluate import KVUsage
-from attnedit.options import CompileOptions
+from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
+from attnedit.options import CalibrateOptions, CompileOptions
 from attnedit.passes.gateswa.options import full_count, full_layers_of
 from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values, plan
 from attnedit.targets.attention.cost import gateswa_values
@@ -188,6 +190,30 @@ def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[
     if full and len(full) < len(able):
         notes.append(f"{len(able) - len(full)} layers already slide over a window and stay as they are")
     return full or able, notes
+
+
+def check_head(model: PreTrainedModel, options: CalibrateOptions) -> None:
+    """Refuse what a model without a language head cannot have, before data is read.
+
+    Raises:
+        UsageError: distillation, own samples, or a form for engines is asked for.
+    """
+    need = partial(need_language_head, model)
+    if options.distill_steps:
+        need("distillation", "train it with fit_steps alone")
+    if isinstance(options, CompileOptions) and options.form is not None:
+        need("a form for engines (profile, engine, kernel_dims)", "leave it out")
+    if options.calibration is None and not _lossless(options):
+        need(SAMPLING, "give calibration text")
+    if options.steps and options.self_generated:
+        need(SAMPLING, "give calibration text and self_generated 0")
+
+
+def _lossless(options: CalibrateOptions) -> bool:
+    """Whether nothing is asked for that takes data."""
+    if not isinstance(options, CompileOptions) or options.steps:
+        return False
+    return options.kv_budget == 1 and options.ours and not options.windowed
 
 
 def check_fresh(model: PreTrainedModel, name: str) -> None:

@@ -27,6 +27,7 @@ from attnedit.compiler.graph.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.graph.dataflow import anchors, structure_hash
 from attnedit.compiler.graph.masks import dense_mask
 from attnedit.compiler.graph.spec import verify
+from attnedit.compiler.model_io.heads import outputs_of
 
 _log = logging.getLogger(__name__)
 
@@ -240,19 +241,19 @@ def _assemble(module: torch.nn.Module, graph: fx.Graph, constants: Any, layer: i
 _ROOT = "model"
 
 
-class _Logits(torch.nn.Module):
+class _Outputs(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        assert isinstance(logits, torch.Tensor)
-        return logits
+        return outputs_of(self.model, input_ids, attention_mask=attention_mask, use_cache=False)
 
 
 def capture_model(model: torch.nn.Module) -> fx.GraphModule:
     """The whole model as one graph: `forward(input_ids [B, T], attention_mask [B, T]) -> logits [B, T, vocab]`.
+
+    Without a language-model head it gives the last hidden states [B, T, D].
 
     Args:
         model: a transformers causal language model; attention modules that were replaced by graph modules are traced
@@ -270,7 +271,7 @@ def capture_model(model: torch.nn.Module) -> fx.GraphModule:
         arguments = (inputs["input_ids"].clone(), inputs["attention_mask"].clone())
         dynamic = tuple({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for _ in arguments)
         with evaluation_mode(model), attention_implementation(model, ANCHOR):
-            program = export_program(_Logits(model).eval(), arguments, dynamic)
+            program = export_program(_Outputs(model).eval(), arguments, dynamic)
     graph = fx.Graph()
     outputs, constants = unlift(program, graph, _ROOT, lambda node: graph.node_copy(node))
     graph.output(outputs[0])

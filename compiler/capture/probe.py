@@ -24,6 +24,7 @@ from attnedit.compiler.graph.anchor import (
     mask_window,
     recording_windows,
 )
+from attnedit.compiler.model_io.heads import runner
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
     with probing(model), listening(recorder.called), recording_windows() as windows:
         inputs = probe_inputs(model)
         with recorder.watching(model):
-            model(**inputs, use_cache=False)
+            runner(model)(**inputs, use_cache=False)
     cached: dict[str, CachedCall] = {}
     if any(found.call is None for found in recorder.attention):
         cached = cached_calls(model)
