@@ -18,6 +18,16 @@ from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfi
 AnyConfig = MLAConfig | GateSWAConfig | RewrittenConfig
 
 
+def latent_sizes(config: MLAConfig) -> tuple[int, int, int]:
+    """One head of latents, as keys, and rotary slots, as values."""
+    return 1, config.kv_lora_rank, 2 * config.num_slots
+
+
+def window_sizes(config: GateSWAConfig) -> tuple[int, int, int]:
+    """The source's heads."""
+    return config.num_key_value_heads, config.head_dim, config.v_head_dim
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of attention.
@@ -27,19 +37,22 @@ class Kind:
         title: what people call it.
         config: its configuration class.
         graph: builds the graph of one attention module: ``graph(model, site, config)``.
+        cached: heads, key size and value size of what a layer caches, from its configuration; None where only its
+            first forward tells.
     """
 
     name: str
     title: str
     config: type[AnyConfig]
     graph: Callable[[nn.Module, AttentionSite, Any], fx.GraphModule]
+    cached: Callable[[Any], tuple[int, int, int]] | None = None
 
 
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind(MLA_MODULE, "latent attention", MLAConfig, mla_graph),
-        Kind(GATESWA_MODULE, "gated sliding-window attention", GateSWAConfig, gateswa_graph),
+        Kind(MLA_MODULE, "latent attention", MLAConfig, mla_graph, latent_sizes),
+        Kind(GATESWA_MODULE, "gated sliding-window attention", GateSWAConfig, gateswa_graph, window_sizes),
         Kind(KV_CACHE_MODULE, "rewritten attention", RewrittenConfig, rewritten_graph),
     )
 }
