@@ -136,9 +136,6 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
         columns = slot_columns(model, sites, form)
         return Plan(sites, sites, before, options, notes=notes, columns=columns)
     chosen, notes = choose_sites(sites)
-    caching = sum(values > 0 for values in before.per_layer)
-    if caching > len(sites):
-        notes.append(f"{caching - len(sites)} layers that keep a cache stay as they are: others read their keys too")
     turned = [site for site in chosen if site.unread_rope]
     if latent and turned:
         notes.append(

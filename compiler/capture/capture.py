@@ -18,11 +18,11 @@ from attnedit.compiler.capture.facts import FactReader, NoOutputProjectionError
 from attnedit.compiler.capture.forwards import evaluation_mode, probe_inputs
 from attnedit.compiler.capture.kept_exports import forget, keep, key_of, recall
 from attnedit.compiler.capture.normalise import clean
-from attnedit.compiler.capture.probe import AttentionCall, by_reason, discover
+from attnedit.compiler.capture.probe import AttentionCall, discover
 from attnedit.compiler.capture.recorder import LENGTH
-from attnedit.compiler.capture.sites import AttentionSite, Facts
+from attnedit.compiler.capture.sites import AttentionSite, Facts, Sites, by_reason
 from attnedit.compiler.compatibility.torch_names import pytree, temporary_buffers
-from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.errors import CaptureError, OtherAttentionError
 from attnedit.compiler.graph.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.graph.dataflow import anchors, structure_hash
 from attnedit.compiler.graph.masks import dense_mask
@@ -39,7 +39,7 @@ class _Kind:
     structure: str
 
 
-def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSite]:
+def capture(model: torch.nn.Module, *, fresh: bool = False) -> Sites:
     """Find and read every attention site of a live model; the model is left as it was.
 
     Args:
@@ -50,7 +50,8 @@ def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSit
 
     Returns:
         One site per attention module, in the order they run. Sites of one kind share their graph: copy it before
-        editing (`graph_module` does).
+        editing (`graph_module` does). Attention of other kinds beside them (shared keys, cross-attention, sparse or
+        chunked attention) and layers without softmax attention are in `left`, with the reason for each.
 
     Raises:
         UsageError: not a transformers model.
@@ -58,7 +59,7 @@ def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSit
             each is listed with its reason.
     """
     with torch.device("cpu"):
-        calls = discover(model)
+        calls, left = discover(model)
         kinds: dict[str, _Kind | CaptureError] = {}
         for index, call in enumerate(calls):
             if call.signature not in kinds:
@@ -73,18 +74,39 @@ def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSit
         problems: list[tuple[str, str]] = []
         for position, call in enumerate(calls):
             kind = kinds[call.signature]
-            if isinstance(kind, CaptureError):
+            if isinstance(kind, OtherAttentionError):
+                left[call.name] = f"({type(call.module).__name__}): {kind}"
+            elif isinstance(kind, CaptureError):
                 problems.append((call.name, f"({type(call.module).__name__}): {kind}"))
             else:
                 sites.append(_site(call, kind, position))
-    if problems:
-        raise CaptureError(f"{type(model).__name__}: {by_reason(problems)}")
-    return sites
+    if problems or not sites:
+        raise CaptureError(f"{type(model).__name__}: {'; '.join(by_reason([*problems, *left.items()]))}")
+    return Sites(sites, {**left, **_without_attention(model, [*(site.name for site in sites), *left])})
+
+
+def _without_attention(model: torch.nn.Module, names: list[str]) -> dict[str, str]:
+    """Decoder layers in which nothing of these names runs, and what they are."""
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
+    count, kinds = int(config.num_hidden_layers), getattr(config, "layer_types", None) or []
+    parts = names[0].split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    for prefix in prefixes:
+        layers = model.get_submodule(prefix)
+        if isinstance(layers, torch.nn.ModuleList) and len(layers) == count:
+            found = {f"{prefix}.{index}": layer for index, layer in enumerate(layers)}
+            empty = [name for name in found if not any(f"{other}.".startswith(f"{name}.") for other in names)]
+            said = dict(zip(found, kinds, strict=False))
+            return {
+                name: f"({said.get(name, type(found[name]).__name__)}): it runs no softmax attention" for name in empty
+            }
+    return {}
 
 
 def _kind_or_error(call: AttentionCall, fresh: bool) -> _Kind | CaptureError:
     if call.mask is not None and not call.mask.regular:
-        return CaptureError("its mask is neither causal nor a sliding window")
+        return OtherAttentionError("its mask is neither causal nor a sliding window")
     key = None if fresh else key_of(call)
     try:
         if (kept := recall(key)) is not None:

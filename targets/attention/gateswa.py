@@ -162,9 +162,9 @@ class GateSWA(nn.Module):
         past = layer.get_seq_length() + torch.zeros((), dtype=torch.long, device=key.device)  # it changes in place
         seen = None if mask is None else _real(mask)
         real = None if seen is None else seen.index_select(-1, past + torch.arange(length, device=key.device))
-        held = layer.slot_positions(key.shape[0], seen, past)
+        held = layer.slot_positions(key, seen, past)
         keys, values = cache.update(key, value, self.config.layer_idx, real=real, held=held)
-        slots, columns = layer.slot_positions(key.shape[0], seen, past + length), layer.column_positions(length)
+        slots, columns = layer.slot_positions(key, seen, past + length), layer.column_positions(length)
         return View(keys, values, slots, columns, past, columns.shape[0] - length, mask, mask, by_position=True)
 
     def _all_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, length: int, cache: Any) -> View:

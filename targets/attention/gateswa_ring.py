@@ -114,20 +114,21 @@ class RingLayer(StaticLayer):
             position = newest + torch.arange(2 - self.window - length, 1, device=self.device)
         return torch.where(position < 0, EMPTY, position)
 
-    def slot_positions(self, batch: int, real: Tensor | None, stop: int | Tensor) -> Tensor:
+    def slot_positions(self, new: Tensor, real: Tensor | None, stop: int | Tensor) -> Tensor:
         """Positions of the kept sinks before position `stop`: the first n real tokens of each row.
 
         Args:
-            batch: B.
+            new: keys of the tokens that come in, [B, G, T, d].
             real: bool [B or 1, S], False for padding, S at least `stop`; None where all are real.
             stop: tokens so far.
 
         Returns:
             int64 [B, n]; `EMPTY` for a slot without token.
         """
-        wanted = torch.arange(self.sink_tokens, device=self.device)
+        batch, device = new.shape[0], new.device
+        wanted = torch.arange(self.sink_tokens, device=device)
         if real is None:
             return torch.where(wanted < stop, wanted, EMPTY).expand(batch, -1)
-        real = real & (torch.arange(real.shape[-1], device=self.device) < stop)
+        real = real & (torch.arange(real.shape[-1], device=device) < stop)
         chosen = (real.cumsum(-1)[:, None] == wanted[:, None] + 1) & real[:, None]
         return torch.where(chosen.any(-1), chosen.to(torch.int32).argmax(-1), EMPTY).expand(batch, -1)
