@@ -125,7 +125,5 @@ def test_layers_that_share_keys_stay() -> None:
 
 
 def test_where_all_layers_share_keys_none_can_be_replaced() -> None:
-    with pytest.raises(
-        CaptureError, match=r"layers\.1\.self_attn \(Gemma3nTextAttention\): other layers attend to its keys"
-    ):
+    with pytest.raises(CaptureError, match=r"layers\.1\.self_attn .*: other layers attend to its keys"):
         capture(sharing(4))

@@ -137,7 +137,8 @@ def run_pipeline(
         problems = [(r.site.name, "; ".join(misses[r.site.name])) for r in records if not r.changed]
         if problems:
             raise CaptureError(
-                f"{len(problems)} of {len(records)} attention sites match no rewrite: {'; '.join(by_reason(problems))}; "
+                f"{len(problems)} of {len(records)} attention sites match no rewrite: "
+                f"{'; '.join(by_reason(problems))}; "
                 "mend the pattern, or let them be with partial=True"
             )
     return reports, checks
