@@ -39,3 +39,7 @@ class UsageError(AttneditError):
 
 class CaptureError(UsageError):
     """The model's attention cannot be captured, or a fact cannot be read off its graph."""
+
+
+class OtherAttentionError(CaptureError):
+    """Attention of a kind that is not converted; it stays as it is beside attention that is."""

@@ -1,7 +1,8 @@
 """What each layer's new attention costs: the loss of the model in which that layer alone has it, measured.
 
-The loss is the divergence KL(source || edited) of the next-token distributions. The hidden states before a layer do
-not change with it, so only the layers from there on are run again: L layers cost (L + 3) / 2 forward passes per token.
+The loss is the divergence KL(source || edited) of the next-token distributions; without a language-model head, what the
+last hidden states are off by. The hidden states before a layer do not change with it, so only the layers from there on
+are run again: L layers cost (L + 3) / 2 forward passes per token.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.execution.stream import Walk, decoder_layers, replaced_forward
+from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.progress import Progress, silent
 from attnedit.passes.repeats import with_repeats
 
@@ -32,7 +34,7 @@ def loss_increases(
     *,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Mean divergence per token, in nats, of the model with one layer's attention replaced.
+    """Mean divergence per token of the model with one layer's attention replaced.
 
     Args:
         model: the live source in eval mode; left as it was.
@@ -42,13 +44,15 @@ def loss_increases(
         progress: told of every layer of every sequence.
 
     Returns:
-        Divergence by the site's name.
+        Divergence by the site's name: in nats, or for a model without a language-model head as a fraction of the power
+        of its last hidden states.
 
     Raises:
         CaptureError: the layers exchange more than hidden states.
     """
     layers, by_layer = decoder_layers(model, sites)
     report = progress or silent
+    divergence = _divergence if has_language_head(model) else _error
     total = dict.fromkeys((site.name for site in sites), 0.0)
     steps, done = len(rows) * len(sites), 0
     report("measure layers", done, steps)
@@ -58,7 +62,7 @@ def loss_increases(
         for index in range(max(by_layer) + 1):
             if site := by_layer.get(index):
                 with replaced_forward(model.get_submodule(site.name), graphs[site.name].forward):
-                    total[site.name] += _divergence(expected, walk.logits()[0]) / len(rows)
+                    total[site.name] += divergence(expected, walk.logits()[0]) / len(rows)
                 done += 1
                 report("measure layers", done, steps)
             walk.advance()
@@ -90,6 +94,12 @@ def measured_rows(windows: Sequence[Tensor], seed: int, long_rows: int) -> tuple
             repeated = long or index % 2 == 1
             rows.append(with_repeats(row.cpu(), generator).to(row.device) if repeated else row)
     return left, rows
+
+
+def _error(expected: Tensor, found: Tensor) -> float:
+    """Power of the difference of hidden states [T, D], as a fraction of that of what is expected."""
+    expected, found = expected.double(), found.double()
+    return float((expected - found).square().sum() / expected.square().sum())
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:

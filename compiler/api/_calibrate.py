@@ -23,6 +23,7 @@ from attnedit.compiler.evaluation.positions import loss_curve
 from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.execution.verify import check_tokens, decode_error, same_decode
 from attnedit.compiler.model_io.devices import device_failures
+from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.model_io.source_checks import model_name
 from attnedit.compiler.progress import stage
 from attnedit.compiler.reporting.report import PipelineStage, Report, StageReport, peak_memory_bytes
@@ -34,6 +35,7 @@ from attnedit.passes.calibration.parameters import share
 from attnedit.passes.calibration.run import calibrate as run_training
 from attnedit.passes.calibration.training import DivergedError, StageState
 from attnedit.passes.effort import effort_on
+from attnedit.planning import check_head
 from attnedit.result import CompileResult
 
 START_DIRECTORY = "start"
@@ -82,6 +84,7 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
     model, tokenizer, progress = result.model, options.tokenizer or result.tokenizer, options.progress
     names = list(model.config.attnedit["sites"])
     _check_teacher(model, teacher, names)
+    check_head(teacher, options)
     check_length(options, teacher)
     model.to(next(teacher.parameters()).device)  # type: ignore[arg-type]  # transformers wraps it
     share(model, teacher)
@@ -114,7 +117,8 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
                 own = decode_error(teacher, ids, result.report.sites_matched)
                 checks.append(same_decode(model, ids, own=own))
                 held = batches.held_out[: effort_on(model).measured_long]
-                curve = loss_curve(teacher, model, held, "windows that training has not seen", progress)
+                if has_language_head(model):
+                    curve = loss_curve(teacher, model, held, "windows that training has not seen", progress)
     finally:
         implementation.close()
     length = batches.held_out.shape[1]

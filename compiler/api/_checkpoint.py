@@ -30,7 +30,7 @@ from attnedit.compiler.model_io.remote_code import copy_code
 from attnedit.compiler.reporting.report import Report
 from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
-from attnedit.planning import Plan
+from attnedit.planning import Plan, check_head
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
 from attnedit.rows import Fitted
@@ -115,6 +115,7 @@ class CheckpointSource(Source):
         self.device: torch.device = resolve_device(options.device)
         check_run(output, recipe, overwrite=options.overwrite)
         self.model, self._reader = _open(model, options, self.device)
+        check_head(self.model, options)
         self.result, self.name = self.model, str(self.model.config.name_or_path)
         reading: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         tokenizer = options.tokenizer or load_tokenizer(self.model, **reading)

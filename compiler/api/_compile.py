@@ -28,7 +28,7 @@ from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.options import CompileOptions
 from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.layers import Layers, fit_layers, single_losses
-from attnedit.planning import Plan, check_fresh
+from attnedit.planning import Plan, check_fresh, check_head
 from attnedit.result import CompileResult, load
 from attnedit.rows import Fitted
 from attnedit.targets.attention.kinds import config_of, kind_of
@@ -68,6 +68,7 @@ def compile_live(model: PreTrainedModel, options: CompileOptions, name: str | No
     if not options.steps:
         return _asked(_one_shot(model, options, kept), options, name)
     model_name(model)  # refuses what is no model
+    check_head(model, options)
     check_length(options, model)
     if options.in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
@@ -109,6 +110,7 @@ class LiveSource(Source):
         check_fresh(model, self.name)
         check_live(model, self.name)
         check_config(model.config, self.name, trust_remote_code=True)  # what is live has run already
+        check_head(model, options)
         check_in_memory(model, self.name)
         check_weights(model, self.name)
         self.model = self.result = on_device(model, options)

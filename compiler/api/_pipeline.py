@@ -26,6 +26,7 @@ from attnedit.compiler.execution.verify import (
     same_logits,
 )
 from attnedit.compiler.model_io.devices import resolve_device
+from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.reporting.report import Report, Verification
 from attnedit.figures import site_graphs
 from attnedit.options import CompileOptions
@@ -118,12 +119,13 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
                 check_form(result, options.form)
             entry.did = f"{len(configs)} sites"
         checks, curve = list[Verification](), None
+        losses = has_language_head(model) and not source.few_passes
         if options.verify:
             with log("verify", bar=True) as entry, source.reading(result):
                 if expected is not None:
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids, own=own_error, few_passes=source.few_passes))
-                if windows is not None and options.alternations > 1 and result is not model and not source.few_passes:
+                if windows is not None and options.alternations > 1 and result is not model and losses:
                     rows = windows[0][: effort_on(model).measured_long]
                     curve = loss_curve(model, result, rows, FITTED, options.progress)
                 entry.did, entry.checked = f"{ids.shape[1]} tokens", [said(check) for check in checks]

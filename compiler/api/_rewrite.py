@@ -16,10 +16,12 @@ from attnedit._pipeline import evaluating, on_device, set_modes
 from attnedit._stages import Log, said
 from attnedit.arguments import CompileArguments, check_known, shown
 from attnedit.compiler.capture.capture import as_captured, capture, graph_module
+from attnedit.compiler.capture.sites import left_of
 from attnedit.compiler.data.token_windows import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.execution.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
+from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
 from attnedit.compiler.reporting.report import LayerReport, Report, kv_fields, peak_memory_bytes
@@ -77,6 +79,8 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
     limit, dump = Fuel(options.fuel), Dump(options.dump_graphs)
     name = model_name(model)
     _check_source(model, name)
+    if options.calibration is None and any(one.fit is not None for one in chosen):
+        need_language_head(model, SAMPLING, "give calibration text")
     model = on_device(model, options)
     log = Log(progress)
     modes = evaluating(model)
@@ -92,7 +96,7 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
     try:
         before = kv_usage(model)
         with log("capture", bar=True) as entry:
-            records = _records(model)
+            records, left = _records(model)
             entry.did = f"{len(records)} attention sites"
             sites = [record.site for record in records]
             implementation.enter_context(as_captured(model, sites))
@@ -145,6 +149,7 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
         pipeline=log.entries,
         peak_memory_bytes=peak_memory_bytes(),
         notes=[*limit.note(), *_import_notes(chosen)],
+        left=left,
         **kv_fields(before, after),
     )
     return CompileResult(result, report, options.tokenizer)
@@ -205,8 +210,8 @@ def _check_source(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _records(model: PreTrainedModel) -> list[SiteRecord]:
-    """The sites of a model as pure graphs, with what earlier rewrites did to them."""
+def _records(model: PreTrainedModel) -> tuple[list[SiteRecord], dict[str, str]]:
+    """The sites of a model as pure graphs, with what earlier rewrites did to them; what is no site."""
     earlier = getattr(model.config, "attnedit", None)
     sites = capture(model) if earlier is None else list(source_sites(model).values())
     records = []
@@ -222,7 +227,7 @@ def _records(model: PreTrainedModel) -> list[SiteRecord]:
             records.append(SiteRecord(SiteGraph(site, module, root), copy.deepcopy(values["rewrites"])))
     if not records:
         raise CaptureError(f"all {len(sites)} attention sites are multi-head latent attention already")
-    return records
+    return records, left_of(sites)
 
 
 def _own(record: SiteRecord, result: PreTrainedModel) -> torch.fx.GraphModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -14,8 +15,9 @@ from attnedit.compiler.data.calibration_windows import calibration_windows as cu
 from attnedit.compiler.data.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluation.evaluate import KVUsage
+from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.rewriting.registry import TARGETS, registered
-from attnedit.options import CompileOptions
+from attnedit.options import CalibrateOptions, CompileOptions
 from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values
 from attnedit.passes.target import AttentionTarget, Claim, Question
 from attnedit.targets.attention.kinds import KINDS
@@ -192,6 +194,30 @@ def _refusal(site: AttentionSite, targets: Sequence[AttentionTarget]) -> str | N
         return LATENT_ALREADY
     found = (target.check(site) for target in targets)
     return next((reject.reason for reject in found if reject is not None), None)
+
+
+def check_head(model: PreTrainedModel, options: CalibrateOptions) -> None:
+    """Refuse what a model without a language head cannot have, before data is read.
+
+    Raises:
+        UsageError: distillation, own samples, or a form for engines is asked for.
+    """
+    need = partial(need_language_head, model)
+    if options.distill_steps:
+        need("distillation", "train it with fit_steps alone")
+    if isinstance(options, CompileOptions) and options.form is not None:
+        need("a form for engines (profile, engine, kernel_dims)", "leave it out")
+    if options.calibration is None and not _lossless(options):
+        need(SAMPLING, "give calibration text")
+    if options.steps and options.self_generated:
+        need(SAMPLING, "give calibration text and self_generated 0")
+
+
+def _lossless(options: CalibrateOptions) -> bool:
+    """Whether nothing is asked for that takes data."""
+    if not isinstance(options, CompileOptions) or options.steps:
+        return False
+    return options.kv_budget == 1 and options.planned and all(one.default_budget for one in options.targets)
 
 
 def check_fresh(model: PreTrainedModel, name: str) -> None:

@@ -10,6 +10,7 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from attnedit._calibrate import calibration_name
+from attnedit.compiler.capture.sites import left_of
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.reporting.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes
@@ -86,6 +87,7 @@ def compile_report(
         calibration_windows="" if windows is None else str(windows),
         kv_budget_asked=plan.budget_asked,
         full_layers=fitted.full,
+        left=left_of(plan.sites),
         peak_memory_bytes=peak_memory_bytes(),
         kv_curve=memory_curve(result, plan, configs),
         **kv_fields(plan.before, after),

@@ -18,15 +18,16 @@ from attnedit.compiler.capture.facts import FactReader, NoOutputProjectionError
 from attnedit.compiler.capture.forwards import evaluation_mode, probe_inputs
 from attnedit.compiler.capture.kept_exports import forget, keep, key_of, recall
 from attnedit.compiler.capture.normalise import clean
-from attnedit.compiler.capture.probe import AttentionCall, by_reason, discover
+from attnedit.compiler.capture.probe import AttentionCall, discover
 from attnedit.compiler.capture.recorder import LENGTH
-from attnedit.compiler.capture.sites import AttentionSite, Facts
+from attnedit.compiler.capture.sites import AttentionSite, Facts, Sites, by_reason
 from attnedit.compiler.compatibility.torch_names import pytree, temporary_buffers
-from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.errors import CaptureError, OtherAttentionError
 from attnedit.compiler.graph.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.graph.dataflow import anchors, structure_hash
 from attnedit.compiler.graph.masks import dense_mask
 from attnedit.compiler.graph.spec import verify
+from attnedit.compiler.model_io.heads import outputs_of
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class _Kind:
     structure: str
 
 
-def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSite]:
+def capture(model: torch.nn.Module, *, fresh: bool = False) -> Sites:
     """Find and read every attention site of a live model; the model is left as it was.
 
     Args:
@@ -49,7 +50,8 @@ def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSit
 
     Returns:
         One site per attention module, in the order they run. Sites of one kind share their graph: copy it before
-        editing (`graph_module` does).
+        editing (`graph_module` does). Attention of other kinds beside them (shared keys, cross-attention, sparse or
+        chunked attention) and layers without softmax attention are in `left`, with the reason for each.
 
     Raises:
         UsageError: not a transformers model.
@@ -57,7 +59,7 @@ def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSit
             each is listed with its reason.
     """
     with torch.device("cpu"):
-        calls = discover(model)
+        calls, left = discover(model)
         kinds: dict[str, _Kind | CaptureError] = {}
         for index, call in enumerate(calls):
             if call.signature not in kinds:
@@ -72,18 +74,39 @@ def capture(model: torch.nn.Module, *, fresh: bool = False) -> list[AttentionSit
         problems: list[tuple[str, str]] = []
         for position, call in enumerate(calls):
             kind = kinds[call.signature]
-            if isinstance(kind, CaptureError):
+            if isinstance(kind, OtherAttentionError):
+                left[call.name] = f"({type(call.module).__name__}): {kind}"
+            elif isinstance(kind, CaptureError):
                 problems.append((call.name, f"({type(call.module).__name__}): {kind}"))
             else:
                 sites.append(_site(call, kind, position))
-    if problems:
-        raise CaptureError(f"{type(model).__name__}: {by_reason(problems)}")
-    return sites
+    if problems or not sites:
+        raise CaptureError(f"{type(model).__name__}: {'; '.join(by_reason([*problems, *left.items()]))}")
+    return Sites(sites, {**left, **_without_attention(model, [*(site.name for site in sites), *left])})
+
+
+def _without_attention(model: torch.nn.Module, names: list[str]) -> dict[str, str]:
+    """Decoder layers in which nothing of these names runs, and what they are."""
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
+    count, kinds = int(config.num_hidden_layers), getattr(config, "layer_types", None) or []
+    parts = names[0].split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    for prefix in prefixes:
+        layers = model.get_submodule(prefix)
+        if isinstance(layers, torch.nn.ModuleList) and len(layers) == count:
+            found = {f"{prefix}.{index}": layer for index, layer in enumerate(layers)}
+            empty = [name for name in found if not any(f"{other}.".startswith(f"{name}.") for other in names)]
+            said = dict(zip(found, kinds, strict=False))
+            return {
+                name: f"({said.get(name, type(found[name]).__name__)}): it runs no softmax attention" for name in empty
+            }
+    return {}
 
 
 def _kind_or_error(call: AttentionCall, fresh: bool) -> _Kind | CaptureError:
     if call.mask is not None and not call.mask.regular:
-        return CaptureError("its mask is neither causal nor a sliding window")
+        return OtherAttentionError("its mask is neither causal nor a sliding window")
     key = None if fresh else key_of(call)
     try:
         if (kept := recall(key)) is not None:
@@ -240,19 +263,19 @@ def _assemble(module: torch.nn.Module, graph: fx.Graph, constants: Any, layer: i
 _ROOT = "model"
 
 
-class _Logits(torch.nn.Module):
+class _Outputs(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        assert isinstance(logits, torch.Tensor)
-        return logits
+        return outputs_of(self.model, input_ids, attention_mask=attention_mask, use_cache=False)
 
 
 def capture_model(model: torch.nn.Module) -> fx.GraphModule:
     """The whole model as one graph: `forward(input_ids [B, T], attention_mask [B, T]) -> logits [B, T, vocab]`.
+
+    Without a language-model head it gives the last hidden states [B, T, D].
 
     Args:
         model: a transformers causal language model; attention modules that were replaced by graph modules are traced
@@ -270,7 +293,7 @@ def capture_model(model: torch.nn.Module) -> fx.GraphModule:
         arguments = (inputs["input_ids"].clone(), inputs["attention_mask"].clone())
         dynamic = tuple({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for _ in arguments)
         with evaluation_mode(model), attention_implementation(model, ANCHOR):
-            program = export_program(_Logits(model).eval(), arguments, dynamic)
+            program = export_program(_Outputs(model).eval(), arguments, dynamic)
     graph = fx.Graph()
     outputs, constants = unlift(program, graph, _ROOT, lambda node: graph.node_copy(node))
     graph.output(outputs[0])

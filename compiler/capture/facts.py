@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from attnedit.compiler.capture.rope import combine, measure
 from attnedit.compiler.capture.sites import Facts, NormKind, Projection, Rope
-from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.errors import CaptureError, OtherAttentionError
 from attnedit.compiler.graph.dataflow import (
     Evaluator,
     anchors,
@@ -83,7 +83,7 @@ class FactReader:
         inputs = sources(self.v)
         if len(inputs) != 1:
             names = ", ".join(node.name for node in inputs) or "no argument"
-            raise CaptureError(f"{where(self.v)}: values depend on {names}; expected the hidden states alone")
+            raise OtherAttentionError(f"{where(self.v)}: values depend on {names}; expected the hidden states alone")
         self.input = inputs[0]
 
     def _node(self, index: int) -> fx.Node:
@@ -110,7 +110,7 @@ class FactReader:
             raise CaptureError(f"{where(self.anchor)}: its sinks are computed ({sinks}); expected a parameter")
         bias = isinstance(mask, fx.Node) and not self._passed_through(mask)
         if bias and (not self.written_out or self.input in sources(mask)):
-            raise CaptureError(f"{where(mask)}: its attention mask is computed inside the attention module")
+            raise OtherAttentionError(f"{where(mask)}: its attention mask is computed inside the attention module")
         if isinstance(mask, fx.Node) and mask.meta["val"].dim() == 4:
             bias = bias or mask.meta["val"].shape[1] == heads  # the model has added biases to the mask
         return Facts(
@@ -249,7 +249,7 @@ class FactReader:
         start = next((i for i, n in enumerate(chain) if self._linear(n) is not None), -1)
         found = next((n for n in chain[start + 1 :] if n in common and is_tensor(n)), None)
         if found is None:
-            raise CaptureError(f"{where(self.anchor)}: queries, keys and values do not come from one input")
+            raise OtherAttentionError(f"{where(self.anchor)}: queries, keys and values do not come from one input")
         return found
 
     def _path(self, node: fx.Node, hidden: fx.Node) -> _Path:

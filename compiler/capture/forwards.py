@@ -20,6 +20,7 @@ from attnedit.compiler.compatibility.torch_names import own_buffers, pytree
 from attnedit.compiler.compatibility.transformers_names import supports_sdpa
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.graph.anchor import PROBE, attention_implementation, experts_implementation
+from attnedit.compiler.model_io.heads import runner
 
 PAST = 6  # tokens cached, where attention is probed with a cache
 
@@ -63,7 +64,7 @@ def probe_inputs(model: torch.nn.Module, length: int = LENGTH) -> dict[str, torc
     device = embedding.weight.device
     ids = 3 + torch.arange(length, device=device).repeat(BATCH, 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    parameters = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(runner(model).forward).parameters
     if "position_ids" in parameters:
         # One row per sequence, so that cos and sin have the batch dimension padding gives them.
         inputs["position_ids"] = torch.arange(length, device=device).repeat(BATCH, 1)
@@ -123,19 +124,20 @@ def cached_calls(model: torch.nn.Module) -> dict[str, CachedCall]:
 
     Empty where the model takes no cache.
     """
-    if cache_parameter(model) is None:
+    run = runner(model)
+    if cache_parameter(run) is None:
         return {}
     recorder = Recorder(model)
     cache = _RecordingCache(recorder, "sdpa" if supports_sdpa(model) else "eager")
     with probing(model):
         inputs = probe_inputs(model, PAST + LENGTH)
         first = {name: value[:, :PAST] for name, value in inputs.items()}
-        model(**first, **with_cache(model, cache))
+        run(**first, **with_cache(run, cache))
         rest = {name: value[:, PAST:] for name, value in inputs.items() if name != "attention_mask"}
         if "attention_mask" in inputs:
             rest["attention_mask"] = inputs["attention_mask"]
         with recorder.watching(model):
-            model(**rest, **with_cache(model, cache))
+            run(**rest, **with_cache(run, cache))
     return cache.calls
 
 

@@ -15,7 +15,7 @@ import torch
 
 from attnedit.compiler.capture.forwards import CachedCall, bound, cached_calls, probe_inputs, probing
 from attnedit.compiler.capture.recorder import Attention, Frame, Produced, Recorder
-from attnedit.compiler.capture.sites import RotarySource
+from attnedit.compiler.capture.sites import RotarySource, by_reason
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.graph.anchor import (
@@ -24,6 +24,7 @@ from attnedit.compiler.graph.anchor import (
     mask_window,
     recording_windows,
 )
+from attnedit.compiler.model_io.heads import runner
 
 
 @dataclass(frozen=True)
@@ -60,49 +61,59 @@ def _check_model(model: torch.nn.Module) -> None:
         raise CaptureError(f"{kind} is multimodal; {where}: pass a causal language model built from it instead")
 
 
-def discover(model: torch.nn.Module) -> list[AttentionCall]:
+def discover(model: torch.nn.Module) -> tuple[list[AttentionCall], dict[str, str]]:
     """Find the attention modules of a live model.
 
     Args:
         model: a transformers causal language model, on any device (meta too) and in any dtype; left as it was.
 
     Returns:
-        One entry per attention module, in the order they run. Modules that attend to the keys of another one, and those
-        whose keys others attend to, are left out: neither can be replaced alone.
+        One entry per attention module, in the order they run; and those that are no sites by name, with the reason:
+        what cannot be replaced alone (modules that attend to the keys of another one, and those whose keys others
+        attend to), and attention of other kinds.
 
     Raises:
         UsageError: not a transformers model.
-        CaptureError: encoder-decoder, multimodal, no attention at all, or layers that cannot be captured (each
-            is listed with its reason).
+        CaptureError: encoder-decoder, multimodal, or no attention that could be converted (each module is listed with
+            its reason).
     """
     _check_model(model)
     recorder = Recorder(model)
     with probing(model), listening(recorder.called), recording_windows() as windows:
         inputs = probe_inputs(model)
         with recorder.watching(model):
-            model(**inputs, use_cache=False)
+            runner(model)(**inputs, use_cache=False)
     cached: dict[str, CachedCall] = {}
     if any(found.call is None for found in recorder.attention):
         cached = cached_calls(model)
     shared = _sharing(recorder.attention)
     found = [_located(attention, windows, cached) for attention in recorder.attention if attention not in shared]
-    if shared and not found:
-        raise CaptureError(
-            f"{type(model).__name__}: all {len(shared)} attention layers share keys and values with others, so that "
-            f"none can be replaced alone"
-        )
-    _refuse_unsupported(model, found)
-    return _attention_calls(recorder, found)
+    left = {**{attention.stack[-1].name: reason for attention, reason in shared.items()}, **_unsupported(model, found)}
+    able = [one for one in found if one.frame.name not in left]
+    if not able:
+        raise CaptureError(f"{type(model).__name__}: {'; '.join(by_reason(left.items())) or _NONE}")
+    return _attention_calls(recorder, able), left
 
 
-def _sharing(found: list[Attention]) -> list[Attention]:
-    """Attention over keys that several modules attend to."""
+_NONE = (
+    "no attention site; no module runs softmax attention, so there is nothing to convert: give a model with attention"
+)
+
+
+def _sharing(found: list[Attention]) -> dict[Attention, str]:
+    """Attention over keys that several modules attend to, and what it shares."""
     by_key: dict[int, list[Attention]] = {}
     for attention in found:
         if attention.call is not None:
             by_key.setdefault(id(attention.call.key), []).append(attention)
-    several = [group for group in by_key.values() if len({id(one.stack[-1].module) for one in group}) > 1]
-    return [attention for group in several for attention in group]
+    shared: dict[Attention, str] = {}
+    for owner, *others in by_key.values():
+        if any(other.stack[-1].module is not owner.stack[-1].module for other in others):
+            kind = type(owner.stack[-1].module).__name__
+            shared[owner] = f"({kind}): other layers attend to its keys and values, so it cannot be replaced alone"
+            for other in others:
+                shared[other] = f"({kind}): it attends to the keys and values of {owner.stack[-1].name}"
+    return shared
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,12 @@ def _around(one: _Located, stack: list[Frame], cached: Mapping[str, CachedCall] 
     return dataclasses.replace(one, frame=frame, cached=None if cached is None else cached[frame.name])
 
 
-def _refuse_unsupported(model: torch.nn.Module, found: list[_Located]) -> None:
+def _unsupported(model: torch.nn.Module, found: list[_Located]) -> dict[str, str]:
+    """Why modules cannot be sites, by name.
+
+    Raises:
+        CaptureError: attnedit has rewritten them.
+    """
     problems = []
     seen: set[int] = set()
     for one in found:
@@ -171,25 +187,7 @@ def _refuse_unsupported(model: torch.nn.Module, found: list[_Located]) -> None:
             f"{type(model).__name__}: attnedit has rewritten its attention already ({names}); give the model that it "
             f"was made from"
         )
-    if problems:
-        raise CaptureError(f"{type(model).__name__}: {by_reason(problems)}")
-    if not found:
-        raise CaptureError(
-            f"{type(model).__name__}: no attention site; no module runs softmax attention, so there is nothing to "
-            f"convert: give a model with attention"
-        )
-
-
-def by_reason(problems: list[tuple[str, str]]) -> str:
-    """One clause per reason with the layers it holds for.
-
-    >>> by_reason([("h.0.attn", "(A): no"), ("h.1.attn", "(A): no"), ("h.2.attn", "(B): never")])
-    'h.0.attn, h.1.attn (A): no; h.2.attn (B): never'
-    """
-    grouped: dict[str, list[str]] = {}
-    for name, reason in problems:
-        grouped.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(names)} {reason}" for reason, names in grouped.items())
+    return dict(problems)
 
 
 def _attention_calls(recorder: Recorder, located: list[_Located]) -> list[AttentionCall]:

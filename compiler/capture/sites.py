@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -170,3 +170,32 @@ class AttentionSite(Facts):
         if found is None:
             raise KeyError(f"{self.name}: the graph has no node {name!r}")
         return found
+
+
+class Sites(list[AttentionSite]):
+    """The attention sites of a model in the order they run.
+
+    Attributes:
+        left: what stays as it is, by module: why attention of another kind is no site, and layers without any.
+    """
+
+    def __init__(self, sites: Iterable[AttentionSite], left: Mapping[str, str]) -> None:
+        super().__init__(sites)
+        self.left = dict(left)
+
+
+def left_of(sites: Sequence[AttentionSite]) -> dict[str, str]:
+    """What stays as it is, by module, where `capture` made the list."""
+    return sites.left if isinstance(sites, Sites) else {}
+
+
+def by_reason(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each reason, with the modules it holds for.
+
+    >>> by_reason([("h.0.attn", "(A): no"), ("h.1.attn", "(A): no"), ("h.2.attn", "(B): never")])
+    ['h.0.attn, h.1.attn (A): no', 'h.2.attn (B): never']
+    """
+    grouped: dict[str, list[str]] = {}
+    for name, reason in problems:
+        grouped.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)} {reason}" for reason, names in grouped.items()]

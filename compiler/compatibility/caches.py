@@ -77,7 +77,8 @@ def append(cache: Any, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Te
     if isinstance(made, Tensor) and made.dim() == 4 and made.shape[1::2] != keys.shape[1::2]:
         raise UsageError(
             f"layer {layer_idx} was given a cache for {made.shape[1]} heads of {made.shape[3]} values and caches "
-            f"{keys.shape[1]} of {keys.shape[3]}; leave its tensors to the first forward (no early_initialization)"
+            f"{keys.shape[1]} of {keys.shape[3]}; make it with the rewritten model's configuration, or leave its "
+            "tensors to the first forward (no early_initialization)"
         )
     result: tuple[Tensor, Tensor] = cache.update(keys, values, layer_idx)
     return result

@@ -5,12 +5,14 @@ A checkpoint with code of its own gets a copy of this file.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
-from transformers import conversion_mapping
+from transformers import StaticCache, conversion_mapping
 from transformers.utils import output_capturing
 
 
@@ -34,6 +36,31 @@ class GenerationHook:
 
     def cache_made(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Change the cache among the model's arguments in place."""
+
+
+def before_early_initialization(prepare: Callable[[Any, Any, int, torch.dtype, Any], None]) -> None:
+    """Have every static cache that is to make its tensors ahead ask first, as exports do.
+
+    Args:
+        prepare: called with the cache, the configuration that it was made for, the batch size, dtype and device; layers
+            that it initialises stay as they are.
+    """
+    init, early = StaticCache.__init__, StaticCache.early_initialization
+
+    @functools.wraps(init)
+    def made(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, config, *args, **kwargs)
+        self.made_for = config
+
+    @functools.wraps(early)
+    def initialized(
+        self: Any, batch_size: int, num_heads: Any, head_dim: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        prepare(self, self.made_for, batch_size, dtype, device)
+        early(self, batch_size, num_heads, head_dim, dtype, device)
+
+    StaticCache.__init__ = made  # type: ignore[method-assign]
+    StaticCache.early_initialization = initialized  # type: ignore[method-assign]
 
 
 def recorded_attention() -> list[Tensor] | None:

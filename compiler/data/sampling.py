@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, silent
 
@@ -63,8 +65,9 @@ def sample_windows(
         int64 [N', L'] on the CPU with N' * L' about N * L.
 
     Raises:
-        UsageError: the model's logits are not finite.
+        UsageError: the model's logits are not finite, or it has no head that gives them.
     """
+    need_language_head(model, SAMPLING, "give calibration text")
     report = progress or silent
     while starts is None and count * 2 <= _BATCH and length >= 512:
         count, length = count * 2, length // 2
@@ -210,7 +213,7 @@ def _cache_directory() -> Path:
     return Path(base).expanduser() / "attnedit" / "samples"
 
 
-def position_ids(model: PreTrainedModel, ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
+def position_ids(model: nn.Module, ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
     """The argument of that name for tokens [B, T] after `start` others, where the model takes it.
 
     Most models count what is in the cache; some always start at 0 unless told.

@@ -15,6 +15,7 @@ from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.evaluation.intervals import Interval, exponential, interval_of_exponential
 from attnedit.compiler.evaluation.logits import token_losses
 from attnedit.compiler.graph.meta import runnable_on_meta
+from attnedit.compiler.model_io.heads import need_language_head, runner
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, track
 
@@ -115,9 +116,10 @@ def window_losses(model: PreTrainedModel, rows: Tensor, *, batch: int = 1, progr
         progress: told after every forward pass.
 
     Raises:
-        UsageError: batch is less than 1.
+        UsageError: batch is less than 1, or the model has no language-model head.
         AttneditError: a loss is not finite.
     """
+    need_language_head(model, "perplexity", "give a causal language model")
     if batch < 1:
         raise UsageError(f"batch {batch}: at least 1 window goes through the model at once")
     device = embedding_weight(model).device
@@ -169,7 +171,8 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     try:
         # In training, checkpointed layers keep no cache.
         with evaluation_mode(model), runnable_on_meta(model):
-            used = given_cache(model(ids, **with_cache(model, cache)))
+            run = runner(model)
+            used = given_cache(run(ids, **with_cache(run, cache)))
     except ValueError as error:  # some families accept a cache class of their own only
         raise UsageError(f"{type(model).__name__} does not work with a transformers DynamicCache: {error}") from error
     config = model.config.get_text_config(decoder=True)

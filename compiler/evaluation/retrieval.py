@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.compiler.data.token_windows import position_limit, served_length
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluation.intervals import Interval, interval_of_mean
+from attnedit.compiler.model_io.heads import need_language_head
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, track
 
@@ -169,8 +170,9 @@ def check_lengths(model: PreTrainedModel, lengths: Iterable[int]) -> None:
     """Refuse lengths beyond a model, before prompts are made.
 
     Raises:
-        UsageError: one has more tokens than the model has positions.
+        UsageError: one has more tokens than the model has positions, or the model has no language-model head.
     """
+    need_language_head(model, "retrieval", "give a causal language model")
     limit, longest = position_limit(model), max(lengths, default=0)
     if limit is not None and longest > limit:
         raise UsageError(f"retrieval at {longest} tokens: the model has {limit} positions; ask for at most that")

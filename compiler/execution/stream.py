@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.model_io.heads import outputs_of
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, silent
 
@@ -212,15 +213,17 @@ class Walk:
         self._batch.hidden, self._index = hidden, index
 
     def logits(self) -> Tensor:
-        """Logits [B, T, V] of the model as it stands from here on, as if all before had not changed."""
+        """Logits [B, T, V] of the model as it stands from here on, as if all before had not changed.
+
+        Last hidden states [B, T, D] where it has no language-model head.
+        """
         hidden, returned = self._batch.hidden, self._returned
 
         def skip(*_: Any, **__: Any) -> Any:
             return (hidden, *[None] * (returned - 1)) if returned else hidden
 
         with replaced_forwards(list(self._layers[: self._index]), [skip] * self._index):
-            logits: Tensor = self._model(input_ids=self._ids, use_cache=False).logits
-        return logits
+            return outputs_of(self._model, self._ids, use_cache=False)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.data.sampling import position_ids
 from attnedit.compiler.errors import VerificationError
+from attnedit.compiler.model_io.heads import has_language_head, outputs_of, runner
 from attnedit.compiler.reporting.report import Verification
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -37,9 +38,8 @@ def check_tokens(
 
 @torch.inference_mode()
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits [1, T, vocabulary] of one prompt."""
-    logits: Tensor = model(ids, use_cache=False).logits
-    return logits
+    """Logits [1, T, vocabulary] of one prompt; last hidden states [1, T, D] where there is no language-model head."""
+    return outputs_of(model, ids, use_cache=False)
 
 
 @torch.inference_mode()
@@ -49,7 +49,8 @@ def same_logits(expected: Tensor, result: PreTrainedModel, ids: Tensor) -> Verif
     Raises:
         VerificationError: it does not, within `TOLERANCE` of the source's largest logit.
     """
-    return _hold("logits of the result against the source", expected, logits_of(result, ids))
+    what = "logits" if has_language_head(result) else "hidden states"
+    return _hold(f"{what} of the result against the source", expected, logits_of(result, ids))
 
 
 @torch.inference_mode()
@@ -100,15 +101,15 @@ def decode_note(own: float) -> list[str]:
 def _decoded(model: PreTrainedModel, ids: Tensor, few_passes: bool) -> tuple[Tensor, Tensor]:
     """Logits of a prefill, and of decoding after its first half."""
     # Positions are given in both: left out, some families start to count elsewhere.
-    prefill: Tensor = model(ids, use_cache=False, **position_ids(model, ids, 0)).logits
+    run = runner(model)
+    prefill = outputs_of(model, ids, use_cache=False, **position_ids(run, ids, 0))
     cache = DynamicCache(config=model.config)
     first = max(ids.shape[1] // 2, ids.shape[1] - LENGTH // 2)
     steps = []
     ends = [first, ids.shape[1] - 1, ids.shape[1]] if few_passes else range(first, ids.shape[1] + 1)
     for start, stop in itertools.pairwise([0, *ends]):
         part = ids[:, start:stop]
-        call = {**with_cache(model, cache), **position_ids(model, part, start)}
-        steps.append(model(part, **call).logits)
+        steps.append(outputs_of(model, part, **with_cache(run, cache), **position_ids(run, part, start)))
     return prefill, torch.cat(steps, 1)
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.compatibility.torch_names import is_compiled
 from attnedit.compiler.compatibility.transformers_names import attention_of
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.heads import auto_of_class
 
 _QUANTISED = {
     "torch.ao.nn.quantized": "torch's dynamic quantisation",
@@ -31,7 +32,7 @@ def check_live(model: PreTrainedModel, name: str) -> None:
 
     Raises:
         UsageError: it is compiled, has adapters that are not merged, is quantised, has weights that are not in memory,
-            has no language-model head, is to give out attention weights, or makes masks that are no tensors.
+            has a head that is not known, is to give out attention weights, or makes masks that are no tensors.
     """
     for place, module in model.named_modules():
         where = f"{name}: {place or type(module).__name__}"
@@ -45,9 +46,10 @@ def check_live(model: PreTrainedModel, name: str) -> None:
         _check_plain(module, where)
     if any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
         raise UsageError(f"{name} is a {type(model).__name__}; give the model in it, merged: merge_and_unload()")
-    if not model.can_generate():
+    if auto_of_class(type(model), type(model.config)) is None:
         raise UsageError(
-            f"{name} is a {type(model).__name__}, which has no language-model head; load it with AutoModelForCausalLM"
+            f"{name} is a {type(model).__name__}, whose head attnedit does not know; load it with "
+            "AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification or AutoModelForTokenClassification"
         )
     if getattr(model.config, "output_attentions", False):
         raise UsageError(

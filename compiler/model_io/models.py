@@ -18,7 +18,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,6 +30,7 @@ from attnedit.compiler.compatibility.transformers_names import CONVERSIONS_MODUL
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
 from attnedit.compiler.model_io.gguf_reading import shared_gguf_reader
+from attnedit.compiler.model_io.heads import HEADS, LANGUAGE, auto_of_config, need_language_config
 from attnedit.compiler.model_io.locations import Location, locate
 from attnedit.compiler.model_io.remote_code import needs_own_code, trusting
 from attnedit.compiler.model_io.source_checks import (
@@ -86,6 +86,7 @@ def load_source(
     dequantize: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    logits_for: str | None = None,
 ) -> Source:
     """Load a model and its tokenizer, and check that both can be worked on.
 
@@ -97,6 +98,7 @@ def load_source(
         dequantize: accept an already quantised checkpoint and unpack it. A ``.gguf`` is always unpacked.
         allow_pickle: read weights saved as pickles (``.bin``) where there are no safetensors; tensors only, no code.
         trust_remote_code: run the modelling code that comes with the checkpoint; it can do anything that you can.
+        logits_for: what needs a language-model head, which a model without one is refused for before it is read.
 
     Raises:
         UsageError: nothing there, damaged, or not a model attnedit converts.
@@ -105,6 +107,8 @@ def load_source(
     location = locate(model, revision, trust_remote_code)
     config = _read_config(location, revision)
     check_config(config, location.name, dequantize=dequantize, trust_remote_code=trust_remote_code)
+    if logits_for is not None:
+        need_language_config(config, location.name, logits_for)
     if location.directory is not None and location.gguf is None:
         check_weight_files(Path(location.path), location.name, allow_pickle=allow_pickle)
     # The configuration is handed on everywhere: parsing the header of a GGUF takes seconds each time.
@@ -139,7 +143,7 @@ def load_source(
         missing = sorted(info["missing_keys"])
         raise UsageError(
             f"the checkpoint of {location.name} lacks {len(missing)} of the model's tensors (first: {missing[0]}); "
-            f"it is incomplete, or was saved without its language-model head"
+            f"it is incomplete, or was saved without its head"
         )
     loaded.eval()
     loaded.config.name_or_path = location.name  # reports show it; a GGUF brings a name of its own
@@ -182,7 +186,7 @@ def load_config_only(
     asked["trust_remote_code"] = trust_remote_code
     try:
         with init_empty_weights(include_buffers=False):
-            built = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **asked))
+            built = cast(PreTrainedModel, _auto(config).from_config(config, **asked))
         built.tie_weights()  # making parameters meta has parted what was tied
         for module in built.modules():
             for key in own_buffers(module).keys() - temporary_buffers(module):
@@ -209,9 +213,14 @@ def load_tokenizer(
     return tokenizer
 
 
+def _auto(config: PreTrainedConfig) -> Any:
+    """The auto class for the head that a configuration declares."""
+    return HEADS[auto_of_config(config) or LANGUAGE][0]
+
+
 def _load(path: str, **arguments: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """``from_pretrained`` with the type it has under ``output_loading_info``."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    loaded: Any = _auto(arguments["config"]).from_pretrained(path, **arguments)
     model, info = loaded
     return model, info
 

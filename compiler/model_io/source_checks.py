@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.heads import LANGUAGE, auto_of_config, classes_of
 from attnedit.compiler.model_io.remote_code import AUTO_CLASSES, auto_map_of, needs_own_code
 
 
@@ -113,19 +113,15 @@ def _check_code(config: PreTrainedConfig, name: str) -> None:
 def _check_architecture(config: PreTrainedConfig, name: str) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(f"{name} ({config.model_type}) is not a causal language model; attnedit converts those only")
-    # A checkpoint of another head would load with its language head initialised at random. The bare base model
-    # is let through here: whether its head is tied, and so not missing, shows when the weights are read.
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    names = {kind.__name__ for kind in (causal if isinstance(causal, tuple) else (causal,)) if kind is not None}
-    base = MODEL_MAPPING_NAMES.get(config.model_type, ())
-    allowed = names | ({base} if isinstance(base, str) else set(base))
     declared = getattr(config, "architectures", None) or []
     if not isinstance(declared, list) or not all(isinstance(kind, str) for kind in declared):
         raise UsageError(f"the configuration of {name} has architectures {declared!r}; it must be a list of names")
-    if declared and not allowed & set(declared):
+    # A checkpoint of another head would load with its language head initialised at random.
+    if auto_of_config(config) is None:
+        names = sorted(kind.__name__ for kind in classes_of(LANGUAGE, type(config)))
         raise UsageError(
-            f"{name} holds {', '.join(declared)}, not a causal language model ({', '.join(sorted(names))}); "
-            f"attnedit converts those only"
+            f"{name} holds {', '.join(declared)}, not a causal language model ({', '.join(names)}), its decoder, or "
+            f"one that classifies sequences or tokens; attnedit converts those only"
         )
     # BERT and its like have a causal head too, which needs this switch; without it their attention looks both ways.
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):

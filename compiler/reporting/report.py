@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from attnedit.compiler.capture.sites import by_reason
 from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.compiler.reporting.graph_svg import GraphSketch
 
@@ -229,6 +230,7 @@ class Report(BaseModel):
         license: of the source, as its model card says; None if not known.
         kv_curve: memory of the cache against the length of the context; None in reports of earlier versions.
         loss_curve: loss over position, last measured; None where nothing was fitted, or by a quick job.
+        left: attention of other kinds and layers without any, by module: why each stays as it is.
         graphs: before and after, of each kind of attention module.
     """
 
@@ -260,6 +262,7 @@ class Report(BaseModel):
     license: str | None = None
     kv_curve: KVCurve | None = None
     loss_curve: LossCurve | None = None
+    left: dict[str, str] = Field(default_factory=dict)
     graphs: list[SiteGraphs] = Field(default_factory=list)
 
     def to_json(self) -> str:
@@ -352,6 +355,7 @@ class Report(BaseModel):
             rejected = "".join(f", {count} rejected: {reason}" for reason, count in rule.rejected.items())
             missed = f", nearest miss: {rule.nearest_miss}" if rule.nearest_miss else ""
             lines.append(f"rule       {rule.name}{place}: {counts} in {rule.seconds:.1f} s{rejected}{missed}")
+        lines += [f"left       {line}" for line in by_reason(self.left.items())]
         for check in self.verification:
             lines.append(f"verified   {check}")
         if self.seconds:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from attnedit.compiler.capture.sites import by_reason
 from attnedit.compiler.reporting.graph_svg import sketch_svg
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def report_html(report: Report, recipe: str = "") -> str:
         memory=_memory(report),
         losses=_losses(report),
         layers=_layers(report),
+        left=by_reason(report.left.items()),
         columns=["layer", "attention", "becomes", *cells],
         rows=[
             [str(row.layer), row.name, row.kind, *(column[index] for column in cells.values())]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attnedit.compiler.capture.probe import by_reason
-from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.capture.sites import AttentionSite, by_reason
 from attnedit.compiler.errors import CaptureError, VerificationError
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.progress import Progress, track
@@ -138,7 +137,8 @@ def run_pipeline(
         problems = [(r.site.name, "; ".join(misses[r.site.name])) for r in records if not r.changed]
         if problems:
             raise CaptureError(
-                f"{len(problems)} of {len(records)} attention sites match no rewrite: {by_reason(problems)}; "
+                f"{len(problems)} of {len(records)} attention sites match no rewrite: "
+                f"{'; '.join(by_reason(problems))}; "
                 "mend the pattern, or let them be with partial=True"
             )
     return reports, checks

@@ -18,6 +18,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluation.evaluate import perplexity
 from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.execution.stream import decoder_layers, replaced_forwards
+from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.progress import Progress
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
@@ -95,6 +96,8 @@ def calibrate(
     stages: list[StageState] = []
 
     def look(when: str, model: PreTrainedModel) -> None:
+        if not has_language_head(model):
+            return
         with mixed_precision(teacher):
             length = batches.held_out.shape[1]
             found = perplexity(model, batches.held_out.flatten(), seq_len=length, windows=len(batches.held_out))

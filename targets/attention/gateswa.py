@@ -164,27 +164,32 @@ class GateSWA(AttentionModule):
         """Put the new tokens into the ring of a static cache; no number is read off a tensor."""
         length = key.shape[2]
         past = layer.get_seq_length() + torch.zeros((), dtype=torch.long, device=key.device)  # it changes in place
-        real = None
-        if mask is not None:
-            real = _real(mask.index_select(-1, past + torch.arange(length, device=key.device)))
-        keys, values = cache.update(key, value, self.config.layer_idx, real=real)
-        slots, columns = layer.slot_positions(), layer.column_positions(length)
+        seen = None if mask is None else _real(mask)
+        real = None if seen is None else seen.index_select(-1, past + torch.arange(length, device=key.device))
+        held = layer.slot_positions(key, seen, past)
+        keys, values = cache.update(key, value, self.config.layer_idx, real=real, held=held)
+        slots, columns = layer.slot_positions(key, seen, past + length), layer.column_positions(length)
         return View(keys, values, slots, columns, past, columns.shape[0] - length, mask, mask, by_position=True)
 
     def _all_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, length: int, cache: Any) -> View:
         """Take all keys of a cache that drops none (or of no cache); the sinks are found anew among them."""
-        config, past = self.config, 0
+        config = self.config
+        past: int | Tensor = 0
         if cache is not None:
-            seen = int(cache.get_seq_length(config.layer_idx))
+            seen = cache.get_seq_length(config.layer_idx)
+            fixed = isinstance(seen, Tensor) and torch.compiler.is_exporting()  # it changes in place, and is not read
+            seen = seen.clone() if fixed else int(seen)
             key, value = cache.update(key, value, config.layer_idx)
             # Static caches return more keys than there are, and start at 0; sliding ones have dropped old ones.
-            past = min(seen, key.shape[2] - length)
-            hidden_sinks = seen > past or (seen > 0 and config.source_window is not None)
+            past = seen if fixed else min(seen, key.shape[2] - length)
+            dropped = not fixed and seen > past
+            hidden_sinks = dropped or ((fixed or seen > 0) and config.source_window is not None)
             if config.sink_tokens and hidden_sinks:
                 raise UsageError(
                     f"layer {config.layer_idx}: {type(cache).__name__} does not keep the sink tokens; "
                     "use a DynamicCache that was empty at first"
                 )
+        before = past if isinstance(past, int) else 0  # for blocks of queries, which no compiler sees
         if mask is not None:
             mask = self._fit(mask, key.shape[2], longer_cache=cache is not None)
         real = None if mask is None else _real(mask)
@@ -193,14 +198,14 @@ class GateSWA(AttentionModule):
             documents = Documents.of(mask, real.expand(mask.shape[0], -1), config.sink_tokens)
             if torch.compiler.is_compiling():  # how many there are is not to be read
                 slots = position.new_zeros((key.shape[0], 0))
-                return View(key, value, slots, position, past, past, mask, mask, documents=documents)
+                return View(key, value, slots, position, past, before, mask, mask, documents=documents)
             if documents.several():
                 slots = documents.slots().expand(key.shape[0], -1)
                 keys, values = (torch.cat((_at(x, slots), x), dim=2) for x in (key, value))
-                return View(keys, values, slots, position, past, past, mask, mask, documents=documents)
+                return View(keys, values, slots, position, past, before, mask, mask, documents=documents)
         sinks = Sinks.empty(key, value, config.sink_tokens).extended(key, value, real, 0)
         keys, values = torch.cat((sinks.keys, key), dim=2), torch.cat((sinks.values, value), dim=2)
-        return View(keys, values, sinks.positions, position, past, past, mask, mask)
+        return View(keys, values, sinks.positions, position, past, before, mask, mask)
 
     def _may_hold_documents(self, mask: Tensor, length: int, cache: Any) -> bool:
         """Whether rows of tokens may be packed documents: transformers tells them apart where nothing is cached."""

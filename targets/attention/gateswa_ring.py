@@ -1,7 +1,9 @@
 """The bounded cache of sliding-window attention in tensors of fixed size, for `torch.compile` and CUDA graphs.
 
-What a step may read or branch on are shapes: lengths and positions are tensors, and every write is in place. To the
-masks of transformers the layer looks like one of full attention, as `GateSWALayer` does.
+What a step may read or branch on are shapes: lengths and positions are tensors, and every write is in place. Keys,
+values and a length are all that is kept, as in every static layer: exported programs hold the layer in their buffers,
+and begin anew by setting the length. To the masks of transformers the layer looks like one of full attention, as
+`GateSWALayer` does.
 
 Shapes: B batch, G key/value heads, T new tokens, W window, n sink slots, d key size, dv value size.
 """
@@ -29,9 +31,6 @@ class RingLayer(StaticLayer):
         max_cache_len: tokens that the cache's other layers hold; masks are that wide.
         sliding_window: W, tokens each query sees, itself included.
         sink_tokens: n, kept sink tokens.
-
-    Attributes:
-        sink_positions: int64 [B, n], `EMPTY` for a slot without token.
     """
 
     def __init__(self, max_cache_len: int, sliding_window: int, sink_tokens: int = 0) -> None:
@@ -42,19 +41,23 @@ class RingLayer(StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the tensors for keys and values like the given ones [B, G, T, .]."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch, groups = key_states.shape[:2]
-        count = self.sink_tokens
+        batch, groups, count = *key_states.shape[:2], self.sink_tokens
         self.keys, self.values = (
             x.new_zeros((batch, groups, count + self.window, x.shape[-1])) for x in (key_states, value_states)
         )
-        self.sink_positions = torch.full((batch, count), EMPTY, dtype=torch.long, device=self.device)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
-            keep_in_place(self.keys, self.values, self.sink_positions, self.cumulative_length)
+            keep_in_place(self.keys, self.values, self.cumulative_length)
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, real: Tensor | None = None, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        real: Tensor | None = None,
+        held: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Add new tokens, and return what they may attend to.
 
@@ -63,6 +66,7 @@ class RingLayer(StaticLayer):
             value_states: [B, G, T, dv].
             *args: not used.
             real: bool [B, T] or [1, T], False for padding; None where all are real.
+            held: positions of the sinks before, of `slot_positions`; needed where there are slots.
             **kwargs: not used.
 
         Returns:
@@ -74,16 +78,17 @@ class RingLayer(StaticLayer):
             raise AssertionError("an initialised layer has tensors")
         count, length, past = self.sink_tokens, key_states.shape[2], self.cumulative_length
         if count:
-            held = Sinks(self.keys[:, :, :count], self.values[:, :, :count], self.sink_positions)
-            sinks = held.extended(key_states, value_states, real, past)
-            held.keys.copy_(sinks.keys)
-            held.values.copy_(sinks.values)
-            self.sink_positions.copy_(sinks.positions)
+            if held is None:
+                raise AssertionError("what the sink slots hold is read off the mask")
+            before = Sinks(self.keys[:, :, :count], self.values[:, :, :count], held)
+            sinks = before.extended(key_states, value_states, real, past)
+            before.keys.copy_(sinks.keys)
+            before.values.copy_(sinks.values)
         keys, values = self.keys, self.values
         if length > 1:
-            before = count + (past + torch.arange(1 - self.window, 0, device=self.device)) % self.window
+            columns = count + (past + torch.arange(1 - self.window, 0, device=self.device)) % self.window
             keys, values = (
-                torch.cat((x[:, :, :count], x.index_select(2, before), new), dim=2)
+                torch.cat((x[:, :, :count], x.index_select(2, columns), new), dim=2)
                 for x, new in ((keys, key_states), (values, value_states))
             )
         kept = min(length, self.window)
@@ -109,18 +114,21 @@ class RingLayer(StaticLayer):
             position = newest + torch.arange(2 - self.window - length, 1, device=self.device)
         return torch.where(position < 0, EMPTY, position)
 
-    def slot_positions(self) -> Tensor:
-        """Positions of the kept sinks, int64 [B, n]; `EMPTY` for a slot without token."""
-        return self.sink_positions
+    def slot_positions(self, new: Tensor, real: Tensor | None, stop: int | Tensor) -> Tensor:
+        """Positions of the kept sinks before position `stop`: the first n real tokens of each row.
 
-    def reset(self) -> None:
-        """Forget everything; the tensors stay where they are."""
-        super().reset()
-        if self.is_initialized:
-            self.sink_positions.fill_(EMPTY)
+        Args:
+            new: keys of the tokens that come in, [B, G, T, d].
+            real: bool [B or 1, S], False for padding, S at least `stop`; None where all are real.
+            stop: tokens so far.
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Take these rows of the batch (int64 [B]), for beam search."""
-        super().reorder_cache(beam_idx)
-        if self.is_initialized:
-            self.sink_positions = self.sink_positions.index_select(0, beam_idx.to(self.device))
+        Returns:
+            int64 [B, n]; `EMPTY` for a slot without token.
+        """
+        batch, device = new.shape[0], new.device
+        wanted = torch.arange(self.sink_tokens, device=device)
+        if real is None:
+            return torch.where(wanted < stop, wanted, EMPTY).expand(batch, -1)
+        real = real & (torch.arange(real.shape[-1], device=device) < stop)
+        chosen = (real.cumsum(-1)[:, None] == wanted[:, None] + 1) & real[:, None]
+        return torch.where(chosen.any(-1), chosen.to(torch.int32).argmax(-1), EMPTY).expand(batch, -1)

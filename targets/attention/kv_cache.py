@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from attnedit.compiler.compatibility.caches import append
 from attnedit.compiler.compatibility.transformers_names import attention_of
 from attnedit.compiler.graph.anchor import reference_attention
 from attnedit.compiler.graph.masks import dense_mask
@@ -45,8 +46,7 @@ class KVCache(nn.Module):
         """
         if past_key_values is None:
             return key, value
-        keys, values = past_key_values.update(key, value, self.config.layer_idx)
-        return keys, values
+        return append(past_key_values, key, value, self.config.layer_idx)
 
 
 class Attend(nn.Module):

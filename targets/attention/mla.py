@@ -172,7 +172,7 @@ class MLA(AttentionModule):
         past: int | Tensor = 0
         if past_key_values is not None:
             if length > 1 and (attention_mask is None or attention_mask.dim() == 2):
-                past = past_key_values.get_seq_length(config.layer_idx)
+                past = past_key_values.get_seq_length(config.layer_idx) + 0  # a static cache's changes in place
             latent, slots = append(past_key_values, latent, slots, config.layer_idx)
             if length > 1 and attention_mask is None:
                 # The free places of a static cache come last, and nothing else hides them.

@@ -29,7 +29,7 @@ def nothing_kept() -> Iterator[None]:
 
 
 def keys(model: PreTrainedModel) -> list[Key | None]:
-    return [key_of(call) for call in discover(model)]
+    return [key_of(call) for call in discover(model)[0]]
 
 
 def described(model: PreTrainedModel, **options: Any) -> list[Any]:

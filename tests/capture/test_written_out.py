@@ -122,9 +122,8 @@ def test_layers_that_share_keys_stay() -> None:
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     expected = logits(model, ids, mask)
     assert deviation(in_pieces(result.model, ids, mask, [6, 4, 1, 1])[0], expected) < 1e-4
-    assert "2 layers that keep a cache stay as they are: others read their keys too" in str(result.report)
 
 
 def test_where_all_layers_share_keys_none_can_be_replaced() -> None:
-    with pytest.raises(CaptureError, match="share keys and values with others, so that none can be replaced alone"):
+    with pytest.raises(CaptureError, match=r"layers\.1\.self_attn .*: other layers attend to its keys"):
         capture(sharing(4))

@@ -121,7 +121,7 @@ def test_flex_attention_on_a_result_is_refused_before_the_first_token(cached: bo
 
 def test_static_caches_of_other_sizes_are_refused() -> None:
     model = compile_tiny(build("llama"), 0.5).model
-    cache = StaticCache(config=model.config, max_cache_len=16)
+    cache = StaticCache(config=build("llama").config, max_cache_len=16)  # the source's
     cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
     with pytest.raises(UsageError, match="layer 0 was given a cache for 2 heads of 8 values and caches 1 of"):
         model(tokens(1, 4), past_key_values=cache)

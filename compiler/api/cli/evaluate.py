@@ -110,7 +110,7 @@ def evaluate(
         check_readable(text, "evaluation text")
     with ProgressBars() as progress:
         with stage("load model", progress):
-            loading = SourceOptions.of(**given).loading
+            loading = {**SourceOptions.of(**given).loading, "logits_for": "evaluation"}
             sources = [load_source(model, **loading)]
             if against is not None:
                 sources.append(load_source(against, **{**loading, "revision": None}))

@@ -25,7 +25,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.models import load_source
 from attnedit.compiler.progress import stage
 from attnedit.options import SourceOptions
-from attnedit.result import CompileResult, find_runtime, read_report
+from attnedit.result import BUILT_IN, CompileResult, find_runtime, read_report
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE
 
 
@@ -85,7 +85,8 @@ def export(
     check_options(to, lower, options)
     with ProgressBars() as progress:
         with stage("load model", progress):
-            loaded = load_source(model, **SourceOptions.of(dtype="auto", device="cpu", **reading).loading)
+            loading = SourceOptions.of(dtype="auto", device="cpu", **reading).loading
+            loaded = load_source(model, **loading, logits_for=f"export to {to}" if to in BUILT_IN else None)
         source: Any = loaded
         if (Path(model).expanduser() / REPORT_FILE).exists():
             source = CompileResult(loaded.model, read_report(model), loaded.tokenizer)

@@ -46,7 +46,7 @@ def generate(
         generate_exported(model, prompt, max_new_tokens, temperature, seed, json=json)
         return
     with ProgressBars() as progress, stage("load model", progress):
-        source = load_source(model, **SourceOptions.of(**given).loading)
+        source = load_source(model, **SourceOptions.of(**given).loading, logits_for="generation")
     tokenizer = check_tokenizer_there(source, "a prompt")
     torch.manual_seed(seed)
     remark(beyond(source.model.config, len(tokenizer(prompt)["input_ids"]) + max_new_tokens))

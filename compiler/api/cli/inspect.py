@@ -21,7 +21,7 @@ from attnedit.cli.terminal import (
     show,
 )
 from attnedit.compiler.capture.capture import capture
-from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.capture.sites import AttentionSite, by_reason, left_of
 from attnedit.compiler.data.token_windows import context_length
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.models import load_config_only
@@ -61,6 +61,8 @@ def inspect(
     for kind in facts["kinds"]:
         table.add_row(*_row(kind))
     show(table)
+    for line in by_reason(facts["left"].items()):
+        show(f"stays as it is: {line}")
     show(
         f"KV cache at {facts['context_length']:,} tokens: {facts['kv_values_per_token_layer']:g} values per token "
         f"and layer, {facts['kv_bytes_per_token']:,.0f} bytes per token ({facts['dtype']})"
@@ -99,6 +101,7 @@ def describe(model: PreTrainedModel, sites: Sequence[AttentionSite]) -> dict[str
         "kv_values_per_token_layer": sum(values.values()) / int(config.num_hidden_layers),
         "kv_bytes_per_token": sum(values.values()) * dtype.itemsize,
         "kinds": [_facts(group) for group in kinds.values()],
+        "left": left_of(sites),
     }
 
 

@@ -64,7 +64,7 @@ def sweep(
     rows: list[dict[str, Any]] = []
     with ProgressBars() as progress:
         with stage("load model", progress):
-            source = load_source(model, **options.loading)
+            source = load_source(model, **options.loading, logits_for="evaluation")
         tokenizer = check_tokenizer_there(source, "evaluation text")
         with stage("tokenise", progress):
             tokens = text_tokens(text, tokenizer)

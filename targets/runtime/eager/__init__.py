@@ -10,6 +10,7 @@ from attnedit.targets.runtime.eager.classes import (
     to_attnedit,
     use_captured_implementation,
 )
+from attnedit.targets.runtime.eager.early import initialize_early
 from attnedit.targets.runtime.eager.splice import splice
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "attnedit_classes",
     "bind_cache",
     "bounded_cache",
+    "initialize_early",
     "load_model",
     "save",
     "share_copy",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.compiler.model_io.live_checks import check_savable
@@ -18,7 +18,7 @@ from attnedit.compiler.model_io.models import READING_ERRORS
 from attnedit.compiler.model_io.remote_code import copy_code, is_own_class, trusting
 from attnedit.compiler.model_io.source_checks import check_sizes, check_weight_files
 from attnedit.targets.runtime.eager.adapters import adapters_of, read_adapters, without_adapters, write_adapters
-from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_classes
+from attnedit.targets.runtime.eager.classes import MODEL_TYPE, attnedit_classes, source_classes
 from attnedit.targets.runtime.staging import staged
 
 CONFIG_FILE = "config.json"
@@ -137,13 +137,13 @@ def load_model(
         what = f"a model of type {found!r}" if found else "no readable config.json"
         raise UsageError(f"{path} holds {what}, not a model that attnedit saved")
     check_weight_files(path, str(path))
-    auto: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
     local = {"local_files_only": True, "trust_remote_code": False}  # transformers need import nothing itself
     try:
         with trusting(str(path) if trust_remote_code else None):
             config = AutoConfig.from_pretrained(path, **local)
         check_sizes(config, str(path))
-        model, info = auto.from_pretrained(
+        kind: Any = attnedit_classes(config)[1]  # its annotations know nothing of output_loading_info
+        model, info = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype,

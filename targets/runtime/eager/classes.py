@@ -6,27 +6,23 @@ keeps working: ``isinstance``, generation, loss, gradient checkpointing, tied we
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from attnedit.compiler.capture.capture import capture, captured_implementation
+from attnedit.compiler.capture.capture import captured_implementation
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import share_class
 from attnedit.compiler.compatibility.transformers_names import (
@@ -37,7 +33,8 @@ from attnedit.compiler.compatibility.transformers_names import (
     records_attention,
     set_implementations,
 )
-from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.heads import HEADS, LANGUAGE, auto_of_class, classes_of
 from attnedit.compiler.model_io.models import forget_quantised_storage
 from attnedit.compiler.model_io.remote_code import class_references, own_class
 from attnedit.targets.attention.config import SiteConfig
@@ -46,6 +43,7 @@ from attnedit.targets.attention.kv_cache import Attend
 from attnedit.targets.attention.module import attention_modules
 from attnedit.targets.runtime.eager.cache import BoundedGeneration
 from attnedit.targets.runtime.eager.conversions import register_conversions
+from attnedit.targets.runtime.eager.skeleton import sites_of_source
 from attnedit.targets.runtime.eager.splice import splice
 
 MODEL_TYPE = "attnedit"
@@ -61,8 +59,8 @@ ConfigClass = type[PreTrainedConfig]
 ModelClass = type[PreTrainedModel]
 
 _CLASSES: dict[tuple[ConfigClass, ModelClass], tuple[ConfigClass, ModelClass]] = {}
-_SITES: OrderedDict[tuple[ModelClass, str], Mapping[str, AttentionSite]] = OrderedDict()
-_SITES_KEPT = 4
+_BUILDING: ContextVar[bool] = ContextVar("building", default=False)
+"""Whether a rewritten model is being made, so that one that is made meanwhile is a part of it."""
 
 
 class AttneditConfig(PreTrainedConfig):
@@ -92,8 +90,9 @@ class AttneditConfig(PreTrainedConfig):
                 f"this transformers ({transformers.__version__}) does not know the source's model type {source_type!r}"
             )
         config_class = own["AutoConfig"] if "AutoConfig" in own else CONFIG_MAPPING[source_type]
-        if "AutoModelForCausalLM" in own:
-            config_class, _ = _make(config_class, own["AutoModelForCausalLM"])
+        model_class = next((own[auto] for auto in HEADS if auto in own), None)
+        if model_class is not None:
+            config_class, _ = _make(config_class, model_class)
         else:
             config_class, _ = _classes_of(config_class, record.get("architecture"))
         # A shallow copy: transformers writes its own keyword arguments into the dictionary.
@@ -104,8 +103,17 @@ class _Rewritten(BoundedGeneration, LoadingHook):
     """First base of every model class here: builds the source model, then puts the new attention in."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        inside = _BUILDING.get()
+        token = _BUILDING.set(True)
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            _BUILDING.reset(token)
         model = cast(PreTrainedModel, self)
+        if inside:
+            # The class of a head has asked AutoModel for its decoder; what is rewritten is the model around.
+            share_class(model, type(model).__bases__[1])
+            return
         _rebuild(model)
         model.init_weights()  # of what is new; the source's own are marked
 
@@ -161,17 +169,20 @@ def attnedit_classes(
 
     Args:
         source_config: the source's configuration (or a rewritten model's).
-        model_class: the source's model class; the one that AutoModelForCausalLM takes unless told.
+        model_class: the source's model class; the one that the configuration names unless told, and the one that
+            AutoModelForCausalLM takes where it names none.
 
     Returns:
         Subclasses of both, the same ones at every call, registered with transformers' auto classes.
 
     Raises:
-        UsageError: transformers has no causal language model for the configuration.
+        UsageError: transformers has no such class for the configuration.
     """
     config_class = source_config_class(type(source_config))
     if model_class is None:
         record = getattr(source_config, "attnedit", None) or {}
+        if made := _named(config_class, record.get("architecture")):  # of code of its own, too
+            return made
         return _classes_of(config_class, record.get("architecture"))
     while issubclass(model_class, _Rewritten):
         model_class = cast(ModelClass, model_class.__bases__[1])
@@ -228,7 +239,8 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, SiteConfig]) 
 def source_classes(model: PreTrainedModel) -> dict[str, type]:
     """Return the classes of a rewritten model's source, by the auto class that finds each."""
     kind = type(model)
-    return {"AutoConfig": source_config_class(type(model.config)), "AutoModelForCausalLM": kind.__bases__[1]}
+    config_class = source_config_class(type(model.config))
+    return {"AutoConfig": config_class, auto_of_class(kind.__bases__[1], config_class) or LANGUAGE: kind.__bases__[1]}
 
 
 def source_config_class(config_class: ConfigClass) -> ConfigClass:
@@ -266,24 +278,37 @@ def _has(model: torch.nn.Module, name: str) -> bool:
 
 def _classes_of(config_class: ConfigClass, architecture: str | None) -> tuple[ConfigClass, ModelClass]:
     """Classes for a source known by name only."""
-    candidates = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
-    found = list(candidates) if isinstance(candidates, (list, tuple)) else [candidates]
-    named = [model_class for model_class in found if model_class is not None and model_class.__name__ == architecture]
-    known = named[0] if named else getattr(transformers, architecture, None) if architecture else found[0]
-    if not (isinstance(known, type) and issubclass(known, PreTrainedModel) and known.can_generate()):
-        raise UsageError(
-            f"this transformers has no causal language model {architecture or ''} for {config_class.__name__}"
-        )
+    found = [model_class for auto in HEADS for model_class in classes_of(auto, config_class)]
+    named = [model_class for model_class in found if model_class.__name__ == architecture]
+    causal = next(iter(classes_of(LANGUAGE, config_class)), None)
+    known = named[0] if named else getattr(transformers, architecture, None) if architecture else causal
+    if not (isinstance(known, type) and issubclass(known, PreTrainedModel) and auto_of_class(known, config_class)):
+        raise UsageError(f"this transformers has no model {architecture or 'with a head'} for {config_class.__name__}")
     return _make(config_class, known)
 
 
+def _named(config_class: ConfigClass, architecture: str | None) -> tuple[ConfigClass, ModelClass] | None:
+    """Classes that were made before for a source known by name."""
+    pairs = ((source, made) for (config, source), made in _CLASSES.items() if config is config_class)
+    return next((made for source, made in pairs if source.__name__ == architecture), None)
+
+
 def _make(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigClass, ModelClass]:
+    # The heads that the source's own auto classes would give it first, then the one asked for: anew each time, for one
+    # configuration class may serve several model classes.
+    kinds = {auto: next(iter(classes_of(auto, config_class)), None) for auto in HEADS}
+    kinds[auto_of_class(model_class, config_class) or LANGUAGE] = model_class
+    for auto, kind in kinds.items():
+        if kind is not None and auto_of_class(kind, config_class) == auto:
+            HEADS[auto][0].register(*_pair(config_class, kind), exist_ok=True)
+    return _pair(config_class, model_class)
+
+
+def _pair(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigClass, ModelClass]:
     made = _CLASSES.get((config_class, model_class))
     if made is None:
         made = _CLASSES[config_class, model_class] = _new_classes(config_class, model_class)
         register_conversions(config_class, model_class, made[1])
-    # Anew each time, for one configuration class may serve several model classes.
-    AutoModelForCausalLM.register(*made, exist_ok=True)
     return made
 
 
@@ -299,7 +324,8 @@ def _new_classes(config_class: ConfigClass, model_class: ModelClass) -> tuple[Co
     name = PREFIX + model_class.__name__
     documented = f"`{model_class.__name__}` with other attention in the layers its configuration names."
     own = {**common, "__qualname__": name, "__doc__": documented, "config_class": new_config}
-    return new_config, cast(ModelClass, type(name, (_Rewritten, model_class, GenerationMixin), own))
+    generation = (GenerationMixin,) if model_class.can_generate() else ()
+    return new_config, cast(ModelClass, type(name, (_Rewritten, model_class, *generation), own))
 
 
 def _rebuild(model: PreTrainedModel) -> None:
@@ -307,13 +333,19 @@ def _rebuild(model: PreTrainedModel) -> None:
     record = getattr(model.config, "attnedit", None)
     if not record:
         raise UsageError(f"{type(model).__name__} needs a configuration with the attribute 'attnedit'")
-    sites = sites_of_class(cast(ModelClass, type(model).__bases__[1]), model.config)
-    graphs = {}
-    for name, values in record["sites"].items():
-        if name not in sites:
-            raise UsageError(f"config.json names the attention module {name!r}, which {type(model).__name__} lacks")
-        site_config = config_from_dict(values)
+    model_class = cast(ModelClass, type(model).__bases__[1])
+    sites = sites_of_class(model_class, model.config)
+    # The same decoder has other names for its modules alone than under a head.
+    places = {_inside(model, name): name for name in sites}
+    graphs, configs = {}, {}
+    for recorded, values in record["sites"].items():
+        name = places.get(_inside(model, recorded))
+        if name is None:
+            raise UsageError(f"config.json names the attention module {recorded!r}, which {type(model).__name__} lacks")
+        site_config, configs[name] = config_from_dict(values), values
         graphs[name] = kind_of(site_config).graph(model, sites[name], site_config)
+    config: Any = model.config
+    config.attnedit = {**record, "architecture": model_class.__name__, "sites": configs}
     splice(model, graphs)
     use_captured_implementation(model, sites.values())
     # A checkpoint with code of its own has the tables of the graphs, which are at hand here.
@@ -321,39 +353,14 @@ def _rebuild(model: PreTrainedModel) -> None:
     ignore_on_load(model, (f"^{re.escape(name)}$" for name in tables))
 
 
+def _inside(model: PreTrainedModel, name: str) -> str:
+    """A module's name within the decoder, whatever head that is under."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
 def sites_of_class(model_class: ModelClass, config: PreTrainedConfig) -> Mapping[str, AttentionSite]:
-    """Attention sites of the source, captured on a skeleton without weights (seconds), remembered for a few models."""
-    source: Any = source_config(config)
-    # No part of a site; without them models that differ in nothing else share their sites.
-    source.name_or_path, source.dtype, source.architectures = "", None, None
-    # Other implementations may want a device or a dtype: grouped_mm on meta takes bfloat16 only.
-    set_implementations(source, "eager", "batched_mm")
-    key = (model_class, source.to_json_string(use_diff=False))
-    if key not in _SITES:
-        try:
-            found = _capture_skeleton(model_class, source, empty=True)
-        except (CaptureError, RuntimeError):
-            # Some linear-attention layers read numbers off tensors, which meta tensors do not have.
-            found = _capture_skeleton(model_class, source, empty=False)
-        _SITES[key] = found
-        while len(_SITES) > _SITES_KEPT:
-            _SITES.popitem(last=False)
-    return _SITES[key]
-
-
-def _capture_skeleton(model_class: ModelClass, source: PreTrainedConfig, *, empty: bool) -> Mapping[str, AttentionSite]:
-    """Capture a model built for that only, its weights on meta (``empty``) or random."""
-    dtype = torch.get_default_dtype()
-    try:
-        # Loading builds models on the meta device and in the checkpoint's dtype; facts of rotary embeddings are
-        # measured on real numbers, in fp32.
-        torch.set_default_dtype(torch.float32)
-        with torch.device("cpu"):
-            with init_empty_weights(include_buffers=False) if empty else contextlib.nullcontext():
-                skeleton: Any = model_class(source)
-            return {site.name: site for site in capture(skeleton.eval())}
-    finally:
-        torch.set_default_dtype(dtype)
+    """Attention sites of the source, from a rewritten model's configuration or its own: see `sites_of_source`."""
+    return sites_of_source(model_class, source_config(config))
 
 
 def __getattr__(name: str) -> Any:

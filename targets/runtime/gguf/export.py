@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.heads import need_language_head
 from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.reporting.report import Report
@@ -106,6 +107,7 @@ def export(
         >>> from attnedit.targets.runtime.gguf import export
         >>> export(result, "llama-mla.gguf", quantize="q8_0")  # doctest: +SKIP
     """
+    need_language_head(result.model, "export to gguf", "compile and export the language model that it came from")
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; llama.cpp's own converter takes it")

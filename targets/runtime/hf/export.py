@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
 from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.heads import need_language_head
 from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.reporting.report import Report
@@ -118,6 +119,7 @@ def export(
         >>> from attnedit.targets.runtime.hf import export
         >>> export(result, "llama-mla-deepseek", profile="deepseek_v3")  # doctest: +SKIP
     """
+    need_language_head(result.model, "export to hf", "compile and export the language model that it came from")
     recipe: dict[str, Any] = getattr(getattr(result, "report", None), "recipe", None) or {}
     if engine == LLAMA_CPP:
         raise UsageError(f"engine {LLAMA_CPP} takes a GGUF: give --to gguf")

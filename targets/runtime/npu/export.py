@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.heads import need_language_head
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.runtime.check import Case, Check, check_model, windows
 from attnedit.targets.runtime.eager import share_copy
@@ -79,6 +80,7 @@ def export(
         >>> from attnedit.targets.runtime.npu import export
         >>> export(result, "qwen3-npu", batch_size=4)  # doctest: +SKIP
     """
+    need_language_head(result.model, "export to npu", "compile and export the language model that it came from")
     check_choice("--soc", soc, SOCS)
     chip = SOCS[soc]
     chosen = _choose_dtype(dtype, result.model.dtype, chip)
