@@ -10,8 +10,8 @@ import pytest
 import torch
 from commands import refusal
 from compiled import compile_tiny, deviation, tokens
-from conftest import make_tokenizer
 from families import build
+from tiny_llama import make_tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
