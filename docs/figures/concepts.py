@@ -54,7 +54,7 @@ def decide() -> Drawing:
 
 def latent() -> Drawing:
     """What a token leaves in the cache, before and after."""
-    drawing = Drawing("What one token leaves in the cache of one layer", 640, 250)
+    drawing = Drawing("What one token leaves in the cache of one layer", 640, 226)
     drawing.text(16, 24, "before: a key and a value for each key/value head", bold=True)
     for head in range(3):
         drawing.box(16 + 204 * head, 36, 96, 34, f"key {head + 1}", fill=BLUE)
@@ -91,7 +91,7 @@ def slots() -> Drawing:
     drawing.box(40, 152, 220, 40, ["rotary slots: still turned"], fill=ORANGE)
     drawing.box(330, 152, 270, 40, ["latent: turned on average only"], fill=GREEN)
     drawing.text(40, 214, "kept: what gains most from turning", fill=FAINT)
-    drawing.text(330, 214, "slow pairs turn little, faint ones count little", fill=FAINT)
+    drawing.text(330, 214, "slow or faint pairs: little is lost", fill=FAINT)
     return drawing
 
 
