@@ -55,7 +55,7 @@ NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
+.PHONY: help demo docs tutorial benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -107,6 +107,9 @@ test-llamacpp: $(STAMP) $(LLAMACPP_STAMP)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## serve results in vLLM on the CPU and compare with eager
 	ATTNEDIT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines/test_vllm.py
+
+tutorial: $(STAMP) $(LLAMACPP_STAMP)  ## run the first tutorial's commands and record what they print (ten minutes)
+	ATTNEDIT_LLAMACPP_PYTHON=$(abspath $(LLAMACPP_VENV)/bin/python) $(BIN)/python docs/tutorials/record.py build/tutorial
 
 docs: $(DOCS_STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

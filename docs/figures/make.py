@@ -1,10 +1,13 @@
-"""Drawings of an attention module before and after, as the guides show them: ``python docs/figures/make.py``."""
+"""Drawings, charts and tables of the pages, made anew: ``python docs/figures/make.py``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from charts import charts
+from concepts import concepts
+from page_tables import DOCS, PAGES, filled
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import attnedit
@@ -25,7 +28,7 @@ SHAPE = {
 
 
 def drawings() -> dict[str, str]:
-    """SVG by file name."""
+    """Attention modules before and after: SVG by file name."""
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE)).eval()
     site = capture(model)[0]
@@ -39,5 +42,7 @@ def drawings() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name, text in drawings().items():
+    for name, text in (drawings() | charts() | concepts()).items():
         (HERE / name).write_text(text + "\n", encoding="utf-8")
+    for page in PAGES:
+        (DOCS / page).write_text(filled(page), encoding="utf-8")

@@ -96,7 +96,7 @@ def distillation_rate(divergence: float) -> float:
     """Highest learning rate for a start with this mean divergence in nats.
 
     Found on SmolLM2, all weights trained, with starts of about 0.1, 0.5 and 1.1 and steps of 8,192 tokens
-    (docs/benchmarks.md, Training).
+    (docs/notebook/2026-11-training.md).
     """
     return suggested_rate(divergence, 0.0035, HIGHEST_RATE)
 

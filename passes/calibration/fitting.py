@@ -115,8 +115,8 @@ class HiddenStates:
 def fitting_rate(error: float) -> float:
     """Highest learning rate for a layer whose start has this error, as a fraction of the output's power.
 
-    Found on SmolLM2 with starts of 0.035 to 0.2 (docs/benchmarks.md, Cost). To half a power of two, so that weights of
-    layers with like starts are updated together, and alike however layers are grouped.
+    Found on SmolLM2 with starts of 0.035 to 0.2 (docs/notebook/2026-11-cost.md). To half a power of two, so that
+    weights of layers with like starts are updated together, and alike however layers are grouped.
     """
     return half_power(suggested_rate(error, 0.035, HIGHEST_RATE))
 

@@ -76,7 +76,8 @@ class Muon(torch.optim.Optimizer):
     Muon (https://kellerjordan.github.io/posts/muon) with Nesterov momentum, its updates made as large as AdamW's
     (arXiv 2502.16982, equation 4), so that one rate serves both. The numbers are those of `torch.optim.Muon`, which
     takes one matrix after the other: thousands of launches for a step of a small model, and launch failures where
-    several processes share a GPU (docs/benchmarks.md, Training). Here matrices of one shape are multiplied together.
+    several processes share a GPU (docs/notebook/2026-11-training.md). Here matrices of one shape are multiplied
+    together.
 
     Args:
         groups: of matrices, with their learning rate "lr".
@@ -151,8 +152,8 @@ def half_power(number: float) -> float:
 def suggested_rate(loss: float, factor: float, highest: float) -> float:
     """Highest learning rate for a start with this loss: the better it is, the less may be moved.
 
-    Moving weights by a fraction r of their size in every step costs about r^1.4 (docs/benchmarks.md, Cost), which is to
-    stay in proportion to the start's loss.
+    Moving weights by a fraction r of their size in every step costs about r^1.4 (docs/notebook/2026-11-cost.md), which
+    is to stay in proportion to the start's loss.
 
     Args:
         loss: of the start, before training.

@@ -24,7 +24,7 @@ LOSS_SHARE = 1 / 3
 finds most facts instead of few of them; at 0.4 and a half nothing changes (docs/notebook/2026-11-long-context.md)."""
 EXPONENT = 1.5
 """Of a layer's loss in its cached values. Between a sixteenth and a quarter it measures about 0.6; a higher one moves
-less between layers, which allows for the noise of their losses (docs/benchmarks.md)."""
+less between layers, which allows for the noise of their losses (docs/notebook/2026-11-closed-form.md)."""
 STEPS = 6
 """Into which `allocate` divides an even share: few different sizes keep compilations and kernels few."""
 LEAST_STEPS, MOST_STEPS = 4, 12

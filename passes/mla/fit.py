@@ -21,7 +21,7 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How much work the closed-form fit may do (docs/benchmarks.md has what each setting buys).
+    """How much work the closed-form fit may do (docs/notebook/2026-11-closed-form.md has what each buys).
 
     Attributes:
         alternations: rounds of query-side and latent-side least squares, each followed by the output side's.

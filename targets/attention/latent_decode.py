@@ -49,7 +49,7 @@ def choose_blocks(heads: int, rank: int, rope: int, shared_memory: int) -> Block
     """Say how a program works, or None where no tile fits into its memory.
 
     Few warps with many registers each do best: they hold the sum over keys, 64 KiB of floats for 32 heads of 512
-    values (docs/benchmarks.md).
+    values (docs/notebook/2026-11-gpu-decode.md).
 
     Args:
         heads: H.

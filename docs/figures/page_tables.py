@@ -1,0 +1,205 @@
+"""Tables of the pages, made of the figures in ``docs/data``.
+
+A table stands in a page between ``<!-- table: NAME -->`` and ``<!-- end -->``; ``python docs/figures/make.py`` writes
+all of them anew, and a test holds the pages to the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1]
+PAGES = ("results.md", "decide.md", "compare.md", "tutorials/train-on-a-gpu.md")
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+SHOWN = {
+    "MLA 1/2, closed form": "half, twice the queries",
+    "MLA 1/4, closed form": "quarter, three long windows measured",
+    "GateSWA and MLA 1/8, closed form": "eighth by both targets, a sink value and logit beside the kept tokens",
+    "MLA 1/2, trained at 8,192": "half, trained",
+    "MLA 1/4, trained at 8,192": "quarter, trained",
+    "MLA 1/4, trained at 4,096": "quarter, trained, 4,096 tokens a step",
+    "GateSWA and MLA 1/8, trained at 8,192": "eighth by both targets, trained",
+    "GateSWA and MLA 1/8, trained at 4,096": "eighth by both targets, trained, 4,096 tokens a step",
+}
+"""Which runs the pages show, by the name that they have there."""
+PROMPTS = 40
+NUMBER = re.compile(r"[\d,.]+( \(.*\))?$|not run$")
+
+
+def data(name: str) -> Any:
+    """One file of figures."""
+    return json.loads((DOCS / "data" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def runs() -> dict[str, tuple[list[float], list[float], dict[str, Any]]]:
+    """The runs shown: ratios of perplexity by position, facts found by length, and all that is known of the run."""
+    figures = data("long-context-smollm2")
+    named = {run["name"]: run for run in figures["runs"]}
+    source = figures["source"]["perplexity"]
+    found = {}
+    for label, name in SHOWN.items():
+        run = named[name]
+        ratios = [one / other for one, other in zip(run["perplexity"], source, strict=True)]
+        found[label] = (ratios, run["found"], run)
+    return found
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of ``count`` trials (Wilson 1927): of use near 0 and 1, too."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def with_interval(share: float, count: int = PROMPTS) -> str:
+    """A share of prompts with its interval, in percent."""
+    low, high = (round(100 * end) for end in wilson(share, count))
+    return f"{100 * share:.0f} ({low}–{high})"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Markdown."""
+    lines = [list(map(str, head)), *(list(map(_cell, row)) for row in rows)]
+    columns = zip(*lines[1:], strict=True)
+    lines.insert(1, ["---:" if all(NUMBER.match(cell) for cell in column) else "---" for column in columns])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "not run"
+    return f"{value:,}" if isinstance(value, (int, float)) and value >= 1000 else str(value)
+
+
+def quality() -> str:
+    """Perplexity by position, ours and TransMLA's, as ratios to the source."""
+    rows = [[name, *(f"{ratio:.3f}" for ratio in ratios)] for name, (ratios, *_) in runs().items()]
+    for run in data("long-context-peers")["runs"]:
+        rows.append([f"*{run['name']}, closed form*", *(f"{ratio:.2f}" for ratio in run["ratio"])])
+    return table(["", "tokens 0–1k", "1k–2k", "2k–4k", "4k–8k"], rows)
+
+
+def found() -> str:
+    """Facts found by length, in percent with intervals."""
+    source = data("long-context-smollm2")["source"]["found"]
+    rows = [["source", *map(with_interval, source)]]
+    rows += [[name, *map(with_interval, shares)] for name, (_, shares, _) in runs().items()]
+    peers = data("long-context-peers")
+    for run in peers["runs"]:
+        rows.append([f"*{run['name']}, closed form*", *(with_interval(one, peers["prompts"]) for one in run["found"])])
+    return table(["", "1k", "2k", "4k", "8k"], rows)
+
+
+def short_windows() -> str:
+    """Closed forms at 1,024 tokens, ours and other converters', as ratios to the source."""
+    figures = data("windows-of-1024")["closed_form"]
+    rows = [
+        [name, *(None if one is None else f"{one / figures['source']:.2f}" for one in values)]
+        for name, values in figures["run"].items()
+    ]
+    return table(["closed form", *figures["budgets"]], rows)
+
+
+def short_trained() -> str:
+    """Closed form and trained at 1,024 tokens on four texts, as ratios to the source."""
+    figures = data("windows-of-1024")["trained"]
+
+    def ratios(values: list[float]) -> list[str]:
+        return [f"{one / other:.3f}" for one, other in zip(values, figures["source"], strict=True)]
+
+    rows = [
+        [f"{run['name']}, {word}", *ratios(run[key])]
+        for run in figures["runs"]
+        for word, key in (("closed form", "closed"), ("trained", "trained"))
+    ]
+    return table(["", *figures["texts"]], rows)
+
+
+def recall_of_windows() -> str:
+    """Facts found with windows whose full layers were chosen by loss, and with every fourth layer full."""
+    figures = data("windows-of-1024")["windows"]["found"]
+    names = {"source": "source", "keep:4": "8 full layers by measured loss", "every:4": "every fourth layer full"}
+    lengths = [f"{length:,}" for length in figures["lengths"]]
+    return table(
+        ["", *lengths], [[label, *(f"{100 * one:.0f}" for one in figures[key])] for key, label in names.items()]
+    )
+
+
+def throughput() -> str:
+    """Whole models on a GPU."""
+    rows = data("speed")["gpu_model"]["rows"]
+    sources = {row[0]: row for row in rows if row[1] == "source"}
+    cells = []
+    for cached, name, size, batch, tokens, _, eight in rows:
+        gain = f"{tokens / sources[cached][4]:.1f}"
+        cells.append([f"{cached:,} tokens, {name}", size, batch, tokens, gain, eight])
+    head = ["cached", "MB a sequence", "largest batch", "tokens/s", "of the source", "tokens/s, batch 8"]
+    return table(head, cells)
+
+
+def one_layer() -> str:
+    """One layer on a GPU."""
+    rows = data("speed")["gpu_layer"]["rows"]
+    head = ["batch and cached tokens", "source", "MLA 512 + 64", "GateSWA 128"]
+    return table(head, [[f"{batch} x {cached:,}", *rest] for batch, cached, *rest in rows])
+
+
+def on_cpu() -> str:
+    """A whole model on two cores with ONNX Runtime."""
+    figures = data("speed")["onnx_model"]
+    names = figures["columns"][1:]
+    rows = [[f"{cached:,} cached tokens, ms a token", *rest] for cached, *rest in figures["rows"]]
+    rows.append(["first of 1,024 tokens, s", *(figures["first_of_1024"][name] for name in names)])
+    rows.append(["cache at 16,384 tokens, MiB", *(figures["cache_MiB_at_16384"][name] for name in names)])
+    return table(["", *names], rows)
+
+
+def cost() -> str:
+    """What converting takes."""
+    keys = ("what", "hardware", "time", "memory")
+    return table(keys, [[run[key] for key in keys] for run in data("cost")["runs"]])
+
+
+def training_speed() -> str:
+    """What training takes with large shapes."""
+    return table(["", "", "tokens/s", "memory"], data("cost")["training"]["rows"])
+
+
+def recipes() -> str:
+    """The trained runs shown, with their commands."""
+    lines = []
+    for name, (_, _, run) in runs().items():
+        if "trained_tokens" in run:
+            lines.append([name, f"{run['trained_tokens'] / 1e6:.1f} million", f"{run['seconds'] / 60:.0f} min"])
+    return table(["", "tokens", "time"], lines)
+
+
+def choices() -> str:
+    """What each choice costs on SmolLM2: the worst range of positions, and facts found at 4k and 8k."""
+    rows = []
+    for name, (ratios, shares, run) in runs().items():
+        trained = f"{run['trained_tokens'] / 1e6:.0f} million tokens" if "trained_tokens" in run else "no"
+        what = name.split(",")[0]
+        rows.append([what, trained, f"{max(ratios):.2f}", with_interval(shares[2]), with_interval(shares[3])])
+    return table(["cache", "trained", "perplexity, worst range", "found at 4k, %", "at 8k, %"], rows)
+
+
+MADE = [quality, found, short_windows, short_trained, recall_of_windows, throughput]
+MADE += [one_layer, on_cpu, cost, training_speed, recipes, choices]
+TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in MADE}
+
+
+def filled(page: str) -> str:
+    """The text of a page with its tables made anew.
+
+    Raises:
+        KeyError: the page asks for a table that there is not.
+    """
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return BLOCK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", text)
