@@ -27,7 +27,7 @@ PIECES = (9, 1, 1, 4, 1)
 
 
 @torch.no_grad()
-def tiny_model(config: PreTrainedConfig | None = None, **sizes: Any) -> PreTrainedModel:
+def tiny_model(config: PreTrainedConfig | None = None, **sizes: int | float | bool | str | None) -> PreTrainedModel:
     """A causal language model with random weights, so large that a mistake in any of them shows.
 
     Args:

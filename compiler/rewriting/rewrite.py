@@ -117,7 +117,7 @@ class Match:
     site: AttentionSite
     module: nn.Module
     captures: Mapping[str, Bound]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Bound]
     new: Any = None
     _tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
