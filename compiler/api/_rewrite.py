@@ -20,6 +20,7 @@ from attnedit.compiler.data.token_windows import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.execution.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
+from attnedit.compiler.formats import own_version
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
 from attnedit.compiler.reporting.report import LayerReport, Report, kv_fields, peak_memory_bytes
@@ -131,6 +132,7 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
     set_modes(result, modes)
     use_captured_implementation(result, sites)
     report = Report(
+        attnedit_version=own_version(),
         source=name,
         target="+".join(r.name for r in chosen),
         sites_matched=len(records),

@@ -8,13 +8,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from attnedit.compiler.evaluation.evaluate import KVUsage
+from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.reporting.graph_svg import GraphSketch
+
+FORMAT_VERSION = 1
+"""Of reports as JSON. Fields with a default are added without a new one."""
 
 
 class LayerReport(BaseModel):
@@ -194,6 +198,8 @@ class Report(BaseModel):
     """Everything a compilation has to say about itself.
 
     Attributes:
+        format_version: of its JSON; see `from_json`.
+        attnedit_version: that compiled the model; empty in reports that did not say.
         source: name of the source model.
         target: what its attention became.
         sites_matched: attention sites found.
@@ -225,6 +231,8 @@ class Report(BaseModel):
         graphs: before and after, of each kind of attention module.
     """
 
+    format_version: int = FORMAT_VERSION
+    attnedit_version: str = ""
     source: str
     target: str
     sites_matched: int
@@ -255,6 +263,12 @@ class Report(BaseModel):
     loss_curve: LossCurve | None = None
     graphs: list[SiteGraphs] = Field(default_factory=list)
 
+    @field_validator("format_version")
+    @classmethod
+    def _known(cls, version: int) -> int:
+        check_format({FORMAT_KEY: version}, FORMAT_VERSION, "the report")
+        return version
+
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite become null."""
         return self.model_dump_json()
@@ -271,10 +285,17 @@ class Report(BaseModel):
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, in this version or an earlier one.
+
+        Args:
+            text: one JSON object.
+
+        Returns:
+            The report; what it does not say has its default.
 
         Raises:
             pydantic.ValidationError: it is something else.
+            UsageError: it has a format that this version does not know.
         """
         return cls.model_validate_json(text)
 
