@@ -61,6 +61,9 @@ def rewrite(
         RewriteError: a rewrite is written wrongly; addressed to its author.
         UsageError: wrong arguments or input; CaptureError (a UsageError) where a site matches no rewrite.
         VerificationError: a contract is broken.
+
+    Example:
+        >>> attnedit.rewrite(model, [HeadGate(), Int8Cache()], tokenizer=tokenizer)  # doctest: +SKIP
     """
     chosen = resolve(rewrites)
     check_known({**options}, CompileArguments, "is for reading a checkpoint, and the model is live; leave it out")

@@ -119,7 +119,7 @@ def retrieval(
     batch: int = 1,
     progress: Progress | None = None,
 ) -> list[RetrievalScore]:
-    """Score a model at every length and depth.
+    """Plant a fact in long texts, ask for it at their end, and score a model at every length and depth.
 
     Args:
         model: causal language model.
@@ -131,6 +131,9 @@ def retrieval(
         seed: same seed, same prompts.
         batch: prompts of one length per forward pass.
         progress: told after every forward pass.
+
+    Returns:
+        One score per length and depth.
 
     Raises:
         UsageError: a length is beyond the model or too short for fact and question, or the tokenizer splits words so
@@ -151,7 +154,22 @@ def retrieval_prompts(
     trials: int = TRIALS,
     seed: int = 0,
 ) -> list[Prompt]:
-    """The prompts of `retrieval`, which has the same arguments and errors, for more than one model to answer."""
+    """The prompts of `retrieval`, for more than one model to answer.
+
+    Args:
+        tokenizer: of the models.
+        filler: token ids [M] of any text, repeated if it is short.
+        lengths: tokens per prompt.
+        depths: places of the fact, 0 (start) to 1 (right before the question).
+        trials: prompts per length and depth.
+        seed: same seed, same prompts.
+
+    Returns:
+        Prompts by length, depth and trial.
+
+    Raises:
+        UsageError: a length is too short for fact and question, or the tokenizer splits words so that they start alike.
+    """
     lengths, depths = list(lengths), list(depths)
     if trials < 1 or not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
         raise UsageError("retrieval needs at least one length, one depth between 0 and 1, and one trial")
@@ -195,13 +213,16 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
 def answers(
     model: PreTrainedModel, prompts: Sequence[Prompt], *, batch: int = 1, progress: Progress | None = None
 ) -> list[Answer]:
-    """Let a model answer prompts; the answers stand in their order.
+    """Let a model answer prompts.
 
     Args:
         model: causal language model.
         prompts: of `retrieval_prompts`.
         batch: prompts of one length per forward pass.
         progress: told after every forward pass.
+
+    Returns:
+        Answers in the order of the prompts.
 
     Raises:
         UsageError: a prompt is longer than the model's positions, or has tokens that it lacks; batch is less than 1.
@@ -236,7 +257,15 @@ def scores(found: Sequence[Answer]) -> list[RetrievalScore]:
 
 
 def scores_by_length(found: Sequence[Answer], against: Sequence[Answer] | None = None) -> list[LengthScore]:
-    """Sum up answers by length, beside those of another model on the same prompts if there are any."""
+    """Sum up answers by length, beside those of another model on the same prompts if there are any.
+
+    Args:
+        found: of `answers`.
+        against: of another model to the same prompts, in the same order.
+
+    Returns:
+        One score per length, ascending.
+    """
     rows = []
     for length in dict.fromkeys(answer.length for answer in found):
         hits = _hits(found, length)

@@ -270,15 +270,27 @@ class Report(BaseModel):
         return version
 
     def to_json(self) -> str:
-        """One JSON object; numbers that are not finite become null."""
+        """The whole report as one JSON object, graphs included.
+
+        Returns:
+            Text that `from_json` reads; numbers that are not finite become null.
+        """
         return self.model_dump_json()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain Python values, without the graphs."""
+        """The same as plain Python values, without the graphs: what ``--json`` prints.
+
+        Returns:
+            JSON values by field.
+        """
         return self.model_dump(mode="json", exclude={"graphs"})
 
     def to_html(self) -> str:
-        """One HTML page that needs no other file: figures, plots per layer, memory, and the graphs as drawings."""
+        """A page for browsers: figures, plots per layer, memory, and the graphs as drawings.
+
+        Returns:
+            One HTML document that needs no other file.
+        """
         from attnedit.compiler.reporting.report_html import report_html  # imports matplotlib's and jinja's machinery
 
         return report_html(self)

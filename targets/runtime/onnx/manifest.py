@@ -92,6 +92,12 @@ class Manifest:
     def read(cls, directory: Path) -> Manifest:
         """Read the file of a directory.
 
+        Args:
+            directory: what an export wrote.
+
+        Returns:
+            What it says of the model.
+
         Raises:
             UsageError: there is none, or not of this format.
         """
