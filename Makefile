@@ -55,7 +55,7 @@ NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
+.PHONY: help commands demo docs benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -110,6 +110,9 @@ test-vllm: $(STAMP) $(VLLM_STAMP)  ## serve results in vLLM on the CPU and compa
 
 docs: $(DOCS_STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+commands: $(STAMP)  ## docs/commands.md anew, from the command line
+	$(BIN)/python docs/make_commands.py
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

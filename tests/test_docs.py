@@ -140,6 +140,11 @@ def test_every_public_function_is_described() -> None:
         assert not inspect.isclass(found) or inspect.getdoc(found), name
 
 
+def test_the_page_of_commands_is_that_of_today() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_commands.py"))["page"]()
+    assert made == (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), "run make commands"
+
+
 @pytest.mark.long
 def test_the_drawings_are_those_of_today() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "figures" / "make.py"))["drawings"]()

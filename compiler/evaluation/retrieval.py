@@ -99,7 +99,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of a prompt: whether the right word was the likeliest, and its share among all."""
+    """What a model made of a prompt.
+
+    Attributes:
+        length: tokens of the prompt.
+        depth: where the fact stands, as a fraction of the text before the question.
+        found: whether the right word was the likeliest of `OPTIONS`.
+        probability: of the right word among them.
+    """
 
     length: int
     depth: float
@@ -138,6 +145,11 @@ def retrieval(
     Raises:
         UsageError: a length is beyond the model or too short for fact and question, or the tokenizer splits words so
             that they start alike.
+
+    Example:
+        >>> text = tokenizer("The library closes at six. " * 400, return_tensors="pt").input_ids[0]  # doctest: +SKIP
+        >>> for score in retrieval(result.model, tokenizer, text, lengths=[1024, 4096]):  # doctest: +SKIP
+        ...     print(score.length, score.depth, score.accuracy)
     """
     lengths = default_lengths(model) if lengths is None else list(lengths)
     check_lengths(model, lengths)
@@ -169,6 +181,10 @@ def retrieval_prompts(
 
     Raises:
         UsageError: a length is too short for fact and question, or the tokenizer splits words so that they start alike.
+
+    Example:
+        >>> prompts = retrieval_prompts(tokenizer, text, lengths=[4096])  # doctest: +SKIP
+        >>> compared = scores_by_length(answers(result.model, prompts), answers(model, prompts))  # doctest: +SKIP
     """
     lengths, depths = list(lengths), list(depths)
     if trials < 1 or not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
@@ -226,6 +242,9 @@ def answers(
 
     Raises:
         UsageError: a prompt is longer than the model's positions, or has tokens that it lacks; batch is less than 1.
+
+    Example:
+        >>> sum(answer.found for answer in answers(model, prompts)) / len(prompts)  # doctest: +SKIP
     """
     if batch < 1:
         raise UsageError(f"batch {batch}: at least 1 prompt goes through the model at once")
@@ -265,6 +284,9 @@ def scores_by_length(found: Sequence[Answer], against: Sequence[Answer] | None =
 
     Returns:
         One score per length, ascending.
+
+    Example:
+        >>> scores_by_length(answers(result.model, prompts), answers(model, prompts))[0].difference  # doctest: +SKIP
     """
     rows = []
     for length in dict.fromkeys(answer.length for answer in found):
