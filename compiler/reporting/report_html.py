@@ -108,11 +108,7 @@ def _tiles(report: Report) -> list[Tile]:
 
 
 def _checks(report: Report) -> list[str]:
-    lines = []
-    for check in report.verification:
-        error = "" if check.error is None else f", error {check.error:.1e}"
-        allowed = "" if check.tolerance is None else f" (allowed {check.tolerance:.1e})"
-        lines.append(f"verified: {check.what}: {check.contract}{error}{allowed}")
+    lines = [f"verified: {check}" for check in report.verification]
     if report.calibration:
         lines.append(f"calibrated on {report.calibration_tokens:,} tokens of {report.calibration}")
     if report.seconds:

@@ -111,7 +111,10 @@ def decodes_fused(query: Tensor | None, query_rope: Tensor | None, latent: Tenso
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, query_rope, latent)):
         return False
     rope = 0 if query_rope is None else query_rope.shape[-1]
-    return _runs_on(latent.device) and _blocks(some.shape[1], latent.shape[-1], rope, latent.device) is not None
+    return (
+        _runs_on(latent.device)
+        and _blocks(_heads(query, query_rope), latent.shape[-1], rope, latent.device) is not None
+    )
 
 
 def latent_decode(
@@ -139,6 +142,13 @@ def latent_decode(
     return result
 
 
+def _heads(query: Tensor | None, query_rope: Tensor | None) -> int:
+    either = query if query is not None else query_rope
+    if either is None:
+        raise AssertionError("MLAConfig allows no attention without keys")
+    return either.shape[1]
+
+
 def _launch(
     query: Tensor | None,
     query_rope: Tensor | None,
@@ -147,11 +157,8 @@ def _launch(
     mask: Tensor | None,
     length: Tensor | None,
 ) -> Tensor:
-    some = query if query is not None else query_rope
-    if some is None:
-        raise AssertionError("MLAConfig allows no attention without keys")
     rope = 0 if query_rope is None else query_rope.shape[-1]
-    blocks = _blocks(some.shape[1], latent.shape[-1], rope, latent.device)
+    blocks = _blocks(_heads(query, query_rope), latent.shape[-1], rope, latent.device)
     if blocks is None:
         raise AssertionError("decodes_fused said so")
     with torch.cuda.device_of(latent):  # triton launches on the current device
@@ -171,10 +178,7 @@ def run_kernels(
     """Run `latent_decode` in the given blocks and number of splits (chosen where None)."""
     from attnedit.targets.attention.latent_decode_kernels import attend_split, sum_splits
 
-    some = query if query is not None else query_rope
-    if some is None:
-        raise AssertionError("MLAConfig allows no attention without keys")
-    batch, heads = some.shape[:2]
+    batch, heads = latent.shape[0], _heads(query, query_rope)
     keys, rank = latent.shape[1:]
     rope = 0 if query_rope is None else query_rope.shape[-1]
     query, query_rope = (None if x is None else x.contiguous() for x in (query, query_rope))
@@ -273,10 +277,7 @@ def _fake(
     mask: Tensor | None,
     length: Tensor | None,
 ) -> Tensor:
-    some = query if query is not None else query_rope
-    if some is None:
-        raise AssertionError("MLAConfig allows no attention without keys")
-    return latent.new_empty((latent.shape[0], some.shape[1], latent.shape[2]))
+    return latent.new_empty((latent.shape[0], _heads(query, query_rope), latent.shape[2]))
 
 
 # A copy of this file may be loaded beside it, from a checkpoint with code.

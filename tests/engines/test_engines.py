@@ -1,0 +1,155 @@
+"""``--engine``: what an engine takes decides the form of a result, and what it does not is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from commands import Captured, refusal
+from compiled import compile_tiny, half, tokens
+from families import build
+from gguf_models import VOCABULARY, trained_tokenizer, with_tokenizer
+from hf_exports import windowed, written
+from tiny_llama import make_llama
+from transformers import PreTrainedModel, Qwen2Config
+
+import attnedit
+from attnedit.targets.runtime.engines import stock_rank
+from attnedit.targets.runtime.gguf import export as export_gguf
+from attnedit.targets.runtime.hf import export
+from attnedit.targets.runtime.hf.files import check_files
+
+
+def wide(**options: Any) -> PreTrainedModel:
+    """A tiny model that caches 512 values per token and layer."""
+    return build("llama", num_attention_heads=4, num_key_value_heads=4, head_dim=64, **options)
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
+def test_llama_cpp_gets_linear_maps_and_one_size(tmp_path: Path) -> None:
+    result = compile_tiny(build("qwen3", vocab_size=VOCABULARY), 0.5, engine="llama.cpp")
+    assert result.report.recipe["engine"] == "llama.cpp"
+    manifest = export_gguf(with_tokenizer(result.model), tmp_path / "model.gguf", engine="llama.cpp")
+    assert manifest.architecture == "deepseek2"
+
+
+def test_vllm_gets_one_of_its_sizes(tmp_path: Path) -> None:
+    result = compile_tiny(wide(tie_word_embeddings=True), 0.7, engine="vllm")
+    result.export("hf", tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (256, 64)
+    assert config["rms_norm_eps"] == 1e-6
+    assert config["tie_word_embeddings"] is False
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+
+
+def test_vllm_takes_the_largest_of_its_sizes_within_the_budget() -> None:
+    assert [stock_rank("vllm", 2048, budget) for budget in (0.5, 0.27, 0.2)] == [512, 448, 256]
+    assert stock_rank("sglang", 2048, 0.5) is None
+    with pytest.raises(attnedit.UsageError, match=r"allows 192; give kv_budget 0\.84, or use attnedit's plugin"):
+        stock_rank("vllm", 384, 0.5)
+    with pytest.raises(attnedit.UsageError, match=r"and the source 256: nothing would be saved; use attnedit's plugin"):
+        stock_rank("vllm", 256, 0.5)
+
+
+def test_a_result_of_another_size_is_refused_by_vllm_only(tmp_path: Path) -> None:
+    result = compile_tiny(wide(), 0.25, engine="sglang")
+    with pytest.raises(attnedit.UsageError, match=r"stock vLLM admits .* compile with --engine vllm, or use"):
+        result.export("hf", tmp_path / "out", engine="vllm")
+    assert not (tmp_path / "out").exists()
+    assert result.export("hf", tmp_path / "out").architecture == "DeepseekV3ForCausalLM"
+    with pytest.raises(attnedit.UsageError, match="rope_type longrope, which sglang reads in its own way"):
+        half("llama").export("hf", tmp_path / "other", engine="sglang")
+
+
+@pytest.mark.parametrize(
+    ("family", "engine", "profile", "architecture"),
+    [
+        ("llama", "vllm", "native", "LlamaForCausalLM"),
+        ("qwen2", "vllm", "native", "LlamaForCausalLM"),
+        ("qwen3", "vllm", "laguna", "LagunaForCausalLM"),
+        ("llama", "sglang", "laguna", "LagunaForCausalLM"),
+    ],
+)
+def test_windows_go_where_the_engine_has_them(
+    family: str, engine: str, profile: str, architecture: str, tmp_path: Path
+) -> None:
+    model = windowed(build(family), engine=engine)
+    result = SimpleNamespace(model=model, tokenizer=None)
+    assert export(result, tmp_path / "out", engine=engine).profile == profile
+    config = config_of(tmp_path / "out")
+    assert config["architectures"] == [architecture]
+    assert sorted(config["layer_types"]) == ["full_attention", "sliding_attention"]
+    assert "Engines that were tried with this form: vLLM 0.32.0" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_sglang_wants_a_full_layer(tmp_path: Path) -> None:
+    result = SimpleNamespace(model=windowed(build("llama"), full_layers=0), tokenizer=None)
+    with pytest.raises(attnedit.UsageError, match="SGLang's Laguna wants a full layer"):
+        export(result, tmp_path / "out", engine="sglang")
+
+
+def test_qwen3_windows_are_not_ignored_by_vllm(tmp_path: Path) -> None:
+    model = windowed(build("qwen3"))
+    written(model, tmp_path / "out", "native")
+    config = config_of(tmp_path / "out")
+    # Its class there has windows in no layer, and says so unless this is the number of layers.
+    assert config["max_window_layers"] == 0
+    with pytest.raises(attnedit.UsageError, match="vllm takes profile laguna of this result, not native"):
+        written(model, tmp_path / "other", "native", engine="vllm")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("mla", {"engine": "tgi"}, "engine 'tgi' is not known; give vllm or sglang or llama.cpp"),
+        ("gateswa+mla", {"engine": "vllm"}, "engine vllm holds target mla or gateswa, not gateswa.mla; use attnedit's"),
+        ("mla", {"engine": "vllm", "profile": "youtu"}, "engine vllm takes profile deepseek_v3 .* not profile youtu"),
+        ("mla", {"engine": "sglang", "kernel_dims": True, "profile": "deepseek_v3"}, "kernel_dims and engine sglang"),
+        ("gateswa", {"engine": "llama.cpp", "profile": "laguna"}, r"takes a \.gguf and no profile"),
+        ("gateswa", {"engine": "llama.cpp", "sinks": "keep:4"}, "holds no sinks keep:4"),
+        ("gateswa", {"engine": "llama.cpp", "gate": "element"}, "not per element"),
+        ("gateswa", {"engine": "llama.cpp", "gate": "head", "sinks": "logit"}, "a gate or sink logits, not both"),
+        ("gateswa", {"engine": "vllm", "gate": "head"}, "profile native holds gate none"),
+        ("mla", {"engine": "vllm", "allocation": "loss"}, "leave allocation out"),
+        ("mla", {"engine": "vllm"}, "nothing would be saved"),
+    ],
+)
+def test_arguments_against_an_engine_are_refused(target: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(attnedit.UsageError, match=message):
+        attnedit.compile(build("llama"), target, **options)
+
+
+def test_the_command_line_refuses_what_contradicts_an_engine(
+    saved_llama: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    compile_it = ("compile", saved_llama, "-o", tmp_path / "out")
+    assert "not known" in refusal(capsys, *compile_it, "--engine", "tgi")
+    assert "engine needs the whole model" in refusal(capsys, *compile_it, "--engine", "sglang", "--low-memory")
+    result = compile_tiny(make_llama(), 0.5, engine="sglang", calibration=tokens(2, 256))
+    result.save(tmp_path / "result")
+    export_it = ("export", tmp_path / "result", "-o", tmp_path / "exported")
+    assert "give --to gguf" in refusal(capsys, *export_it, "--to", "hf", "--engine", "llama.cpp")
+    assert "for sglang give --to hf" in refusal(capsys, *export_it, "--to", "gguf", "--engine", "sglang")
+    assert "no option --engine" in refusal(capsys, *export_it, "--to", "onnx", "--engine", "vllm")
+    assert "not for engine sglang" in refusal(capsys, *export_it, "--to", "hf", "--engine", "sglang", "--gguf")
+
+
+def test_another_tokenizer_and_other_settings_are_noticed(tmp_path: Path) -> None:
+    tokenizer, model = trained_tokenizer("smollm", 2000), make_llama()
+    tokenizer.save_pretrained(tmp_path)
+    model.generation_config.save_pretrained(tmp_path)
+    check_files(tokenizer, model, tmp_path)
+    Qwen2Config().save_pretrained(tmp_path)  # of which transformers makes a tokenizer of its own
+    with pytest.raises(attnedit.VerificationError, match="reads the written tokenizer as Qwen2Tokenizer"):
+        check_files(tokenizer, model, tmp_path)
+    model.generation_config.top_k = 7
+    with pytest.raises(attnedit.VerificationError, match=r"has top_k .*, the model 7"):
+        check_files(None, model, tmp_path)

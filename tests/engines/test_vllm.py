@@ -1,0 +1,307 @@
+"""Results served by vLLM through our plugin, and compared with eager: needs ATTNEDIT_VLLM_PYTHON (make test-vllm)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compiled import tokens
+from families import build
+from tiny_llama import make_tokenizer
+from transformers import PreTrainedModel
+from vllm_models import SIZES, WINDOW, save_random
+
+import attnedit
+from attnedit.targets.runtime.eager import load_model
+
+pytestmark = pytest.mark.engines
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "qwen3_moe", "gpt_oss")
+KINDS = {"mla": ("mla",), "gateswa": ("gateswa", "full"), "gateswa+mla": ("gateswa", "mla")}
+SLIDING = {"sliding_window": 32}
+CASES = {f"{family}-{kind}": (family, kind) for family in FAMILIES for kind in KINDS}
+NEW = 16
+GIBIBYTE = 1 << 30
+
+
+def python() -> str:
+    found = os.environ.get("ATTNEDIT_VLLM_PYTHON")
+    if not found:
+        pytest.fail("ATTNEDIT_VLLM_PYTHON names no python with vLLM; run: make test-vllm")
+    return found
+
+
+def environment(**others: str) -> dict[str, str]:
+    # Its threads are bound to cores by vLLM; ours are in another process.
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", **others}
+
+
+def prompts(start: int = 0) -> list[list[int]]:
+    """Five prompts of 5 to 100 tokens; the longest is six windows long."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(start)
+        return [torch.randint(4, 260, (length,)).tolist() for length in (5, 17, 40, 33, 100)]
+
+
+def serve(folder: Path, jobs: dict[str, dict[str, Any]], **others: str) -> dict[str, Any]:
+    """Run jobs in one process of vLLM."""
+    asked, answered = folder / "jobs.json", folder / "answers.json"
+    given = {name: {"prompts": prompts(), "max_tokens": NEW, **job} for name, job in jobs.items()}
+    asked.write_text(json.dumps(given))
+    runner = Path(__file__).parents[1] / "support" / "vllm_runner.py"
+    done = subprocess.run(
+        [python(), str(runner), str(asked), str(answered)], env=environment(**others), capture_output=True, text=True
+    )
+    assert answered.exists(), done.stderr[-4000:]
+    return {**json.loads(answered.read_text()), "stderr": done.stderr}
+
+
+def assert_as_eager(found: dict[str, Any], model: PreTrainedModel, given: list[list[int]], atol: float = 1e-4) -> None:
+    """Greedy tokens are eager's own; log probabilities, of prompts too, are eager's within ``atol``."""
+    assert "error" not in found, found["traceback"]
+    for answers in found["answers"]:
+        for prompt, answer in zip(given, answers, strict=True):
+            expected = model.generate(
+                torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0]
+            assert answer["ids"] == expected[len(prompt) :].tolist()
+            logs = all_logs(model, expected)
+            assert_close(answer["logprobs"], logs[len(prompt) - 1 :], atol)
+            if answer["prompt_logprobs"]:
+                assert_close(answer["prompt_logprobs"], logs[: len(prompt) - 1], atol)
+    assert found["answers"][0][0]["prompt_logprobs"]
+
+
+def all_logs(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Log probability of each token after the first."""
+    with torch.no_grad():
+        logs = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
+    return logs.gather(1, ids[1:, None])[:, 0]
+
+
+def assert_close(found: list[float], expected: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(torch.tensor(found), expected, atol=atol, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm")
+
+
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ranks": ("llama", "mla", {"ranks": (24, 11)}),
+    "no-slots": ("llama", "mla", {"columns": ()}),
+    "softcap": ("gemma2", "gateswa+mla", {"sizes": SLIDING}),
+    "odd": ("llama", "gateswa+mla", {"ranks": (21,)}),
+    "fused": ("phi3", "gateswa+mla", {}),
+    "whole-norms": ("olmo2", "gateswa+mla", {}),
+}
+
+
+class Directories:
+    """Saved results by name, each made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            if name in OTHERS:
+                family, kind, options = OTHERS[name]
+            else:
+                family, kind = CASES[name]
+                options = {"sizes": SLIDING} if family in ("mistral", "gemma3_text", "gpt_oss") else {}
+                if family == "gpt_oss":  # beside its own sink logits no sink value is served
+                    options |= {"gate": "element", "sink_logit": True}
+            save_random(family, path, KINDS[kind], **options)
+        return path
+
+
+@pytest.fixture(scope="module")
+def directories(folder: Path) -> Directories:
+    return Directories(folder)
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, directories: Directories, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Answers for all the tests that were chosen, from one process: its start takes longer than a tiny model."""
+    chosen: list[Any] = [item for item in request.session.items if "served" in getattr(item, "fixturenames", ())]
+    names = [item.callspec.params["name"] for item in chosen]
+    return serve(folder, {name: {"directory": str(directories[name])} for name in names})
+
+
+@pytest.mark.parametrize("name", [*CASES, *OTHERS])
+def test_vllm_answers_as_eager(name: str, served: dict[str, Any], directories: Directories) -> None:
+    assert_as_eager(served[name], load_model(directories[name]), prompts())
+
+
+def test_prompts_in_parts_and_cached_prefixes(folder: Path, directories: Directories) -> None:
+    """32 tokens a step, longer prompts come in parts; the second time they are in the prefix cache."""
+    names = ("llama-mla", "llama-gateswa", "llama-gateswa+mla", "mistral-mla", "gpt_oss-mla", "gemma3_text-gateswa+mla")
+    given = [prompts(1)[4][:64] + prompt for prompt in prompts()]
+    settings = {"max_num_batched_tokens": 32, "block_size": 32}
+    jobs = {name: {"directory": str(directories[name]), "settings": settings, "prompts": given} for name in names}
+    found = serve(folder, jobs)
+    for name in names:
+        assert_as_eager(found[name], load_model(directories[name]), given)
+        assert any(answer["cached"] for answer in found[name]["answers"][1])
+
+
+def test_compiled_by_torch(folder: Path, directories: Directories) -> None:
+    names = ("llama-mla", "llama-gateswa+mla")
+    settings = {"enforce_eager": False}
+    found = serve(folder, {name: {"directory": str(directories[name]), "settings": settings} for name in names})
+    for name in names:
+        assert_as_eager(found[name], load_model(directories[name]), prompts())
+        assert found[name]["compiled"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(folder: Path, directories: Directories, dtype: str) -> None:
+    """As near to float32 as eager is in that precision, on the tokens that vLLM chose."""
+    names = ("llama-mla", "llama-gateswa+mla", "qwen3-gateswa")
+    jobs = {name: {"directory": str(directories[name]), "settings": {"dtype": dtype}} for name in names}
+    found = serve(folder, jobs)
+    for name in names:
+        exact, half = (load_model(directories[name], dtype=kind) for kind in (torch.float32, getattr(torch, dtype)))
+        assert "error" not in found[name], found[name]["traceback"]
+        for prompt, answer in zip(prompts(), found[name]["answers"][0], strict=True):
+            ids = torch.tensor(prompt + answer["ids"])
+            logs = torch.tensor(answer["prompt_logprobs"] + answer["logprobs"])
+            expected = all_logs(exact, ids)
+            assert (logs - expected).abs().mean() < 2 * (all_logs(half, ids) - expected).abs().mean()
+
+
+def test_heads_shared_by_two(folder: Path, directories: Directories) -> None:
+    names = ("llama-gateswa+mla", "qwen3-mla")
+    jobs = {name: {"directory": str(directories[name]), "settings": {"tensor_parallel_size": 2}} for name in names}
+    # One core each: vLLM binds its workers to the nodes of a machine otherwise, of which there may be one.
+    found = serve(folder, jobs, VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    for name in names:
+        assert_as_eager(found[name], load_model(directories[name]), prompts())
+
+
+def test_a_latent_cache_has_the_size_of_the_report(folder: Path, llama_result: Any) -> None:
+    result, directory = llama_result
+    found = serve(folder, {"compiled": {"directory": str(directory)}})["compiled"]
+    assert_as_eager(found, load_model(directory), prompts())
+    assert found["tokens"] == pytest.approx(GIBIBYTE / result.report.kv_bytes_after, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def llama_result(folder: Path) -> tuple[Any, Path]:
+    """A compiled model: what its weights were folded to, the report, all as a user has it."""
+    result = attnedit.compile(build("llama", **SIZES), "mla", kv_budget=0.5, calibration=tokens(4, 64), alternations=0)
+    result.tokenizer = make_tokenizer()
+    return result, result.save(folder / "compiled")
+
+
+def test_a_window_has_the_blocks_that_vllm_allocates(folder: Path) -> None:
+    """Of a window its tokens less one and those of a step, in whole blocks, and one for where it begins."""
+    context, block, step, layers = 4096, 32, 64, 4
+    sizes = {"max_position_embeddings": context, "num_hidden_layers": layers}
+    directory = save_random("llama", folder / "window", ("gateswa", "full"), sizes=sizes)
+    settings = {"max_num_batched_tokens": step, "block_size": block, "max_model_len": context}
+    found = serve(folder, {"window": {"directory": str(directory), "settings": settings}})["window"]
+    assert_as_eager(found, load_model(directory), prompts())
+    page = block * 2 * 2 * 32 * 4  # tokens, keys and values, heads, head_dim, bytes
+    full, window = context // block, math.ceil((WINDOW - 1 + step) / block) + 1
+    expected = GIBIBYTE / (page * layers / 2 * (full + window)) * context
+    assert found["tokens"] == pytest.approx(expected, rel=0.02)
+    assert found["tokens"] > 1.9 * GIBIBYTE / (page / block * layers)  # nearly twice what the source has room for
+
+
+REFUSED = {
+    "kept": ({"sink_tokens": 4}, {}, "layer 0 has 4 kept first tokens (--sinks keep:4)"),
+    "quantised": ({}, {"quantization": "fp8"}, "quantisation on load"),
+    "cache": ({}, {"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
+    "pipeline": ({}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "heads": ({}, {"tensor_parallel_size": 4}, "2 key/value heads for 4 ranks"),
+}
+
+
+def test_refused_in_one_line(folder: Path) -> None:
+    jobs = {}
+    for name, (options, settings, _) in REFUSED.items():
+        directory = save_random("llama", folder / f"refused-{name}", ("gateswa", "full"), **options)
+        jobs[name] = {"directory": str(directory), "settings": settings}
+    small = save_random("llama", folder / "refused-size", ("gateswa",), sizes={"head_dim": 16})
+    jobs["size"] = {"directory": str(small)}
+    found = serve(folder, jobs)
+    expected = {**{name: case[2] for name, case in REFUSED.items()}, "size": "this model has 16"}
+    for name, text in expected.items():
+        error = found[name].get("error", "it was served")
+        assert error.startswith("UsageError: ")
+        assert text in error
+        assert "\n" not in error
+
+
+@contextmanager
+def server(directory: Path, log: Path) -> Iterator[str]:
+    """A running server; its address. ``vllm serve`` of the CPU's wheel stops at looking up its own version."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--served-model-name", "result"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(300):
+                assert process.poll() is None, log.read_text()[-4000:]
+                try:
+                    with urllib.request.urlopen(f"{address}/health", timeout=5):
+                        break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(1)
+            else:
+                raise AssertionError(log.read_text()[-4000:])
+            yield address
+        finally:
+            process.terminate()
+            process.wait(timeout=120)
+
+
+def complete(address: str, prompt: str) -> list[int]:
+    """Ids of the new tokens: random bytes are no text that can be compared."""
+    body = {"model": "result", "prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+    body["return_token_ids"] = True
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return list(json.load(answer)["choices"][0]["token_ids"])
+
+
+def test_a_server_answers_and_answers_the_same_after_a_restart(folder: Path, directories: Directories) -> None:
+    """Requests shorter and longer than the window, two at once, then a stop and a start."""
+    directory = directories["llama-gateswa+mla"]
+    texts = ["ab", "The quick brown fox jumps over the lazy dog, and on it goes. " * 2]
+    assert len(texts[1]) > 2 * WINDOW
+    model, tokenizer = load_model(directory), make_tokenizer()
+    expected = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=True).input_ids
+        new = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=2)[0]
+        expected.append(new[ids.shape[1] :].tolist())
+    for run in range(2):
+        with server(directory, folder / f"server-{run}.log") as address:
+            assert [complete(address, text) for text in texts] == expected
+            with ThreadPoolExecutor(2) as pool:
+                assert list(pool.map(partial(complete, address), texts)) == expected
