@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from compiled import half
-from safetensors.torch import save_file
+from project import ROOT
+from safetensors.torch import load_file, save_file
 
 import attnedit
-from attnedit.cli import main
+from attnedit import layerwise, run_directory
+from attnedit.cli import main, sweep
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.formats import own_version
+from attnedit.compiler.reporting import report
 from attnedit.layerwise import Rewritten
+from attnedit.passes.calibration import journal
 from attnedit.passes.calibration.journal import STATE_FILE, Journal
+from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.run_directory import check_run, open_run
+from attnedit.targets.runtime.eager import classes
 from attnedit.targets.runtime.eager.checkpoint import REPORT_FILE, RUN_FILE
+from attnedit.targets.runtime.npu import run_npu
 from attnedit.targets.runtime.npu.run_npu import NpuModel
+from attnedit.targets.runtime.onnx import manifest
 from attnedit.targets.runtime.onnx.manifest import MANIFEST_FILE
 from attnedit.targets.runtime.onnx.manifest import Manifest as OnnxManifest
+from attnedit.testing import deviation, logits
 
+SAVED = Path(__file__).parent / "saved"
+"""A result of each version that ever wrote another form: files as they were, and logits [B, T, V] for ids [B, T]."""
 OTHER = "format 2, this version of attnedit reads 1; use the version that wrote it"
 
 
@@ -97,6 +109,31 @@ def test_exports(tmp_path: Path) -> None:
     (tmp_path / "attnedit-npu.json").write_text(json.dumps({"format_version": 2}))
     with pytest.raises(ValueError, match="has format 2, this script reads 1"):
         NpuModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("version", [folder.name for folder in SAVED.iterdir()])
+def test_what_earlier_versions_saved_still_loads(version: str) -> None:
+    result = attnedit.load(SAVED / version)
+    expected = load_file(SAVED / version / "expected.safetensors")
+    assert deviation(logits(result.model, expected["ids"]), expected["logits"]) < 1e-5
+    assert [layer.kind for layer in result.report.layers] == ["gateswa", "mla"]
+    assert Recipe.load(SAVED / version / "attnedit-recipe.yaml").target == "gateswa+mla"
+
+
+def test_the_page_names_the_versions_of_today() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^\| `([\w./-]+)` \| [^|]+ \| (\d+) \|$", text, re.MULTILINE))
+    assert {name: int(version) for name, version in found.items()} == {
+        "config.json": classes.FORMAT_VERSION,
+        REPORT_FILE: report.FORMAT_VERSION,
+        RECIPE_FILE: Recipe().format,
+        RUN_FILE: run_directory.FORMAT_VERSION,
+        "run/layers.safetensors": layerwise.FORMAT_VERSION,
+        STATE_FILE: journal.FORMAT_VERSION,
+        "sweep.json": sweep.FORMAT_VERSION,
+        MANIFEST_FILE: manifest.FORMAT_VERSION,
+        run_npu.MANIFEST_FILE: run_npu.FORMAT_VERSION,
+    }
 
 
 def test_the_command_line_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
