@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
 from attnedit.cli import app
-from attnedit.compiler.options import base_type
+from attnedit.compiler.options import base_type, help_of
 from attnedit.options import AttentionOptions, CompileOptions, DataOptions, JobOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 
@@ -83,25 +84,32 @@ def _argument(flag: Any) -> str:
 def _tables(flags: list[Any], types: dict[str, Any]) -> Iterator[str]:
     grouped: dict[str, list[Any]] = {OWN: [], **{heading: [] for heading in GROUPS}}
     for flag in flags:
-        grouped[_heading(flag.name) if len(flags) > FEW else OWN].append(flag)
+        grouped[_heading(flag) if len(flags) > FEW else OWN].append(flag)
     for heading, rows in grouped.items():
         if not rows:
             continue
         if len(flags) > FEW:
             yield f"\n### {heading}\n"
-        yield "\n| | value | unless given | |\n|---|---|---|---|\n"
+        yield "\n| option | value | unless given | what it does |\n|---|---|---|---|\n"
         yield from (_row(flag, types[flag.name]) for flag in rows)
 
 
-def _heading(name: str) -> str:
-    return next((heading for heading, kind in GROUPS.items() if name in kind.model_fields), OWN)
+def _field(flag: Any) -> FieldInfo | None:
+    """The option of a compilation that a flag is; another command's own may have the same name."""
+    field = CompileOptions.model_fields.get(flag.name)
+    return field if field is not None and help_of(field) == flag.help else None
+
+
+def _heading(flag: Any) -> str:
+    groups = {} if _field(flag) is None else GROUPS
+    return next((heading for heading, kind in groups.items() if flag.name in kind.model_fields), OWN)
 
 
 def _row(flag: Any, annotation: Any) -> str:
     if flag.param_type_name == "argument":
         return f"| `{_argument(flag)}` | | | {_cell(flag.help)} |\n"
     names = ", ".join(f"`{name}`" for name in (*flag.opts, *flag.secondary_opts))
-    value = _choices(flag.name) or _words(annotation)
+    value = _choices(_field(flag)) or _words(annotation)
     default = "" if flag.default is None or flag.default is False else f"`{flag.default}`"
     if flag.secondary_opts and flag.default is not None:
         default = f"`{(flag.opts if flag.default else flag.secondary_opts)[0]}`"
@@ -110,9 +118,8 @@ def _row(flag: Any, annotation: Any) -> str:
     return f"| {names} | {value} | {default} | {_cell(flag.help)} |\n"
 
 
-def _choices(name: str) -> str:
+def _choices(field: FieldInfo | None) -> str:
     """Of an option that knows them; empty for any other."""
-    field = CompileOptions.model_fields.get(name)
     kind = None if field is None else base_type(field.annotation)
     return " or ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
 
