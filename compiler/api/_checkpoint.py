@@ -30,8 +30,6 @@ from attnedit.compiler.model_io.remote_code import copy_code
 from attnedit.compiler.reporting.report import Report
 from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
-from attnedit.passes.gateswa.rewrite import check_loss
-from attnedit.passes.mla.budget import by_loss
 from attnedit.planning import Plan
 from attnedit.recipe import Recipe
 from attnedit.result import with_license
@@ -97,8 +95,11 @@ def compile_in_parts(model: str, directory: str | PathLike[str], options: Compil
             raise UsageError(f"{field} needs the whole model in memory; leave it out, or compile without low memory")
     if options.allocation == "loss":
         raise UsageError("allocation loss needs the whole model in memory; leave it out, or compile without low memory")
-    if not options.ours:
-        raise UsageError(f"layer by layer there is only {', '.join(TARGETS)}, not {options.target_name!r}")
+    if not options.planned:
+        raise UsageError(
+            f"layer by layer there is only {', '.join(TARGETS)} and other targets with a budget, not "
+            f"{options.target_name!r}"
+        )
     if processes().count > 1:
         raise UsageError("layer by layer works in one process; start one")
     if options.calibration is None and options.kv_budget != 1:
@@ -134,7 +135,7 @@ class CheckpointSource(Source):
         """Refuse what takes passes through the whole model."""
         if self.device.type != "cpu":
             _place_buffers(self.model, self.device)
-        if isinstance(plan.full, int) and plan.full:
+        if any(isinstance(claim.leave, int) and claim.leave for _, claim in plan.claims()):
             raise UsageError(
                 "choosing the full layers by measured loss takes passes through the whole model, which is read layer "
                 "by layer here; name them: full_layers 'every:4', or indices"
@@ -151,16 +152,15 @@ class CheckpointSource(Source):
 
     def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
         """All layers in one walk, each written before the next is read."""
-        options, windowing = self.options, self.options.windowing
-        full = plan.full if isinstance(plan.full, list) else []
-        windowed = [site for site in plan.chosen if windowing is not None and site.layer_idx not in full]
-        latent = plan.latent_sites([site.name for site in windowed])
-        shapes = plan.shapes(latent)
-        by_cost = options.form is None and by_loss(options.allocation, options.alternations, shapes, latent)
-        if windowing is not None and windows is not None:
-            check_loss(windows, windowing)
+        options, notes, claims = self.options, ["read, rewritten and written layer by layer"], plan.claims()
+        changes = {name: (target, shape) for target, claim in claims for name, shape in claim.shapes.items()}
+        for target, claim in claims:
+            sites = [site for site in plan.chosen if site.name in claim.shapes]
+            notes = [_EVEN_NOTE] * target.by_loss(claim, sites) + notes
+            if windows is not None:
+                target.check_data(windows)
         open_run(self.output, self._recipe, overwrite=options.overwrite)
-        job = Job(windowed, shapes, windowing, options.fit, windows, options.seed)
+        job = Job(changes, windows, options.seed)
         work = LayerwiseRewrite(self.model, self._reader, self._sites, job, self.output)
         with log("fit") as entry:
             written = work.run(options.progress)
@@ -169,15 +169,15 @@ class CheckpointSource(Source):
         entry.seconds = written.seconds  # with those of runs that were killed
         self._layers = work.layers
         named, configs = {site.name: site for site in self._sites}, written.configs
-        kinds = {name: kind_of(config).name for name, config in configs.items()}
+        full = next((claim.leave for target, claim in claims if target.leaves), None)
         return Fitted(
             {name: kind_of(config).graph(self.model, named[name], config) for name, config in configs.items()},
-            matched={kind: [name for name, own in kinds.items() if own == kind] for kind in set(kinds.values())},
+            matched={target.name: [name for name in claim.shapes if name in configs] for target, claim in claims},
             spent=written.rule_seconds,
             energy_kept=written.energy_kept,
             output_error=written.output_error,
-            full=full if options.windowed else None,
-            notes=[_EVEN_NOTE] * by_cost + ["read, rewritten and written layer by layer"],
+            full=full if isinstance(full, list) or full is None else [],
+            notes=notes,
         )
 
 

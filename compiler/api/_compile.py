@@ -25,12 +25,9 @@ from attnedit.compiler.model_io.source_checks import check_config, check_weights
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.pipeline import Target
-from attnedit.figures import linear_notes
 from attnedit.options import CompileOptions
-from attnedit.passes.gateswa.rewrite import Windowed, window_layers
 from attnedit.passes.kept_fits import KeptFits
-from attnedit.passes.mla.budget import by_loss
-from attnedit.passes.mla.rewrite import Latent, latent_layers, single_losses
+from attnedit.passes.layers import Layers, fit_layers, single_losses
 from attnedit.planning import Plan, check_fresh
 from attnedit.result import CompileResult, load
 from attnedit.rows import Fitted
@@ -102,7 +99,7 @@ def compile_live(model: PreTrainedModel, options: CompileOptions, name: str | No
 )
 def _one_shot(model: PreTrainedModel, options: CompileOptions, kept: KeptFits | None = None) -> CompileResult:
     """`compile_live` without training."""
-    if not options.ours:
+    if not options.planned:
         return rewrite_live(model, options)
     source = LiveSource(model, options, kept)
     result, report = run(source, options)
@@ -132,46 +129,49 @@ class LiveSource(Source):
         self.result = self.model if self._options.in_place else share_copy(self.model)
 
     def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
-        """Windows first, of which the loss may say who gets one; what stays full may become latent."""
-        model, result, options, notes = self.model, self.result, self._options, []
-        work: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
-        windowed, latent = Windowed({}, {}, []), Latent({}, {})
-        if options.windowing is not None and windows is not None:
-            places = (model, result, plan.chosen, options.windowing, plan.full, windows)
-            with log("windows") as entry:
-                windowed = window_layers(*places, kept=self._kept, **work)
-                entry.did = f"{len(windowed.graphs)} layers got a window, {len(windowed.full)} stay full"
-            if windowed.loss_increases:
-                notes.append(_choice_note(windowed.full))
-        losses = dict(windowed.loss_increases)
-        if sites := plan.latent_sites(list(windowed.graphs)):
-            shapes = plan.shapes(sites)
-            if options.allocation != "even":
+        """Target by target, each on what those before it left."""
+        options, left, notes, losses = self._options, plan.chosen, list[str](), dict[str, float]()
+        done, changed, spent, full = dict[str, Layers](), dict[int, float](), dict[str, float](), None
+        given: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
+        for target in plan.targets:
+            if not left:
+                break
+            question, work = plan.question(target, left, changed), (target, self.model, self.result, left)
+            claim = target.plan(question)
+            if target.allocation != "even" and "allocation" in target.reads:
                 with log("allocation") as entry:
                     entry.did = "shares are even, nothing was measured"
-                    by_cost = options.form is None and by_loss(options.allocation, options.alternations, shapes, sites)
-                    if by_cost and windows is not None:
-                        alone = single_losses(model, result, sites, shapes, windows, **work)
+                    if windows is not None and target.by_loss(claim, left):
+                        alone = single_losses(*work, claim, windows, **given)
                         entry.did = f"{len(alone)} layers measured"
-                        shapes, losses = plan.shapes(sites, alone), {**losses, **alone}
+                        claim, losses = target.plan(dataclasses.replace(question, losses=alone)), {**losses, **alone}
                         notes.append(_SHARES_NOTE)
-            with log("fit") as entry:
-                form: dict[str, Any] = {"linear": plan.linear, "kept": self._kept, **work}
-                latent = latent_layers(model, result, sites, shapes, options.fit, windows, **form)
-                entry.did = f"{len(latent.graphs)} layers became latent"
-        graphs = self._limit.limit({**windowed.graphs, **latent.graphs}, [site.name for site in plan.chosen])
+            with log(target.stage) as entry:
+                layers = done[target.name] = fit_layers(*work, claim, windows, kept=self._kept, **given)
+                entry.did = f"{len(layers.fits)} layers became {target.kind.title}"
+                entry.did += f", {len(layers.left)} stay as they are" if target.leaves else ""
+            losses |= layers.loss_increases
+            notes += [_choice_note(layers.left)] if layers.loss_increases else []
+            notes += target.fitted_notes(layers.fits)
+            spent[target.name] = entry.seconds
+            full = layers.left if target.leaves else full
+            changed |= {site.layer_idx: claim.shapes[site.name].values for site in left if site.name in layers.fits}
+            left = [site for site in left if site.name not in layers.fits]
+        fits = {name: fit for layers in done.values() for name, fit in layers.fits.items()}
+        graphs = {name: fit.graph for name, fit in fits.items()}
+        graphs = self._limit.limit(graphs, [site.name for site in plan.chosen])
         for site in (site for site in plan.chosen if site.name in graphs):
             kind = kind_of(config_of(graphs[site.name])).name
-            self._dump(kind, site.name, graph_module(model, site), graphs[site.name])
+            self._dump(kind, site.name, graph_module(self.model, site), graphs[site.name])
         return Fitted(
             graphs,
-            matched={"gateswa": windowed.graphs, "mla": latent.graphs},
-            spent={"gateswa": log.seconds.get("windows", 0.0), "mla": log.seconds.get("fit", 0.0)},
-            energy_kept={name: fit.energy_kept for name, fit in latent.fits.items()},
-            output_error={name: fit.output_error for each in (windowed, latent) for name, fit in each.fits.items()},
+            matched={name: layers.fits for name, layers in done.items()},
+            spent=spent,
+            energy_kept={name: fit.energy_kept for name, fit in fits.items() if fit.energy_kept is not None},
+            output_error={name: fit.output_error for name, fit in fits.items() if fit.output_error is not None},
             loss_increase=losses,
-            full=windowed.full if options.windowed else None,
-            notes=[*notes, *linear_notes(latent), *self._limit.note()],
+            full=full,
+            notes=[*notes, *self._limit.note()],
         )
 
 

@@ -1,4 +1,4 @@
-"""The pipeline of our own targets, the same for a live model and for a checkpoint that is read layer by layer."""
+"""The pipeline of targets with a budget, the same for a live model and for a checkpoint that is read layer by layer."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
         UsageError: wrong input; CaptureError (a UsageError) for attention that cannot be rewritten.
         VerificationError: the result broke its contract.
     """
-    log, model, windowing = Log(options.progress), source.model, options.windowing
+    log, model = Log(options.progress), source.model
     modes = evaluating(model)
     implementation = contextlib.ExitStack()
     try:
@@ -89,10 +89,9 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
             sites = source.capture()
             implementation.enter_context(as_captured(model, sites))
             plan = plan_sites(model, sites, kv_usage(model), options)
-            # Which layers are latent need not be known yet to refuse a budget that cannot be met.
-            shapes = plan.shapes(plan.latent_sites())
+            claims = plan.claims()
             entry.did = f"{len(sites)} attention sites, {len(plan.chosen)} of them to change"
-        exact = windowing is None and all(shape.exact for shape in shapes.values())
+        exact = all(shape.exact for _, claim in claims for shape in claim.shapes.values())
         source.ready(plan, exact)
         data = windows = None
         if not exact:
@@ -103,7 +102,8 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
             plan.notes.extend(data.notes)
         fitted = source.fit(plan, windows, log)
         configs = {site.name: config_of(fitted.graphs[site.name]) for site in plan.chosen if site.name in fitted.graphs}
-        ids = check_tokens(windows, model, 0 if windowing is None else windowing.cached_tokens, source.device)
+        held = max(target.cached_tokens for target in plan.targets)
+        ids = check_tokens(windows, model, held, source.device)
         expected, own_error = None, 0.0
         if options.verify:
             with source.reading():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from attnedit.compiler.rewriting.rewrite import Rewrite, check_rewrite
 from attnedit.options import TARGETS as OWN_TARGETS
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.target import AttentionTarget
 from attnedit.planning import first_of
 from attnedit.result import CompileResult
 from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfig, config_of, lower, pure
@@ -76,7 +77,7 @@ def rewrite(
 
 def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResult:
     """`rewrite` with options that are checked."""
-    chosen, in_place, progress = resolve(options.target), options.in_place, options.progress
+    chosen, in_place, progress = resolve(cast("str | Target", options.target)), options.in_place, options.progress
     limit, dump = Fuel(options.fuel), Dump(options.dump_graphs)
     name = model_name(model)
     _check_source(model, name)
@@ -187,6 +188,8 @@ def _named(name: str) -> list[Rewrite]:
         raise UsageError(f"no target or pass {name!r} among the entry points {TARGETS} and {PASSES}: {known}")
     found = load(targets[name], "target") if name in targets else load(passes[name], "pass")
     made = found() if callable(found) else found
+    if isinstance(made, AttentionTarget):
+        raise UsageError(f"{name} is made by attnedit.compile, not by rewrites; it cannot be combined with them")
     if isinstance(made, Target):
         return resolve(made)
     return resolve([made])

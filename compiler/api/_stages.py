@@ -10,8 +10,9 @@ from typing import Any
 
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.reporting.report import PipelineStage, Verification
-from attnedit.options import CompileOptions, SourceOptions
+from attnedit.options import OURS, CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.target import AttentionTarget
 
 
 @dataclass(frozen=True)
@@ -33,26 +34,19 @@ class Stage:
 
 LOADING, TRAINING = tuple(SourceOptions.model_fields), tuple(CalibrationOptions.model_fields)
 PLANNING = ("target", "kv_budget", "full_layers", "profile", "kernel_dims", "engine")
-DATA, FORM = ("calibration", "calibration_tokens", "calibration_length", "seed"), ("window", "gate", "sinks")
+DATA = ("calibration", "calibration_tokens", "calibration_length", "seed")
 EDITING = ("fuel", "dump_graphs")
 STAGES = (
     Stage("load", "read the source, and refuse what cannot be rewritten", LOADING),
     Stage("capture", "find attention by running it, read facts off its graph, plan what each site becomes", PLANNING),
-    Stage("data", "cut calibration windows", DATA, lambda options, parts: options.ours),
-    Stage("windows", "fit windows; choose full layers by loss", FORM, lambda options, parts: options.windowed > parts),
-    Stage(
-        "allocation",
-        "measure what each layer alone costs, where shares go by it",
-        ("allocation",),
-        lambda options, parts: options.latent > parts and options.allocation != "even",
-    ),
-    Stage("fit", "fit latent attention", ("alternations",), lambda options, parts: options.latent > parts),
-    Stage("fit", "read, fit and write layer by layer", ("alternations", *FORM), lambda options, parts: parts),
-    Stage("rewrite", "apply rewrites", ("partial", *EDITING, *DATA), lambda options, parts: not options.ours),
-    Stage("lower", "put the new attention in place", ("in_place", *EDITING), lambda options, parts: options.ours),
+    Stage("data", "cut calibration windows", DATA, lambda options, parts: options.planned),
+    Stage("rewrite", "apply rewrites", ("partial", *EDITING, *DATA), lambda options, parts: not options.planned),
+    Stage("lower", "put the new attention in place", ("in_place", *EDITING), lambda options, parts: options.planned),
     Stage("verify", "hold the result to its contract", ("verify",), lambda options, parts: options.verify),
     Stage("train", "fit by gradient steps, then distil", TRAINING, lambda options, parts: options.steps > 0),
 )
+FITTING = 3
+"""Place of the stages that targets have of their own."""
 HIDDEN = ("tokenizer", "progress")
 """Fields that are objects, not settings."""
 
@@ -68,9 +62,10 @@ def stages_of(options: CompileOptions, *, parts: bool = False) -> list[dict[str,
         Of each the stage's name, what it does, and the options that it reads with their values; those of the whole job
         are with the first.
     """
-    placed = {name for each in STAGES for name in each.options}
+    placed = {name for each in STAGES for name in each.options}.union(*(part.reads for part in sum(OURS.values(), ())))
     whole = [name for name in CompileOptions.model_fields if name not in placed and name not in HIDDEN]
-    there = [each for each in STAGES if each.runs(options, parts)]
+    stages = [*STAGES[:FITTING], *_fitting(options, parts), *STAGES[FITTING:]]
+    there = [each for each in stages if each.runs(options, parts)]
     return [
         {
             "stage": each.name,
@@ -79,6 +74,27 @@ def stages_of(options: CompileOptions, *, parts: bool = False) -> list[dict[str,
         }
         for each in there
     ]
+
+
+def _fitting(options: CompileOptions, parts: bool) -> list[Stage]:
+    """What the targets do one after another, or all in one walk through the layers."""
+    own = [(target, _own(target)) for target in options.configured]
+    if parts:
+        every = tuple(dict.fromkeys(name for _, names in own for name in names))
+        return [Stage("fit", "read, fit and write layer by layer", every)]
+    found = []
+    for target, names in own:
+        if "allocation" in target.reads and target.allocation != "even":
+            what = "measure what each layer alone costs, where shares go by it"
+            found.append(Stage("allocation", what, ("allocation",)))
+        found.append(Stage(target.stage, target.does, names))
+    return found
+
+
+def _own(target: AttentionTarget) -> tuple[str, ...]:
+    """Options that a target reads as it fits."""
+    others = {*PLANNING, *DATA, "allocation"}
+    return tuple(name for name in CompileOptions.model_fields if name in target.reads and name not in others)
 
 
 class Log:

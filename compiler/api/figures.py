@@ -1,4 +1,4 @@
-"""What the report of a compilation shows beside its table: memory, graphs, and what linear maps miss."""
+"""What the report of a compilation shows beside its table: memory and graphs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from attnedit.compiler.capture.capture import graph_module
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.reporting.graph_svg import sketch
 from attnedit.compiler.reporting.report import KVCurve, SiteGraphs
-from attnedit.passes.mla.rewrite import Latent
 from attnedit.planning import Plan
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost, config_values
-from attnedit.targets.attention.kinds import AnyConfig, kind_of
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost
+from attnedit.targets.attention.kinds import kind_of
 
 CURVE_POINTS = 32
 """Of memory against the length of the context."""
-LINEAR = 1e-6
-"""Energy that a linear map misses by rounding alone."""
 
 
-def memory_curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, AnyConfig]) -> KVCurve:
+def memory_curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, SiteConfig]) -> KVCurve:
     """Memory of one sequence up to the model's context."""
     hidden_size = int(model.config.get_text_config(decoder=True).hidden_size)
     before, after = [], []
@@ -33,7 +30,8 @@ def memory_curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, AnyCo
         values = own * LENGTH if site.already_mla else attention_cost(hidden_size, *sizes, site.window).cached_values
         before.append(values)
         config = configs.get(site.name)
-        after.append(config_values(config) if isinstance(config, MLAConfig | GateSWAConfig) else values)
+        cost = None if config is None else kind_of(config).cost
+        after.append(values if cost is None else cost(config).cached_values)
     lengths = sorted({max(1, plan.before.length * step // CURVE_POINTS) for step in range(1, CURVE_POINTS + 1)})
     totals = [sum(values) * model.dtype.itemsize for values in (before, after)]
     curves = [[float(total.subs({BATCH: 1, LENGTH: length})) for length in lengths] for total in totals]
@@ -41,7 +39,7 @@ def memory_curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, AnyCo
 
 
 def site_graphs(
-    model: PreTrainedModel, plan: Plan, graphs: Mapping[str, fx.GraphModule], configs: Mapping[str, AnyConfig]
+    model: PreTrainedModel, plan: Plan, graphs: Mapping[str, fx.GraphModule], configs: Mapping[str, SiteConfig]
 ) -> list[SiteGraphs]:
     """Graphs of the first site of each kind, before and after."""
     alike: dict[tuple[str, str], list[AttentionSite]] = {}
@@ -57,12 +55,3 @@ def site_graphs(
         )
         for (kind, _), sites in alike.items()
     ]
-
-
-def linear_notes(latent: Latent) -> list[str]:
-    """How far off the linear maps are that stand for something else."""
-    worst = [max(errors) for errors in zip(*(site.errors for site in latent.linear.values()), strict=True)]
-    if not worst or max(worst) < LINEAR:
-        return []
-    named = ", ".join(f"{name} {error:.1%}" for name, error in zip(("queries", "keys", "values"), worst, strict=True))
-    return [f"energy that the linear maps miss on calibration data, in the worst layer: {named}"]

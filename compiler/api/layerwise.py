@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,13 +23,9 @@ from attnedit.compiler.execution.stream import AttentionInputs, Stream, decoder_
 from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, weights_of
 from attnedit.compiler.progress import Progress, silent
-from attnedit.passes.gateswa.options import GateSWAOptions
-from attnedit.passes.gateswa.rewrite import fit_site as fit_window
-from attnedit.passes.mla.budget import Shape
-from attnedit.passes.mla.fit import FitOptions
-from attnedit.passes.mla.rewrite import exact_layer
-from attnedit.passes.mla.rewrite import fit_site as fit_latent
-from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_of, config_to_dict, kind_of
+from attnedit.passes.target import AttentionTarget, SiteWork
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.kinds import config_from_dict, config_of, config_to_dict
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard
 
 STATE_DIRECTORY = "run"
@@ -48,13 +45,13 @@ class Rewritten:
         configs: of the new attention, by the site's name.
         energy_kept, output_error: of the fits, by the site's name.
         seconds: spent on all shards.
-        rule_seconds: of that on layers that were rewritten, by the kind of their new attention.
+        rule_seconds: of that on layers that were rewritten, by target.
         hidden: the source's hidden states [N, T, D] before the next layer, of each length; None where they are not
             needed.
     """
 
     done: int = 0
-    configs: dict[str, AnyConfig] = field(default_factory=dict)
+    configs: dict[str, SiteConfig] = field(default_factory=dict)
     energy_kept: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -98,30 +95,24 @@ class Job:
     """What every layer becomes.
 
     Attributes:
-        windowed: sites that get a window.
-        shapes: of those that become latent, by the site's name.
-        windowing: form of the windows.
-        options: of the latent fits.
+        changes: by the site's name: the target that changes it, and the shape that it gets.
         windows: calibration token ids [N, T] of each length T; None where nothing is fitted.
         seed: of the sampled queries.
     """
 
-    windowed: list[AttentionSite]
-    shapes: Mapping[str, Shape]
-    windowing: GateSWAOptions | None
-    options: FitOptions
+    changes: Mapping[str, tuple[AttentionTarget, Any]]
     windows: list[Tensor] | None
     seed: int
 
     @property
     def fitted(self) -> set[str]:
         """Names of the sites that need data."""
-        return {site.name for site in self.windowed} | {n for n, shape in self.shapes.items() if not shape.exact}
+        return {name for name, (_, shape) in self.changes.items() if not shape.exact}
 
     @property
     def exact_stream(self) -> bool:
         """Whether hidden states are computed in the model's own dtype; see `FitOptions`."""
-        return self.options.exact_stream or bool(self.windowed)
+        return any(target.exact_stream for target, _ in self.changes.values())
 
 
 class LayerwiseRewrite:
@@ -187,8 +178,8 @@ class LayerwiseRewrite:
         rewritten.seconds += seconds
         site = None if shard.layer is None else self._by_layer.get(shard.layer)
         if site is not None and site.name in rewritten.configs:
-            kind = kind_of(rewritten.configs[site.name]).name
-            rewritten.rule_seconds[kind] = rewritten.rule_seconds.get(kind, 0.0) + seconds
+            name = self._job.changes[site.name][0].name
+            rewritten.rule_seconds[name] = rewritten.rule_seconds.get(name, 0.0) + seconds
 
     def _rewrite(self, shard: Shard, stream: Stream | None, rewritten: Rewritten) -> dict[str, Tensor]:
         """The weights to store, by their names in the result; the stream goes through the source's layer."""
@@ -197,13 +188,13 @@ class LayerwiseRewrite:
         if shard.layer is None:
             pass
         elif stream is not None and shard.layer <= self._last_fitted:
-            if site is None or not self._changes(site):
+            if site is None or site.name not in self._job.changes:
                 stream.advance(shard.layer)
             else:
                 with stream.inputs(shard.layer, site.name) as inputs:
                     graph = self._fit(site, inputs, rewritten)
-        elif site is not None and self._changes(site):
-            graph = exact_layer(self._model, site, self._job.shapes[site.name])
+        elif site is not None and site.name in self._job.changes:
+            graph = self._fit(site, iter(()), rewritten)
         values = self._model.state_dict()
         own = {name: values[name] for name in shard.weights}
         if graph is None or site is None:
@@ -215,20 +206,13 @@ class LayerwiseRewrite:
 
     def _fit(self, site: AttentionSite, inputs: Iterator[AttentionInputs], rewritten: Rewritten) -> fx.GraphModule:
         model, job = self._model, self._job
-        windows = job.windows
-        assert windows is not None
-        if job.windowing is not None and site in job.windowed:
-            graph, window = fit_window(model, model, site, inputs, job.windowing, windows, job.seed)
-            rewritten.output_error[site.name] = window.output_error
-            return graph
-        shape = job.shapes[site.name]
-        graph, fit, _ = fit_latent(model, model, site, inputs, shape, job.options, windows, job.seed)
-        if fit is not None:
-            rewritten.energy_kept[site.name], rewritten.output_error[site.name] = fit.energy_kept, fit.output_error
-        return graph
-
-    def _changes(self, site: AttentionSite) -> bool:
-        return site.name in self._job.shapes or site in self._job.windowed
+        target, shape = job.changes[site.name]
+        fit = target.fit_site(SiteWork(model, model, site, inputs, job.windows or (), job.seed), shape)
+        found = ((rewritten.energy_kept, fit.energy_kept), (rewritten.output_error, fit.output_error))
+        for figures, figure in found:
+            if figure is not None:
+                figures[site.name] = figure
+        return fit.graph
 
     def _enter(self, index: int, hidden: list[Tensor] | None) -> Stream:
         """The stream before layer `index`, where it has the hidden states known from an earlier run."""

@@ -8,7 +8,6 @@ list it in `attnedit.arguments` for type checkers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -25,32 +24,26 @@ from attnedit.compiler.progress import Progress
 from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.compiler.rewriting.registry import PASSES as REGISTERED_PASSES
 from attnedit.compiler.rewriting.registry import TARGETS as REGISTERED_TARGETS
-from attnedit.compiler.rewriting.registry import names_of, registered
+from attnedit.compiler.rewriting.registry import load, names_of, registered
 from attnedit.passes.calibration.options import CalibrationOptions
-from attnedit.passes.gateswa.options import DEFAULT_GATE, DEFAULT_SINKS, DEFAULT_WINDOW, GateSWAOptions, Sinks
+from attnedit.passes.gateswa.target import WindowTarget
 from attnedit.passes.mla.budget import Allocation
 from attnedit.passes.mla.fit import FitOptions
+from attnedit.passes.mla.target import LatentTarget
+from attnedit.passes.target import AttentionTarget
 from attnedit.targets.runtime.hf.towards import GATES, Form, form_for
 
-TARGETS = ("mla", "gateswa", "gateswa+mla")
-
-
-@dataclass(frozen=True)
-class For:
-    """Notes on a field which targets read it; any other refuses it.
-
-    Attributes:
-        targets: of ours; none for an option of rewrites.
-    """
-
-    targets: tuple[str, ...]
-
-    def __str__(self) -> str:
-        *most, last = self.targets or ("of rewrites",)
-        return f"{', '.join(most)} and {last}" if most else last
-
-
-OURS, WINDOWED, LATENT, REWRITES = For(TARGETS), For(TARGETS[1:]), For(("mla", "gateswa+mla")), For(())
+OURS: dict[str, tuple[AttentionTarget, ...]] = {
+    "mla": (LatentTarget(),),
+    "gateswa": (WindowTarget(),),
+    "gateswa+mla": (WindowTarget(), LatentTarget()),
+}
+TARGETS = tuple(OURS)
+READERS: dict[str, list[str]] = {
+    name: [target for target, parts in OURS.items() if any(name in part.reads for part in parts)]
+    for name in dict.fromkeys(name for parts in OURS.values() for part in parts for name in sorted(part.reads))
+} | {"partial": []}
+"""Of options that not every target reads: those of ours that do; none for an option of rewrites."""
 
 
 def _listed(value: Any) -> Any:
@@ -79,42 +72,43 @@ class DataOptions(Options):
 class AttentionOptions(DataOptions):
     """What attention becomes, in closed form: what decides a result that is not trained."""
 
-    target: str | InstanceOf[Target] = "mla"
+    target: str | InstanceOf[Target] | InstanceOf[AttentionTarget] = "mla"
     """What attention becomes: mla, gateswa or gateswa+mla, or targets and passes of other packages.
 
     "mla" is latent attention; "gateswa" a sliding window in most layers; with "gateswa+mla" the layers without window
-    become latent. A `Target`, or names that other packages register, are applied as by `attnedit.rewrite`."""
-    kv_budget: Annotated[Number | None, Field(gt=0, le=1), OURS] = None
+    become latent. An `AttentionTarget` of another package is budgeted and fitted like these; a `Target`, or passes that
+    packages register, are applied as by `attnedit.rewrite`."""
+    kv_budget: Annotated[Number | None, Field(gt=0, le=1)] = None
     """Cached values per token as a fraction of the source's, above 0 to 1.
 
     Averaged over layers at the model's context length. For "mla" 0.5 unless given; at 1.0 the result computes exactly
     what the source does. For "gateswa" it says how many layers stay full, in place of `full_layers`. For "gateswa+mla"
     it covers both; unless given, the layers without window are halved."""
-    window: Annotated[Whole | None, Field(ge=1), WINDOWED] = None
+    window: Annotated[Whole | None, Field(ge=1)] = None
     """GateSWA: tokens each query sees, itself included; 128 unless given."""
-    full_layers: Annotated[Whole | str | list[Whole] | None, BeforeValidator(_listed), Flag(str), WINDOWED] = None
+    full_layers: Annotated[Whole | str | list[Whole] | None, BeforeValidator(_listed), Flag(str)] = None
     """GateSWA: how many layers stay full (chosen by measured loss), every:N, or 3,7,11; a quarter.
 
     In Python a list of layer indices too."""
-    gate: Annotated[str | None, WINDOWED] = None
+    gate: str | None = None
     """GateSWA: output gate, head, element or none; none unless given.
 
     Per head or per element. It starts without effect."""
-    sinks: Annotated[str | None, WINDOWED] = None
+    sinks: str | None = None
     """GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; all (keep:4) unless given.
 
     A sink logit per head, a value for it (which needs the logit), and the first N tokens, which stay visible."""
-    profile: Annotated[str | None, OURS] = None
+    profile: str | None = None
     """Compile towards a checkpoint of this form (docs/export-hf.md), so that export changes nothing.
 
     What its class lacks is left out from the start. For "mla" norms and biases become linear maps."""
-    kernel_dims: Annotated[Switch, OURS] = False
+    kernel_dims: Switch = False
     """With a latent profile: the sizes of engines' kernels, in place of a budget."""
-    engine: Annotated[str | None, OURS] = None
+    engine: str | None = None
     """What will serve the result: vllm, sglang or llama.cpp (docs/engines).
 
     It implies profile and sizes, and refuses what contradicts it."""
-    allocation: Annotated[Allocation, LATENT] = "auto"
+    allocation: Allocation = "auto"
     """How layers share the latent cache: even, or loss, by what each costs alone; auto unless given.
 
     What each costs is measured first. "auto" is by loss where latent layers keep less than a third of the source's
@@ -125,11 +119,11 @@ class AttentionOptions(DataOptions):
 
     Unless told, of given data 16 windows of `calibration_length` and 32 of 1,024 (65,536 tokens where the context is no
     longer than that), and 8,192 of own samples."""
-    calibration_length: Annotated[Whole | None, Field(ge=2), OURS] = None
+    calibration_length: Annotated[Whole | None, Field(ge=2)] = None
     """Tokens of the longest calibration windows, as many as are to be served; the context.
 
     Unless told, the context up to 32,768 on an accelerator and 8,192 elsewhere."""
-    alternations: Annotated[Whole, Field(ge=0), OURS] = FitOptions.alternations
+    alternations: Annotated[Whole, Field(ge=0)] = FitOptions.alternations
     """Rounds of least squares per layer after the analytic start; more is slower and better.
 
     0 and 1 are quick jobs on few sampled queries; 2 is nearly converged."""
@@ -186,7 +180,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
     called = "option"
     in_place: Annotated[Switch, Flag(None)] = False
     """Rewrite the model itself instead of a copy that shares its tensors."""
-    partial: Annotated[Switch, REWRITES] = False
+    partial: Switch = False
     """Rewrites: let attention sites be that none of them matches; otherwise they are an error."""
     fuel: Annotated[Whole | None, Field(ge=0)] = None
     """Stop after so many rewrites, to find the one that breaks something.
@@ -200,64 +194,77 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         """Refuse what contradicts itself, whatever the model."""
-        named = isinstance(self.target, Target) or self.ours
-        if not named and names_of(self.target_name, TARGETS) is None:
-            others = sorted({*registered(REGISTERED_TARGETS), *registered(REGISTERED_PASSES)})
-            raise UsageError(f"no target {self.target!r}; there is {', '.join((*TARGETS, *others))}")
-        for name, field in type(self).model_fields.items():
-            for readers in (one for one in field.metadata if isinstance(one, For)):
-                reads = self.target_name in readers.targets if self.ours else not readers.targets
-                if not reads and getattr(self, name) != field.default:
-                    raise UsageError(f"{name} is for the targets {readers}, not for {self.target_name}")
-        if self.target == "gateswa" and self.kv_budget is not None and self.full_layers is not None:
+        reads = frozenset().union(*(target.reads for target in self.targets))
+        for name, readers in READERS.items():
+            known = name in reads if self.planned else not readers
+            if not known and getattr(self, name) != type(self).model_fields[name].default:
+                *most, last = readers or ["of rewrites"]
+                listed = f"{', '.join(most)} and {last}" if most else last
+                raise UsageError(f"{name} is for the targets {listed}, not for {self.target_name}")
+        if self.leaves and self.kv_budget is not None and self.full_layers is not None:
             raise UsageError("kv_budget and full_layers both say how many layers stay full; give one of them")
         if self.allocation == "loss" and (self.profile or self.engine or self.kernel_dims):
             raise UsageError(
                 "a profile's class has one size for all layers; leave allocation out, or profile and engine"
             )
-        _ = self.form, self.windowing, self.fit
+        _ = self.form, FitOptions.of(self.alternations), self.configured
         return self
 
     @property
     def target_name(self) -> str:
         """As reports and recipes have it."""
-        return self.target.name if isinstance(self.target, Target) else self.target
+        return self.target if isinstance(self.target, str) else self.target.name
+
+    @cached_property
+    def targets(self) -> tuple[AttentionTarget, ...]:
+        """What plans over all sites under one budget, in order; none where the target is made of rewrites.
+
+        Raises:
+            UsageError: there is no such target.
+        """
+        if isinstance(self.target, AttentionTarget):
+            return (self.target,)
+        if isinstance(self.target, Target):
+            return ()
+        if self.target in OURS:
+            return OURS[self.target]
+        points = registered(REGISTERED_TARGETS, dict.fromkeys(TARGETS, ""))
+        found = []
+        for name in (part.strip() for part in self.target.split("+")):
+            made: Any = OURS[name][0] if name in OURS else load(points[name], "target") if name in points else None
+            found.append(made() if isinstance(made, type) and issubclass(made, AttentionTarget) else made)
+        planned = [made for made in found if isinstance(made, AttentionTarget)]
+        if len(planned) == len(found) and all(made.leaves for made in planned[:-1]):
+            return tuple(planned)
+        if planned or names_of(self.target, TARGETS) is None:
+            others = sorted({*points, *registered(REGISTERED_PASSES)})
+            raise UsageError(f"no target {self.target!r}; there is {', '.join((*TARGETS, *others))}")
+        return ()
+
+    @cached_property
+    def configured(self) -> tuple[AttentionTarget, ...]:
+        """The same, each set to these options."""
+        return tuple(target.configured(self) for target in self.targets)
 
     @property
-    def ours(self) -> bool:
-        """Whether the target is one of our own, with a budget, and not made of rewrites."""
-        return not isinstance(self.target, Target) and self.target in TARGETS
+    def planned(self) -> bool:
+        """Whether the target has a budget, and is not made of rewrites."""
+        return bool(self.targets)
 
     @property
-    def windowed(self) -> bool:
-        """Whether layers get a window."""
-        return self.ours and self.target_name in WINDOWED.targets
+    def leaves(self) -> bool:
+        """Whether layers stay as they are by choice, in the result too."""
+        return self.planned and self.targets[-1].leaves
 
-    @property
-    def latent(self) -> bool:
-        """Whether layers become latent."""
-        return self.ours and self.target_name in LATENT.targets
+    def asked(self, name: str, default: Any) -> Any:
+        """A field; where it is None what the profile or engine asks for in its place, or else a default."""
+        forced = {} if self.form is None else {"gate": GATES.get(self.form.profile, (None,))[0], "sinks": "none"}
+        forced |= {} if self.engine is None else {"sinks": "none"}
+        found = getattr(self, name)
+        return forced.get(name, default) if found is None else found
 
     @cached_property
     def form(self) -> Form | None:
         """The form that a profile asks for, or None."""
         asked = (self.profile, self.kernel_dims, self.target_name, self.kv_budget, self.gate, self.sinks, self.engine)
-        return form_for(*asked) if self.ours else None
-
-    @cached_property
-    def windowing(self) -> GateSWAOptions | None:
-        """The form of the windowed layers; None for a target without."""
-        if not self.windowed:
-            return None
-        gate, sinks = (DEFAULT_GATE, DEFAULT_SINKS) if self.form is None else (GATES[self.form.profile][0], "none")
-        sinks = sinks if self.engine is None else "none"
-        return GateSWAOptions(
-            window=DEFAULT_WINDOW if self.window is None else self.window,
-            gate=gate if self.gate is None else self.gate,  # type: ignore[arg-type]  # refused if it is none
-            sinks=Sinks.parse(sinks if self.sinks is None else self.sinks),
-        )
-
-    @cached_property
-    def fit(self) -> FitOptions:
-        """Of the closed form of latent layers."""
-        return FitOptions.of(self.alternations)
+        return form_for(*asked) if self.planned else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -14,15 +15,20 @@ from attnedit.compiler.data.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.options import CompileOptions
-from attnedit.passes.gateswa.options import full_count, full_layers_of
-from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values, plan
-from attnedit.targets.attention.cost import gateswa_values
+from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values
+from attnedit.passes.target import AttentionTarget, Claim, Question
 from attnedit.targets.runtime.engines import stock_rank
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
 from attnedit.targets.runtime.hf.towards import Form, check_source, kernel_fold, slot_columns
 
 DEFAULT_BUDGET = 0.5
 """Of the layers that become latent."""
+LATENT_ALREADY, SLIDES = "multi-head latent attention already", "a window of their own already"
+REASONS = {
+    LATENT_ALREADY: "sites are latent already and stay as they are",
+    SLIDES: "layers already slide over a window and stay as they are",
+}
+"""In notes, after how many."""
 
 
 @dataclass(frozen=True)
@@ -34,90 +40,56 @@ class Plan:
         chosen: those that change.
         before: the source's cache.
         options: what was asked for.
-        full: layers without window, or how many.
-        windowed_values: cached values per token of each chosen site with its window, averaged over the context, by
-            layer.
+        targets: what changes them, in order: each what those before it left.
         notes: what the user should know.
-        columns: of cos and sin that its rotary slots may have, by the site's name.
+        rejected: of the sites that stay as they are, how many by reason.
     """
 
     sites: list[AttentionSite]
     chosen: list[AttentionSite]
     before: KVUsage
     options: CompileOptions
-    full: int | list[int] = 0
-    windowed_values: dict[int, float] = field(default_factory=dict)
+    targets: tuple[AttentionTarget, ...]
     notes: list[str] = field(default_factory=list)
-    columns: dict[str, list[int]] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
 
     @property
     def budget_asked(self) -> float | None:
         """What the report says was asked for."""
         asked = self.options
-        return (
-            DEFAULT_BUDGET
-            if asked.kv_budget is None and not asked.windowed and not asked.kernel_dims
-            else asked.kv_budget
-        )
+        default = None if asked.kernel_dims else self.targets[0].default_budget
+        return default if asked.kv_budget is None else asked.kv_budget
 
-    @property
-    def linear(self) -> bool:
-        """Whether latent layers are linear in the hidden states, whatever the source's are."""
-        return self.options.form is not None and self.options.form.latent
-
-    def latent_sites(self, windowed: list[str] | None = None) -> list[AttentionSite]:
-        """Those that become latent.
+    def question(self, target: AttentionTarget, left: list[AttentionSite], changed: Mapping[int, float]) -> Question:
+        """What a target plans by.
 
         Args:
-            windowed: names of the sites that got a window; until that is known, as many as there will be are taken.
+            target: of this plan.
+            left: chosen sites that no target before it changes.
+            changed: what those cache that one does, by layer.
         """
-        if not self.options.latent:
-            return []
-        if windowed is not None:
-            return [site for site in self.chosen if site.name not in windowed]
-        if not self.options.windowed:
-            return self.chosen
-        if isinstance(self.full, int):
-            return self.chosen[: self.full]
-        return [site for site in self.chosen if site.layer_idx in self.full]
+        before = dict(enumerate(self.before.per_layer))
+        last = target is self.targets[-1]
+        return Question(self.sites, left, before, self.before.length, self.options.kv_budget, changed, last)
 
-    def shapes(self, latent: list[AttentionSite], losses: Mapping[str, float] | None = None) -> dict[str, Shape]:
-        """Shapes of the latent sites, by name; every other chosen site has its window.
-
-        Args:
-            latent: which these are.
-            losses: what each costs alone at an even share, by name: shares follow them. None for even shares.
+    def claims(self) -> list[tuple[AttentionTarget, Claim]]:
+        """What each target will do; where a loss must be measured to say which layers one leaves, the first are taken.
 
         Raises:
             UsageError: the budget cannot be met.
         """
-        if not latent:
-            return {}
-        if self.options.form is not None:
-            return self._common_shapes(latent, self.options.form)
-        before = dict(enumerate(self.before.per_layer))
-        own = {site.layer_idx for site in latent}
-        changed = {layer: values for layer, values in self.windowed_values.items() if layer not in own}
-        budget = self.options.kv_budget
-        if budget is None:
-            after = {**before, **changed, **{layer: DEFAULT_BUDGET * before[layer] for layer in own}}
-            budget = sum(after.values()) / sum(before.values()) if changed else DEFAULT_BUDGET
-        return plan(self.sites, before, latent, budget, changed, losses)
-
-    def _common_shapes(self, latent: list[AttentionSite], form: Form) -> dict[str, Shape]:
-        """A class has one size for all layers."""
-        if form.kernel_dims:
-            return fixed_shapes(latent, KERNEL_DIMS["kv_lora_rank"], kernel_fold(latent[0]), self.columns)
-        budget = DEFAULT_BUDGET if self.options.kv_budget is None else self.options.kv_budget
-        before = min(int(values) for values in self.before.per_layer if values)
-        if (rank := stock_rank(form.engine, before, budget)) is not None:
-            return fixed_shapes(latent, rank, kernel_fold(latent[0]), self.columns)
-        values = int(budget * sum(self.before.per_layer) / len(self.sites) + 1e-6)
-        if values < (least := max(least_values(site) for site in latent)):
-            raise UsageError(
-                f"kv_budget {budget:g} leaves {values} cached values per token and layer, {least} are needed"
-            )
-        return common_shapes(latent, values, self.columns)
+        found, left, changed = [], self.chosen, dict[int, float]()
+        for target in self.targets:
+            if not left:
+                break
+            claim = target.plan(self.question(target, left, changed))
+            found.append((target, claim))
+            stay = left[: claim.leave] if isinstance(claim.leave, int) else []
+            stay = stay or [site for site in left if site.name not in claim.shapes]
+            kept = {site.name for site in stay}
+            changed |= {site.layer_idx: claim.shapes[site.name].values for site in left if site.name not in kept}
+            left = stay
+        return found
 
 
 def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsage, options: CompileOptions) -> Plan:
@@ -127,67 +99,91 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
         UsageError: the options make no sense for these sites.
         CaptureError: there is nothing to convert.
     """
-    latent, windowing, kv_budget, form = options.latent, options.windowing, options.kv_budget, options.form
+    targets, form = options.configured, options.form
     if form is not None and form.latent:
         facts = check_source(model, sites, form)
         notes = [f"profile {form.profile} has linear maps in place of {', '.join(facts)}"] if facts else []
         columns = slot_columns(model, sites, form)
-        return Plan(sites, sites, before, options, notes=notes, columns=columns)
-    chosen, notes = choose_sites(sites)
+
+        def sizes(latent: list[AttentionSite]) -> dict[str, Shape]:
+            return _common_shapes(latent, form, columns, before, len(sites), options.kv_budget)
+
+        return Plan(sites, sites, before, options, tuple(target.towards(sizes) for target in targets), notes)
+    chosen, notes, rejected = choose_sites(sites, targets)
     caching = sum(values > 0 for values in before.per_layer)
     if caching > len(sites):
         notes.append(f"{caching - len(sites)} layers that keep a cache stay as they are: others read their keys too")
-    turned = [site for site in chosen if site.unread_rope]
-    if latent and turned:
-        notes.append(
-            f"keys of {len(turned)} layers are compressed with their positions in them, which needs a larger cache for "
-            f"the same quality: {turned[0].name}: {turned[0].unread_rope}"
-        )
-    if windowing is None:
-        return Plan(sites, chosen, before, options, notes=notes)
-    share = min(1.0, windowing.cached_tokens / before.length)
-    windowed = {site.layer_idx: gateswa_values(windowing.config(site)) * share for site in chosen}
-    if options.full_layers is None and kv_budget is not None and not latent:
-        full: int | list[int] = full_count(kv_budget, dict(enumerate(before.per_layer)), windowed)
-    else:
-        full = full_layers_of(options.full_layers, chosen)
-    return Plan(sites, chosen, before, options, full, windowed, notes)
+    notes += [note for target in targets for note in target.notes(chosen)]
+    return Plan(sites, chosen, before, options, targets, notes, rejected)
+
+
+def _common_shapes(
+    latent: list[AttentionSite],
+    form: Form,
+    columns: Mapping[str, list[int]],
+    before: KVUsage,
+    count: int,
+    kv_budget: float | None,
+) -> dict[str, Shape]:
+    """Shapes of a class that has one size for all layers."""
+    if form.kernel_dims:
+        return fixed_shapes(latent, KERNEL_DIMS["kv_lora_rank"], kernel_fold(latent[0]), columns)
+    budget = DEFAULT_BUDGET if kv_budget is None else kv_budget
+    source = min(int(values) for values in before.per_layer if values)
+    if (rank := stock_rank(form.engine, source, budget)) is not None:
+        return fixed_shapes(latent, rank, kernel_fold(latent[0]), columns)
+    values = int(budget * sum(before.per_layer) / count + 1e-6)
+    if values < (least := max(least_values(site) for site in latent)):
+        raise UsageError(f"kv_budget {budget:g} leaves {values} cached values per token and layer, {least} are needed")
+    return common_shapes(latent, values, columns)
 
 
 def calibration_windows(model: PreTrainedModel, options: CompileOptions) -> CalibrationWindows:
-    """Windows of the data; for windowed layers the short ones too are as long as several of the attention's windows."""
-    windowing = options.windowing
+    """Windows of the data; where layers hold few tokens the short ones too are several times as long."""
+    held = max(target.cached_tokens for target in options.configured)
     return cut_windows(
         options.calibration,
         options.tokenizer,
         model,
         tokens=options.calibration_tokens,
         length=options.calibration_length,
-        least=SHORT_LENGTH if windowing is None else max(SHORT_LENGTH, 4 * windowing.cached_tokens),
+        least=max(SHORT_LENGTH, 4 * held),
         seed=options.seed,
         progress=options.progress,
     )
 
 
-def choose_sites(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[str]]:
-    """Which sites are converted, and what the user should know of the others.
+def choose_sites(
+    sites: list[AttentionSite], targets: Sequence[AttentionTarget] = ()
+) -> tuple[list[AttentionSite], list[str], dict[str, int]]:
+    """Which sites are converted, what the user should know of the others, and how many of these by reason.
 
     Layers that slide stay as they are where others do not; a model in which all slide is converted, window kept.
 
     Raises:
         CaptureError: there is nothing to convert.
     """
-    notes: list[str] = []
-    able = [site for site in sites if not site.already_mla]
-    if not able:
-        names = first_of([site.name for site in sites])
-        raise CaptureError(f"all {len(sites)} attention sites ({names}) are multi-head latent attention already")
-    if len(able) < len(sites):
-        notes.append(f"{len(sites) - len(able)} sites are latent already and stay as they are")
+    reasons = {site.name: _refusal(site, targets) for site in sites}
+    able = [site for site in sites if reasons[site.name] is None]
     full = [site for site in able if site.window is None]
     if full and len(full) < len(able):
-        notes.append(f"{len(able) - len(full)} layers already slide over a window and stay as they are")
-    return full or able, notes
+        reasons |= {site.name: SLIDES for site in able if site.window is not None}
+    if not able:
+        names, why = first_of([site.name for site in sites]), "; ".join(dict.fromkeys(filter(None, reasons.values())))
+        link = "are" if why == LATENT_ALREADY else "cannot change:"
+        raise CaptureError(f"all {len(sites)} attention sites ({names}) {link} {why}")
+    rejected = dict(Counter(reason for reason in reasons.values() if reason is not None))
+    said = {reason: REASONS.get(reason, f"sites stay as they are: {reason}") for reason in rejected}
+    notes = [f"{count} {said[reason]}" for reason, count in rejected.items()]
+    return full or able, notes, rejected
+
+
+def _refusal(site: AttentionSite, targets: Sequence[AttentionTarget]) -> str | None:
+    """Why a site stays as it is, whatever the others are."""
+    if site.already_mla:
+        return LATENT_ALREADY
+    found = (target.check(site) for target in targets)
+    return next((reject.reason for reject in found if reject is not None), None)
 
 
 def check_fresh(model: PreTrainedModel, name: str) -> None:

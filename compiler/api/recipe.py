@@ -131,7 +131,7 @@ class Recipe(AttentionOptions):
             values["calibration_length"] = calibration_length
         if full_layers is not None:
             values["full_layers"] = full_layers
-            if options.target == "gateswa":
+            if options.leaves:
                 values["kv_budget"] = None  # it said how many
         return cls(**values)
 

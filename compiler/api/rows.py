@@ -16,8 +16,8 @@ from attnedit.compiler.formats import own_version
 from attnedit.compiler.reporting.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes
 from attnedit.figures import memory_curve
 from attnedit.planning import Plan
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.kinds import AnyConfig, kind_of
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.kinds import kind_of
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Fitted:
 
     Attributes:
         graphs: with their weights, or on meta where these are written already.
-        matched: names of the sites that each kind was fitted for.
-        spent: seconds for that, by kind.
+        matched: names of the sites that each target was fitted for, by the target's name.
+        spent: seconds for that, by the target's name.
         energy_kept, output_error, loss_increase: where measured; see `LayerReport`.
         full: layers that keep no window, where others got one.
         notes: what the user should know.
@@ -46,7 +46,7 @@ class Fitted:
 def compile_report(
     result: PreTrainedModel,
     plan: Plan,
-    configs: Mapping[str, AnyConfig],
+    configs: Mapping[str, SiteConfig],
     fitted: Fitted,
     windows: CalibrationWindows | None,
     **facts: Any,
@@ -63,17 +63,17 @@ def compile_report(
     """
     after, options = kv_usage(result), plan.options
     measured = {name: getattr(fitted, name) for name in ("energy_kept", "output_error", "loss_increase")}
-    contracts = {"gateswa": "learned", "mla": "close" if windows is None else "learned"}
     rules = [
         RuleReport(
-            name=kind,
-            contract=contract,
-            matched=len(fitted.matched[kind]),
-            rewritten=sum(name in configs for name in fitted.matched[kind]),
-            seconds=fitted.spent.get(kind, 0.0),
+            name=target.name,
+            contract="close" if windows is None else "learned",
+            matched=len(fitted.matched[target.name]),
+            rewritten=sum(name in configs for name in fitted.matched[target.name]),
+            rejected=plan.rejected,
+            seconds=fitted.spent.get(target.name, 0.0),
         )
-        for kind, contract in contracts.items()
-        if fitted.matched.get(kind)
+        for target in plan.targets
+        if fitted.matched.get(target.name)
     ]
     return Report(
         attnedit_version=own_version(),
@@ -96,23 +96,26 @@ def compile_report(
 
 
 def _layers(
-    plan: Plan, configs: Mapping[str, AnyConfig], after: KVUsage, measured: Mapping[str, Mapping[str, float]]
+    plan: Plan, configs: Mapping[str, SiteConfig], after: KVUsage, measured: Mapping[str, Mapping[str, float]]
 ) -> list[LayerReport]:
     """One row per site."""
     rows = []
     for site in plan.sites:
         config = configs.get(site.name)
+        kind = None if config is None else kind_of(config)
+        figures = {} if kind is None or config is None else kind.figures_of(config)
+        own = [name for name in figures if name in LayerReport.model_fields]
+        columns: dict[str, Any] = {name: figures.pop(name) for name in own}
+        columns |= {what: by_site.get(site.name) for what, by_site in measured.items()}
         rows.append(
             LayerReport(
                 layer=site.layer_idx,
                 name=site.name,
-                kind="source" if config is None else kind_of(config).name,
-                kv_lora_rank=config.kv_lora_rank if isinstance(config, MLAConfig) else None,
-                qk_rope_head_dim=config.qk_rope_head_dim if isinstance(config, MLAConfig) else None,
-                sliding_window=config.sliding_window if isinstance(config, GateSWAConfig) else None,
+                kind="source" if kind is None else kind.name,
+                figures=figures,
                 values_before=plan.before.per_layer[site.layer_idx],
                 values_after=after.per_layer[site.layer_idx],
-                **{what: by_site.get(site.name) for what, by_site in measured.items()},
+                **columns,
             )
         )
     return rows

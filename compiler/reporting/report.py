@@ -32,6 +32,7 @@ class LayerReport(BaseModel):
         kv_lora_rank: latent size; None where there is none.
         qk_rope_head_dim: rotary values in the cache; None where there is no latent.
         sliding_window: tokens a query sees, of a layer that got a window.
+        figures: others that the kind of attention shows, by name.
         loss_increase: KL divergence in nats per token from the source of the model with this layer alone rewritten;
             None if not measured.
         values_before: cached values per token of the source.
@@ -48,6 +49,7 @@ class LayerReport(BaseModel):
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
     sliding_window: int | None = None
+    figures: dict[str, Any] = Field(default_factory=dict)
     loss_increase: float | None = None
     values_before: float
     values_after: float
@@ -331,6 +333,10 @@ class Report(BaseModel):
             "rank": [_number(row.kv_lora_rank) for row in self.layers],
             "rotary": [_number(row.qk_rope_head_dim) for row in self.layers],
             "window": [_number(row.sliding_window) for row in self.layers],
+            **{
+                name.replace("_", " "): [_listed(row.figures.get(name)) for row in self.layers]
+                for name in dict.fromkeys(name for row in self.layers for name in row.figures)
+            },
             "loss": ["-" if row.loss_increase is None else f"{row.loss_increase:.4f}" for row in self.layers],
             "values before": [f"{row.values_before:g}" for row in self.layers],
             "after": [f"{row.values_after:g}" for row in self.layers],
@@ -412,6 +418,11 @@ def peak_memory_bytes() -> int:
 
 def _number(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _listed(value: Any) -> str:
+    """A figure of any kind; lists with commas."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else _number(value)
 
 
 def ranges(layers: Sequence[int]) -> str:

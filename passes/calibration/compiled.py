@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from attnedit.compiler.compatibility.torch_names import compiler_limits, share_class
 from attnedit.compiler.execution.stream import replaced_forwards
-from attnedit.targets.attention.mla import MLA
+from attnedit.targets.attention.module import AttentionModule
 
 COMPILATIONS = 64
 """Of one function, for layers that differ and for batches of other sizes, before it runs uncompiled."""
@@ -55,19 +55,19 @@ def compiled(modules: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _alike(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Graphs of equal code share one class, and rotary columns are tensors in place of constants."""
+    """Graphs of equal code share one class, and constants that differ between layers are tensors."""
     inner = [module for outer in modules for module in outer.modules()]
     graphs = [(module, type(module)) for module in inner if isinstance(module, fx.GraphModule)]
-    latent = [module for module in inner if isinstance(module, MLA)]
+    attentions = [module for module in inner if isinstance(module, AttentionModule)]
     classes: dict[str, type] = {}
     for graph, own in graphs:
         share_class(graph, classes.setdefault(graph.code, own))
-    for attention in latent:
-        attention.columns = torch.tensor(attention.config.rope_columns, device=attention.kv_b_proj.weight.device)
+    for attention in attentions:
+        attention.constants_as_tensors(True)
     try:
         yield
     finally:
-        for attention in latent:
-            attention.columns = None
+        for attention in attentions:
+            attention.constants_as_tensors(False)
         for graph, own in graphs:
             share_class(graph, own)

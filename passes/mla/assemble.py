@@ -69,16 +69,13 @@ def build(
     if linear is not None and site.o_proj.bias is not None:
         module = without_bias(module)
     heads, rank, e = site.num_attention_heads, factors.rank, site.v_head_dim
-    value_up, projected = _split_output(site, shape, factors, weight)
-    projection = None if projected is None else _with_weight(site, module, projected)
-    down = torch.cat([factors.latent, factors.slots]).double()
-    bias = None
+    value_up, projected = split_output(site, factors, weight, shape.exact)
+    projection = None if projected is None else with_output(site, module, projected)
+    down, bias = torch.cat([factors.latent, factors.slots]).double(), None
     if linear is not None:
         down = down @ linear.source
-    elif site.linear_kv:
-        matrix, offset = kv_as_affine(model, site)
-        bias = down @ offset if bool(offset.any()) else None
-        down = down @ matrix
+    else:
+        down, bias = folded(model, site, down)
     nope = bool(factors.query_latent.any()) or not shape.slots
     config = MLAConfig(
         layer_idx=site.layer_idx,
@@ -114,12 +111,29 @@ def build(
     return graph
 
 
-def _split_output(site: AttentionSite, shape: Shape, factors: Factors, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+def folded(model: nn.Module, site: AttentionSite, down: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is cached as a map of the hidden states, where keys and values are one; else it stays one of these.
+
+    Args:
+        model: the live model.
+        site: the attention site.
+        down: map of keys and values, groups flattened [c, G d + G e], float64.
+
+    Returns:
+        [c, D] or `down`, and a bias [c] or None.
+    """
+    if not site.linear_kv:
+        return down, None
+    matrix, offset = kv_as_affine(model, site)
+    return down @ matrix, down @ offset if bool(offset.any()) else None
+
+
+def split_output(site: AttentionSite, factors: Factors, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor | None]:
     """W_UV [H, e, r] in float64, and o_proj's new weight by head [H, D, e] where it changes.
 
     F_h has rank at most e, so an orthonormal basis of its rows loses nothing: a QR, sooner done on a GPU than an SVD.
     """
-    if shape.exact or site.output_gate:
+    if exact or site.output_gate:
         return torch.linalg.pinv(weight.double()) @ factors.output.double(), None
     e, rank = site.v_head_dim, factors.rank
     up = weight.new_zeros(len(weight), e, rank, dtype=torch.float64)
@@ -134,7 +148,7 @@ def _split_output(site: AttentionSite, shape: Shape, factors: Factors, weight: T
     return up, projected
 
 
-def _with_weight(site: AttentionSite, module: nn.Module, by_head: Tensor) -> nn.Module:
+def with_output(site: AttentionSite, module: nn.Module, by_head: Tensor) -> nn.Module:
     """A copy of the output projection with another weight; its bias is the same object."""
     full = by_head.transpose(0, 1).flatten(1) / site.o_proj.scale
     fresh = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})

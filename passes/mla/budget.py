@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
@@ -143,7 +143,7 @@ def least_values(site: AttentionSite) -> int:
 
 
 def by_loss(
-    allocation: Allocation, alternations: int, shapes: Mapping[str, Shape], sites: Sequence[AttentionSite]
+    allocation: Allocation, alternations: int, shapes: Mapping[str, Any], sites: Sequence[AttentionSite]
 ) -> bool:
     """Whether layers share their cache by what each costs.
 
@@ -164,6 +164,7 @@ def allocate(
     losses: Mapping[str, float],
     even: Mapping[str, float],
     weight: Mapping[str, float],
+    smallest: Callable[[AttentionSite], int] = least_values,
 ) -> dict[str, float]:
     """Cached values of each layer by what it costs, with the same total as an even share.
 
@@ -175,11 +176,12 @@ def allocate(
         losses: of each alone, at its even share, in nats, by name; below 0 counts as 0.
         even: values per token of an even share, by name.
         weight: what a value of the layer counts in the total, by name.
+        smallest: the least that a layer can cache.
 
     Returns:
         Values per token by name.
     """
-    least = {site.name: max(least_values(site), even[site.name] * LEAST_STEPS / STEPS) for site in sites}
+    least = {site.name: max(smallest(site), even[site.name] * LEAST_STEPS / STEPS) for site in sites}
     most = {site.name: min(source_values(site), even[site.name] * MOST_STEPS / STEPS) for site in sites}
     values = {name: min(least[name], even[name]) for name in even}
     left = sum((even[name] - values[name]) * weight[name] for name in even)
@@ -206,7 +208,10 @@ def plan(
     kv_budget: float,
     changed: Mapping[int, float] | None = None,
     losses: Mapping[str, float] | None = None,
-) -> dict[str, Shape]:
+    *,
+    shape: Callable[[AttentionSite, int], Any] = shape_for,
+    least: Callable[[AttentionSite], int] = least_values,
+) -> dict[str, Any]:
     """Shapes of the chosen sites so that all layers together cache `kv_budget` of the source.
 
     Layers that stay as they are count against the budget; the rest is shared evenly, or by
@@ -220,6 +225,8 @@ def plan(
         changed: what layers cache that another pass has rewritten, by layer.
         losses: what each chosen site costs alone at an even share, in nats, by name: shares follow them. None for even
             shares.
+        shape: what a site caches within so many values per token.
+        least: the smallest cache that a site can have.
 
     Returns:
         Shape by site name.
@@ -234,21 +241,21 @@ def plan(
     others = {**before, **(changed or {})}
     kept = sum(others[site.layer_idx] for site in sites if site.name not in names)
     weight = {site.name: before[site.layer_idx] / source_values(site) for site in chosen}
-    least = kept + sum(least_values(site) * weight[site.name] for site in chosen)
-    if kv_budget * total < least - 1e-6:
-        smallest = -(-least * 10000 // total) / 10000
+    lowest = kept + sum(least(site) * weight[site.name] for site in chosen)
+    if kv_budget * total < lowest - 1e-6:
+        smallest = -(-lowest * 10000 // total) / 10000
         raise UsageError(
             f"kv_budget {kv_budget:g} cannot be met: other layers and one slot per latent layer "
             f"need {smallest:g}; ask for at least that"
         )
     share = (kv_budget * total - kept) / sum(before[site.layer_idx] for site in chosen)
     even = {site.name: share * source_values(site) for site in chosen}
-    values = even if losses is None else allocate(chosen, losses, even, weight)
-    shapes: dict[str, Shape] = {}
+    values = even if losses is None else allocate(chosen, losses, even, weight, least)
+    shapes: dict[str, Any] = {}
     carried = 0.0  # rounding goes to the next layer, so that the total is met to one value
     for site in chosen:
         wanted = values[site.name] + carried
-        shape = shape_for(site, max(int(wanted + 1e-6), least_values(site)))
-        carried = wanted - shape.values
-        shapes[site.name] = shape
+        found = shape(site, max(int(wanted + 1e-6), least(site)))
+        carried = wanted - found.values
+        shapes[site.name] = found
     return shapes

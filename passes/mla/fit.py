@@ -10,7 +10,7 @@ import torch
 
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.passes.mla.budget import Shape
-from attnedit.passes.mla.initialise import analytic, mix_components
+from attnedit.passes.mla.initialise import Split, analytic, mix_components
 from attnedit.passes.mla.least_squares import logit_target, refit_latent, refit_output, refit_query
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.sample import LayerSample
@@ -79,7 +79,23 @@ def fit_layer(samples: Sequence[LayerSample], shape: Shape, options: FitOptions)
         AttneditError: nothing finite was found.
     """
     components = mix_components(samples, shape.fold, shape.columns) if shape.slots else None
-    factors, energy = analytic(samples, components, shape.slots, shape.rank)
+    factors, energy = analytic(samples, Split.of(samples, components, shape.slots), shape.rank)
+    return refine(samples, factors, energy, options)
+
+
+@torch.no_grad()
+def refine(samples: Sequence[LayerSample], factors: Factors, energy: float, options: FitOptions) -> Fit:
+    """Refit weights by least squares, in rounds; the best of all is kept.
+
+    Args:
+        samples: of the layer, or of some of its query heads.
+        factors: to begin with.
+        energy: that the latent keeps.
+        options: of the fit.
+
+    Raises:
+        AttneditError: nothing finite was found.
+    """
     output, error = refit_output(samples, factors)
     best = Fit(output, energy, error)
     sides = (refit_query, refit_latent) if options.latent_side else (refit_query,)

@@ -119,59 +119,87 @@ def _worth(varying: float, common: float) -> float:
     return varying + min(varying, common) if varying > ROUNDING * common else common
 
 
+@dataclass(frozen=True)
+class Split:
+    """What keeps its rotation and what goes into a latent, of K components in all; float64.
+
+    Attributes:
+        slots: rows of the slots [2 s, G d], and what queries meet them with [H, 2 s, d].
+        columns: of cos and sin, of each slot [s].
+        rest: rows of all other components of the keys [K - 2 s, G d]: logit += (maps q) . (rest k), under the rotation
+            that is to be expected.
+        maps: [H, K - 2 s, d].
+    """
+
+    slots: tuple[Tensor, Tensor]
+    columns: Tensor
+    rest: Tensor
+    maps: Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[LayerSample], components: Components | None, slots: int) -> Split:
+        """Let the first `slots` of the components keep their rotation; None of a layer without rope."""
+        sample = samples[0]
+        heads, groups, d = sample.heads, sample.groups, sample.key.shape[-1]
+        share, device, rotation = heads // groups, sample.key.device, sample.rotation
+        still = torch.ones(d, dtype=torch.bool, device=device)
+        rows, maps = [], []
+        slot_rows = torch.zeros(0, groups * d, dtype=torch.float64, device=device)
+        slot_maps = torch.zeros(heads, 0, d, dtype=torch.float64, device=device)
+        columns = torch.zeros(0, dtype=torch.int64, device=device)
+        if components is not None and rotation is not None:
+            still[rotation.real] = still[rotation.imaginary] = False
+            analysis = real_rows(components.analysis.transpose(0, 1), rotation, d)  # [G, 2 m, d]
+            dual = components.synthesis.conj()
+            plain = real_rows(dual.transpose(0, 1), rotation, d).repeat_interleave(share, 0)
+            expected = real_rows((dual * expected_rotation(rotation)).transpose(0, 1), rotation, d)
+            expected = expected.repeat_interleave(share, 0)
+            m = len(components.column)
+            keep = torch.arange(2 * m, device=device) % m < slots
+            slot_rows = analysis[:, keep].transpose(0, 1).flatten(1)
+            slot_maps = plain[:, keep]
+            columns = components.column[:slots]
+            rows.append(analysis[:, ~keep].transpose(0, 1).flatten(1))
+            maps.append(expected[:, ~keep])
+        fixed = torch.eye(d, dtype=torch.float64, device=device)[still]
+        rows.append(torch.block_diag(*[fixed] * groups) if len(fixed) else fixed.new_zeros(0, groups * d))
+        own = torch.nn.functional.one_hot(torch.arange(heads, device=device) // share, groups).to(fixed.dtype)
+        maps.append(torch.einsum("hg,id->hgid", own, fixed).flatten(1, 2))
+        return cls((slot_rows, slot_maps), columns, torch.cat(rows), torch.cat(maps, 1))
+
+
 def analytic(
-    samples: Sequence[LayerSample], components: Components | None, slots: int, rank: int
+    samples: Sequence[LayerSample], split: Split, rank: int, groups: slice = slice(None)
 ) -> tuple[Factors, float]:
-    """Closed-form MLA weights with `slots` rotary slots and a latent of size `rank`.
+    """Closed-form weights of a latent beside the rotary slots.
 
     Args:
         samples: calibration tensors of the site.
-        components: from `mix_components`; None for a layer without rope.
-        slots: how many components keep their rotation (the first of `components`).
-        rank: latent size; at most the number of remaining key components (real) plus G e values.
+        split: of its keys.
+        rank: latent size; at most the number of remaining key components (real) plus the values of the groups.
+        groups: key-value groups whose values and query heads the latent is for; all unless told.
 
     Returns:
-        The weights, and the share of the weighted second moment of what is projected that the latent keeps.
+        The weights, for the groups' query heads, and the share of the weighted second moment of what is projected that
+        the latent keeps.
     """
     sample = samples[0]
-    heads, groups, d, e = sample.heads, sample.groups, sample.key.shape[-1], sample.value.shape[-1]
-    share, device = heads // groups, sample.key.device
-    rotation = sample.rotation
-    still = torch.ones(d, dtype=torch.bool, device=device)
-    rows, maps = [], []  # y_rest = rows . key, logit = (maps_h q) . y_rest
-    slot_rows = torch.zeros(0, groups * d, dtype=torch.float64, device=device)
-    slot_maps = torch.zeros(heads, 0, d, dtype=torch.float64, device=device)
-    columns = torch.zeros(0, dtype=torch.int64, device=device)
-    if components is not None and rotation is not None:
-        still[rotation.real] = still[rotation.imaginary] = False
-        analysis = real_rows(components.analysis.transpose(0, 1), rotation, d)  # [G, 2 m, d]
-        dual = components.synthesis.conj()
-        plain = real_rows(dual.transpose(0, 1), rotation, d).repeat_interleave(share, 0)
-        expected = real_rows((dual * expected_rotation(rotation)).transpose(0, 1), rotation, d)
-        expected = expected.repeat_interleave(share, 0)
-        m = len(components.column)
-        keep = torch.arange(2 * m, device=device) % m < slots
-        slot_rows = analysis[:, keep].transpose(0, 1).flatten(1)
-        slot_maps = plain[:, keep]
-        columns = components.column[:slots]
-        rows.append(analysis[:, ~keep].transpose(0, 1).flatten(1))
-        maps.append(expected[:, ~keep])
-    fixed = torch.eye(d, dtype=torch.float64, device=device)[still]
-    rows.append(torch.block_diag(*[fixed] * groups) if len(fixed) else fixed.new_zeros(0, groups * d))
-    own = torch.nn.functional.one_hot(torch.arange(heads, device=device) // share, groups).to(fixed.dtype)
-    maps.append(torch.einsum("hg,id->hgid", own, fixed).flatten(1, 2))
-    row, query_map = torch.cat(rows), torch.cat(maps, 1)
+    total, e, share = sample.groups, sample.value.shape[-1], sample.heads // sample.groups
+    first, end, _ = groups.indices(total)
+    heads = slice(first * share, end * share)
+    row, query_map = split.rest, split.maps[heads]
 
-    moment = query_moment(samples)
+    moment = query_moment(samples)[heads]
     key_metric = torch.einsum("hki,hij,hlj->kl", query_map, moment, query_map) * sample.scale**2
-    weight = sample.output_weight.double()
-    value_metric = (weight.mT @ weight).view(groups, share, e, e).sum(1)
+    weight = sample.output_weight[heads].double()
+    value_metric = (weight.mT @ weight).view(end - first, share, e, e).sum(1)
     pairs = [root_and_inverse(block, PSEUDO_INVERSE_FLOOR) for block in value_metric]
     value_root, value_inverse = (torch.block_diag(*[pair[i] for pair in pairs]) for i in (0, 1))
     key_root, key_inverse = root_and_inverse(key_metric, PSEUDO_INVERSE_FLOOR)
 
     token = token_shares(samples)
     second = weighted_moment([sample.source for sample in samples], token)
+    value_root = torch.nn.functional.pad(value_root, (first * e, (total - end) * e))
     lift = torch.block_diag(key_root @ row, value_root)
     k = len(row)
     means = [
@@ -190,16 +218,17 @@ def analytic(
     kept = float(energy.flip(0)[:rank].sum() / energy.sum().clamp(min=1e-300))
     latent = basis.mT @ lift
     up_key = key_inverse @ basis[:k]
-    up_value = (value_inverse @ basis[k:] / (balance if balance > 0 else 1.0)).view(groups, e, rank)
+    up_value = (value_inverse @ basis[k:] / (balance if balance > 0 else 1.0)).view(end - first, e, rank)
     # unit mean square per latent value: fp16 and the least squares want comparable scales
     size = (latent @ second @ latent.mT).diagonal()
     size = size.clamp(min=float(size.max()) * NOISE_FLOOR + 1e-30).sqrt()
+    slot_rows, slot_maps = split.slots
     factors = Factors(
         latent=(latent / size[:, None]).float(),
-        slots=torch.cat([slot_rows, slot_rows.new_zeros(len(slot_rows), groups * e)], 1).float(),
-        columns=columns,
+        slots=torch.cat([slot_rows, slot_rows.new_zeros(len(slot_rows), total * e)], 1).float(),
+        columns=split.columns,
         query_latent=(torch.einsum("hki,kr->hir", query_map, up_key) * size).float(),
-        query_slots=slot_maps.float(),
+        query_slots=slot_maps[heads].float(),
         output=(torch.einsum("hDe,her->hDr", weight, up_value.repeat_interleave(share, 0)) * size).float(),
     )
     return factors, kept

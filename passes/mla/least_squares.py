@@ -241,7 +241,8 @@ def _refit_values(samples: Sequence[LayerSample], factors: Factors) -> Factors:
     gram = torch.zeros(first.heads, r, r, device=device)
     cross = torch.zeros(first.heads, r, first.value.shape[-1], device=device)
     for sample, chunk, reads in latent_reads(samples, factors):
-        own = sample.mix_values(sample.probabilities(sample.teacher_logits(chunk), chunk), chunk)
+        source = sample.teacher or sample
+        own = source.mix_values(source.probabilities(source.teacher_logits(chunk), chunk), chunk)
         gram += torch.einsum("nhqr,nhqs->hrs", reads, reads)
         cross += torch.einsum("nhqr,nhqe->hre", reads, own)
     start = (torch.linalg.pinv(first.output_weight.double()) @ factors.output.double()).mT  # [H, r, e]

@@ -12,7 +12,18 @@ Gate = Literal["head", "element", "none"]
 
 
 class SiteConfig:
-    """What the configurations of all targets have in common: frozen dataclasses of plain JSON values."""
+    """What the configurations of all kinds have in common: frozen dataclasses of plain JSON values.
+
+    Attributes:
+        layer_idx: the layer of the cache that the attention writes.
+    """
+
+    layer_idx: int
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Lengths at which what a query sees begins to change, such as a window; checks go around them."""
+        return ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values: what a saved result's ``config.json`` has for an attention.
@@ -116,6 +127,11 @@ class MLAConfig(SiteConfig):
             raise UsageError(f"{where}: window must be at least 1, got {self.window}")
 
     @property
+    def edges(self) -> tuple[int, ...]:
+        """The window, if the source has one."""
+        return () if self.window is None else (self.window,)
+
+    @property
     def num_slots(self) -> int:
         """Rotary slots s: complex key components, shared by all heads, that keep their rotation."""
         return len(self.rope_columns)
@@ -197,6 +213,11 @@ class GateSWAConfig(SiteConfig):
             raise UsageError(
                 f"{where}: sliding_window {self.sliding_window} exceeds the source's own window {self.source_window}"
             )
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The window; sinks make a second edge."""
+        return self.sliding_window, self.cached_tokens
 
     @property
     def cached_tokens(self) -> int:

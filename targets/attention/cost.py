@@ -126,7 +126,7 @@ def attention_cost(
     keys = num_key_value_heads * head_dim + num_key_value_heads * v_head_dim
     parameters = hidden_size * (num_attention_heads * (head_dim + v_head_dim) + keys)
     per_key = num_attention_heads * (head_dim + v_head_dim)
-    return _cost(attention_values(num_key_value_heads, head_dim, v_head_dim), window, parameters, per_key)
+    return cached_cost(attention_values(num_key_value_heads, head_dim, v_head_dim), window, parameters, per_key)
 
 
 def mla_cost(config: MLAConfig, hidden_size: int, source_key_value_size: int | None = None) -> AttentionCost:
@@ -153,7 +153,7 @@ def mla_cost(config: MLAConfig, hidden_size: int, source_key_value_size: int | N
     parameters += heads * (rank * (config.qk_nope_head_dim + config.v_head_dim) + rope * config.head_dim)
     sinks = heads if config.sinks else 0
     scored = rank if config.qk_nope_head_dim else 0
-    return _cost(mla_values(config), config.window, parameters, heads * (scored + rope + rank), sinks)
+    return cached_cost(mla_values(config), config.window, parameters, heads * (scored + rope + rank), sinks)
 
 
 def gateswa_cost(config: GateSWAConfig) -> AttentionCost:
@@ -177,27 +177,25 @@ def gateswa_cost(config: GateSWAConfig) -> AttentionCost:
     products = source.parameters + gates * config.hidden_size
     others = gates * config.gate_bias + heads * (config.sink_logit + config.sinks)
     others += config.num_key_value_heads * size * config.sink_value
-    return _cost(gateswa_values(config), config.cached_tokens, products, heads * (config.head_dim + size), others)
+    return cached_cost(gateswa_values(config), config.cached_tokens, products, heads * (config.head_dim + size), others)
 
 
-def config_values(config: MLAConfig | GateSWAConfig) -> Any:
-    """Cached values of a rewritten attention over ``batch`` and ``length``.
+def cached_cost(values: int, window: int | None, products: int, per_key: int, others: int = 0) -> AttentionCost:
+    """Put together the cost of an attention from what it caches and multiplies.
 
     Args:
-        config: the shape, of any target.
+        values: cached per token.
+        window: tokens that the cache holds at most; None for all.
+        products: weights of matrix products, each used once per new token.
+        per_key: products of a new token with each token attended to.
+        others: weights that take part in no product, such as biases.
 
     Returns:
-        An expression of sympy.
+        Expressions of sympy over ``batch``, ``length`` and ``dtype_bytes``.
 
-    >>> config_values(GateSWAConfig(0, 9, 3, 64, 64, 576, 128, 0.125, sink_tokens=4))
-    384*batch*Min(132, length)
+    >>> cached_cost(8, None, 100, 4).kv_bytes
+    8*batch*dtype_bytes*length
     """
-    cost = gateswa_cost(config) if isinstance(config, GateSWAConfig) else mla_cost(config, config.input_size)
-    return cost.cached_values
-
-
-def _cost(values: int, window: int | None, products: int, per_key: int, others: int = 0) -> AttentionCost:
-    """Put together: every weight of a product is used once per token, and ``per_key`` products once per key."""
     slots = LENGTH if window is None else sympy.Min(window, LENGTH)
     cached = values * BATCH * slots
     flops = 2 * BATCH * (products + per_key * slots)

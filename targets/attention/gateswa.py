@@ -26,6 +26,7 @@ from attnedit.targets.attention.gateswa_layers import bounded_layer
 from attnedit.targets.attention.gateswa_ring import RingLayer
 from attnedit.targets.attention.gateswa_view import View
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
+from attnedit.targets.attention.module import AttentionModule
 
 __all__ = ["GateSWA", "GateSWAConfig"]
 
@@ -33,7 +34,7 @@ MIN_BLOCK, MAX_BLOCK = 64, 512
 """Queries of a prefill attend in blocks of one window, within these bounds: the work is linear in the length."""
 
 
-class GateSWA(nn.Module):
+class GateSWA(AttentionModule):
     """Sliding-window attention with kept sink tokens, a sink logit and an output gate, each of them optional.
 
     Query t of head h (key/value head g) sees the last ``sliding_window`` tokens, itself included, and the first
@@ -55,10 +56,10 @@ class GateSWA(nn.Module):
 
     Attributes:
         blocks: attend in blocks of queries. A tracer always gets one block, since its lengths may be symbolic.
-        attention_dropout: rate at which attention weights are dropped in training.
     """
 
-    attention_dropout: float = 0.0
+    config_class = GateSWAConfig
+    config: GateSWAConfig
 
     g_proj: nn.Linear | None
     sink_logit: nn.Parameter | None
@@ -67,8 +68,7 @@ class GateSWA(nn.Module):
     def __init__(
         self, config: GateSWAConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.blocks = True
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.v_head_dim
         out = heads * (size if config.gate == "element" else 1)
@@ -87,6 +87,10 @@ class GateSWA(nn.Module):
         """Set every weight to 0."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+    def bind_cache(self, cache: Any) -> None:
+        """Give the cache the bounded layer of this window in place of an empty one."""
+        bounded_layer(cache, self.config)
 
     def extra_repr(self) -> str:
         """Name what defines the cache and the form."""

@@ -8,7 +8,7 @@ Shapes: B batch, T new tokens, S tokens attended to, H heads, d query size, dv v
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from attnedit.compiler.compatibility.caches import append
 from attnedit.compiler.compatibility.live import is_plain_linear, recorded_attention
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.graph.masks import causal, masked, shown
+from attnedit.compiler.graph.masks import causal, shown
 from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 from attnedit.targets.attention.latent_decode import decodes_fused, latent_decode
+from attnedit.targets.attention.module import AttentionModule, upcast
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
 
@@ -60,7 +61,7 @@ def choose_path(query_length: int, key_length: int, config: MLAConfig) -> Path:
     return "absorbed" if 2 * rank * query_length < (rank + query_length) * size else "expanded"
 
 
-class MLA(nn.Module):
+class MLA(AttentionModule):
     """Latent attention from pre-rope queries and the projection's input to per-head outputs.
 
     Per token the cache holds a latent c (r values) and s rotary slots (2 s values, stored after rotation), both
@@ -82,10 +83,10 @@ class MLA(nn.Module):
     Attributes:
         path: "auto" leaves the choice to `choose_path`; an exporter whose lengths are symbolic fixes it.
         columns: `config.rope_columns` as a tensor, for compilers: constants would make every layer's code its own.
-        attention_dropout: rate at which attention weights are dropped in training.
     """
 
-    attention_dropout: float = 0.0
+    config_class = MLAConfig
+    config: MLAConfig
 
     q_rope_proj: nn.Parameter | None
     sinks: nn.Parameter | None
@@ -93,8 +94,7 @@ class MLA(nn.Module):
     def __init__(
         self, config: MLAConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.path: Literal["auto", "absorbed", "expanded"] = "auto"
         self.columns: Tensor | None = None
         heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
@@ -116,6 +116,11 @@ class MLA(nn.Module):
             nn.init.normal_(self.q_rope_proj, std=self.config.head_dim**-0.5)
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
+
+    def constants_as_tensors(self, wanted: bool) -> None:
+        """Hold the rotary columns as a tensor."""
+        columns = self.config.rope_columns
+        self.columns = torch.tensor(columns, device=self.kv_b_proj.weight.device) if wanted else None
 
     def extra_repr(self) -> str:
         """Name the sizes that define the cache."""
@@ -152,7 +157,7 @@ class MLA(nn.Module):
         length = query.shape[2]
         config = self.config
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
-            raise self._no_mask(attention_mask)
+            raise self.no_mask(attention_mask)
         projected = self.kv_a_proj_with_mqa(kv_input)
         latent, slots = projected.tensor_split((config.kv_lora_rank,), dim=-1)
         query_rope: Tensor | None = None
@@ -172,7 +177,7 @@ class MLA(nn.Module):
             if length > 1 and attention_mask is None:
                 # The free places of a static cache come last, and nothing else hides them.
                 latent, slots = (x[:, :, : int(past) + length] for x in (latent, slots))
-        mask = self._mask(attention_mask, length, latent.shape[2], past, query.device)
+        mask = self.visible(attention_mask, length, latent.shape[2], past, query.device, config.window)
         path = choose_path(length, latent.shape[2], config) if self.path == "auto" else self.path
         if path == "expanded" and recorded_attention() is None:
             return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], mask)
@@ -227,7 +232,7 @@ class MLA(nn.Module):
             if is_causal:
                 mask = causal(length, key.shape[2], 0, config.window, query.device)
             logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
-            return torch.matmul(self._probabilities(logits, mask).to(value.dtype), value).transpose(1, 2)
+            return torch.matmul(self.probabilities(logits, mask, self.sinks).to(value.dtype), value).transpose(1, 2)
         # Fused kernels want one head size for all three, a multiple of eight; padding with zeros is 3 to 4 times
         # faster than without them (CPU, 1,024 tokens, 96 and 64).
         size = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8
@@ -271,32 +276,17 @@ class MLA(nn.Module):
             if query is None:
                 continue
             # Heads stand side by side as more queries: one product per sequence.
-            part = _upcast(torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))).unflatten(1, query.shape[1:3])
+            part = upcast(torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))).unflatten(1, query.shape[1:3])
             logits = part if logits is None else logits + part
         if logits is None:
             raise AssertionError("MLAConfig allows no attention without keys")
         length, keys_seen = logits.shape[2:]
         if mask is None and length > 1:
             mask = causal(length, keys_seen, 0, self.config.window, logits.device)
-        weights = self._probabilities(logits, mask).to(latent.dtype)
+        weights = self.probabilities(logits, mask, self.sinks).to(latent.dtype)
         if (recorded := recorded_attention()) is not None:
             recorded.append(weights)
         return torch.bmm(weights.flatten(1, 2), latent).view(*logits.shape[:3], -1)
-
-    def _probabilities(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Cap, mask and normalise logits [B, H, T, S] in at least fp32, then drop; the sink's share is left out."""
-        logits = _upcast(logits)
-        softcap = self.config.softcap
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if mask is not None:
-            logits = masked(logits, mask)
-        if self.sinks is None:
-            weights = logits.softmax(dim=-1)
-        else:
-            sinks = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
-            weights = torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
-        return F.dropout(weights, self.attention_dropout) if self.training and self.attention_dropout else weights
 
     def _up_weight(self, like: Tensor) -> Tensor:
         """Weight of ``kv_b_proj`` [H (nope + dv), r], read off its output where something wraps it.
@@ -310,42 +300,9 @@ class MLA(nn.Module):
         return unit.transpose(0, 1)
 
     def _table(self, table: Tensor, like: Tensor) -> Tensor:
-        """Columns of cos or sin, one per slot, [.., T, s] in the dtype of what they turn."""
         if self.columns is not None:
             return table.index_select(-1, self.columns).to(like.dtype)
-        columns = self.config.rope_columns
-        step = columns[1] - columns[0] if len(columns) > 1 else 1
-        stop = columns[0] + step * len(columns)
-        if step > 0 and columns == tuple(range(columns[0], stop, step)):
-            picked = table[..., columns[0] : columns[-1] + 1 : step]
-        else:
-            picked = table.index_select(-1, _index(columns, table.device))
-        return picked.to(like.dtype)
-
-    def _mask(
-        self, mask: Tensor | None, length: int, keys: int, past: int | Tensor, device: torch.device
-    ) -> Tensor | None:
-        """Bring every form of mask to None (plain causal over equal lengths, or all keys) or [B, 1 or H, T, S]."""
-        window = self.config.window
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            return mask[..., :keys]
-        # Static caches return more keys than there are, and start at 0; a sliding cache has dropped old ones.
-        offset = min(int(past), keys - length)
-        if mask is None:
-            if length == 1 or (keys == length and (window is None or keys <= window)):
-                return None
-            return causal(length, keys, offset, window, device)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise self._no_mask(mask)
-        padding = F.pad(mask[:, -keys:].to(torch.bool), (0, max(0, keys - mask.shape[1])))[:, None, None, :]
-        return padding if length == 1 else padding & causal(length, keys, offset, window, device)
-
-    def _no_mask(self, mask: Any) -> UsageError:
-        form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        return UsageError(
-            f"layer {self.config.layer_idx}: attention mask {form} is neither None nor [B, S] nor [B, 1, T, S]; "
-            "use attn_implementation 'sdpa' or 'eager'"
-        )
+        return slot_table(table, self.config.rope_columns, like)
 
 
 def _filled(cache: Cache | None, layer: int) -> Tensor | None:
@@ -354,9 +311,15 @@ def _filled(cache: Cache | None, layer: int) -> Tensor | None:
     return seen if isinstance(seen, Tensor) else None
 
 
-def _upcast(x: Tensor) -> Tensor:
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def slot_table(table: Tensor, columns: tuple[int, ...], like: Tensor) -> Tensor:
+    """Columns of cos or sin, one per slot, [.., T, s] in the dtype of what they turn."""
+    step = columns[1] - columns[0] if len(columns) > 1 else 1
+    stop = columns[0] + step * len(columns)
+    if step > 0 and columns == tuple(range(columns[0], stop, step)):
+        picked = table[..., columns[0] : columns[-1] + 1 : step]
+    else:
+        picked = table.index_select(-1, _index(columns, table.device))
+    return picked.to(like.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

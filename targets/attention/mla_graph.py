@@ -41,29 +41,44 @@ def mla_graph(
     _check_fit(site, config)
 
     def arguments(call: AnchorCall) -> tuple[Any, ...]:
-        cos = sin = None
-        if config.rope_columns:
-            if site.rope is None:
-                raise CaptureError(f"{site.name}: it has no rotary embedding, so it can have no rotary slots")
-            cos, sin = call.node(site.rope.cos), call.node(site.rope.sin)
         query = call.node(site.query)
         if config.linear:
             projected = call.graph.call_module(QUERY_MODULE, (call.node(site.hidden),))
             heads = call.graph.call_method("unflatten", (projected, -1, (config.num_attention_heads, config.head_dim)))
             query = call.graph.call_method("transpose", (heads, 1, 2))
-        if config.folded:
-            kv_input = call.node(site.hidden)
-        else:
-            key, value = (
-                call.graph.call_method("flatten", (call.graph.call_method("transpose", (call.node(name), 1, 2)), 2))
-                for name in (site.key, site.value)
-            )
-            kv_input = call.graph.call_function(torch.cat, ((key, value),), {"dim": -1})
-        return query, kv_input, cos, sin, call.arguments.get("mask"), call.cache
+        return query, *latent_inputs(call, site, rotary=bool(config.rope_columns), folded=config.folded)
 
     module = MLA(config, **weights_like(model, site))
     others = _linear_modules(model, site, config) if config.linear else {}
     return replace_attention(model, site, MLA_MODULE, module, arguments, output_projection, others)
+
+
+def latent_inputs(call: AnchorCall, site: AttentionSite, *, rotary: bool, folded: bool) -> tuple[Any, ...]:
+    """What latent attention is called with after its query: what the cache is made of, cos, sin, mask and cache.
+
+    Args:
+        call: the attention in the graph that is edited.
+        site: its site.
+        rotary: whether parts of what is cached are rotated.
+        folded: whether the cache is made of the hidden states [B, T, D]; else of keys and values [B, T, G (d + dv)].
+
+    Raises:
+        CaptureError: the site lacks the rotary embedding that is asked for.
+    """
+    cos = sin = None
+    if rotary:
+        if site.rope is None:
+            raise CaptureError(f"{site.name}: it has no rotary embedding, so it can have no rotary slots")
+        cos, sin = call.node(site.rope.cos), call.node(site.rope.sin)
+    if folded:
+        kv_input = call.node(site.hidden)
+    else:
+        key, value = (
+            call.graph.call_method("flatten", (call.graph.call_method("transpose", (call.node(name), 1, 2)), 2))
+            for name in (site.key, site.value)
+        )
+        kv_input = call.graph.call_function(torch.cat, ((key, value),), {"dim": -1})
+    return kv_input, cos, sin, call.arguments.get("mask"), call.cache
 
 
 def _linear_modules(model: nn.Module, site: AttentionSite, config: MLAConfig) -> dict[str, nn.Module]:

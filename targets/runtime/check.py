@@ -12,8 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import VerificationError
-from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.mla import MLA
+from attnedit.targets.attention.module import attention_modules
 from attnedit.targets.runtime.tracing import takes_positions
 
 Case = tuple[int, int, tuple[int, ...]]
@@ -67,12 +66,7 @@ class Check:
 
 def windows(model: PreTrainedModel) -> list[int]:
     """Sliding windows in a model, rewritten or its own, shortest first; sinks make a second edge."""
-    found = set()
-    for module in model.modules():
-        if isinstance(module, GateSWA):
-            found |= {module.config.sliding_window, module.config.cached_tokens}
-        elif isinstance(module, MLA) and module.config.window is not None:
-            found.add(module.config.window)
+    found = {edge for _, module in attention_modules(model) for edge in module.config.edges}
     config = model.config.get_text_config(decoder=True)
     own = getattr(config, "sliding_window", None)
     if isinstance(own, int) and getattr(config, "use_sliding_window", True):

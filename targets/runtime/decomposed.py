@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.kinds import kind_of
 from attnedit.targets.attention.mla import MLA
+from attnedit.targets.attention.module import AttentionModule, attention_modules
 
 # Half of the lowest number: a logit added to it stays finite, and a row that sees nothing stays defined.
 HIDDEN = torch.finfo(torch.float32).min / 2
@@ -98,15 +100,36 @@ class AbsorbedAttention(nn.Module):
         return next(picked), next(picked)
 
 
-def lower_attention(
-    model: nn.Module, latent: Callable[[MLA], nn.Module], window: Callable[[GateSWA], nn.Module]
-) -> None:
-    """Replace every rewritten attention in a model by the form that is exported, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, MLA):
-            model.set_submodule(name, latent(module))
-        elif isinstance(module, GateSWA):
-            model.set_submodule(name, window(module))
+def lowering_of(module: AttentionModule, runtime: str) -> Any:
+    """The class that takes the module's place in an export; None where the module itself is traced.
+
+    Raises:
+        UsageError: it has none, and a cache of its own that a graph could not hold.
+    """
+    kind = kind_of(module.config)
+    lowering = kind.lowering(runtime)
+    if lowering is None and type(module).bind_cache is not AttentionModule.bind_cache:
+        raise UsageError(
+            f"layer {module.config.layer_idx}: {kind.title} keeps a cache of its own and has no lowering to {runtime}; "
+            "give its AttentionKind one, or run the saved result with transformers"
+        )
+    return lowering
+
+
+def lower_attention(model: nn.Module, runtime: str, made: Callable[[Any, AttentionModule], nn.Module | None]) -> None:
+    """Replace every rewritten attention in a model by the form that is exported, in place.
+
+    Args:
+        model: the copy that is traced.
+        runtime: as kinds name their lowerings.
+        made: makes the new module of the kind's lowering (None where it has none) and the module; None to leave it.
+
+    Raises:
+        UsageError: a kind cannot be lowered.
+    """
+    for name, module in attention_modules(model):
+        if (new := made(lowering_of(module, runtime), module)) is not None:
+            model.set_submodule(name, new)
 
 
 def as_interface(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:

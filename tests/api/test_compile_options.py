@@ -24,10 +24,11 @@ from transformers import (
 import attnedit
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.execution.verify import TOLERANCE
+from attnedit.passes.layers import fit_layers, single_losses
 from attnedit.passes.mla.budget import plan, source_values
-from attnedit.passes.mla.fit import FitOptions
-from attnedit.passes.mla.rewrite import latent_layers, single_losses
+from attnedit.passes.mla.target import LatentTarget
 from attnedit.passes.repeats import with_repeats
+from attnedit.passes.target import Claim
 from attnedit.targets.runtime.eager import share_copy, splice
 from attnedit.testing import tiny_model
 
@@ -163,8 +164,9 @@ def test_the_measured_loss_is_that_of_the_layer_alone_on_windows_half_of_which_r
     before = {site.layer_idx: float(source_values(site)) for site in sites}
     shapes = plan(sites, before, sites, 0.25)
     result = share_copy(model)
-    found = single_losses(model, result, sites, shapes, [data], seed=4)
-    graphs = latent_layers(model, result, sites, shapes, FitOptions.of(1), [data[:8]], seed=4).graphs
+    target, claim = LatentTarget(), Claim(shapes)
+    found = single_losses(target, model, result, sites, claim, [data], seed=4)
+    graphs = fit_layers(target.quick(), model, result, sites, claim, [data[:8]], seed=4).graphs
     unseen = data[8:].clone()
     unseen[[1, 3]] = with_repeats(data[[9, 11]], torch.Generator().manual_seed(4))
     assert not torch.equal(unseen, data[8:])

@@ -32,7 +32,7 @@ def test_a_remote_checkpoint_is_ours_too(tmp_path: Path) -> None:
 
 
 def test_remote_code_needs_nothing_of_ours() -> None:
-    modules = copied_modules()
+    modules = copied_modules(["attnedit.targets.attention.mla", "attnedit.targets.attention.gateswa"])
     assert {"attnedit_mla", "attnedit_gateswa", "attnedit_parts"} <= set(modules)
     for text in modules.values():
         assert "from attnedit." not in text.replace("from attnedit.targets.runtime.hf import", "")

@@ -138,7 +138,7 @@ def test_windowed_attention_is_the_trained_one(name: str, soc: str) -> None:
     key, value = torch.randn(4, 2, total, 24), torch.randn(4, 2, total, 20)
     sinks = torch.randn(4) if config.sinks else None
     given: Any = [(query, 2), (key, 2), (value, 2), (hidden, 1)]
-    lowered = WindowAttention(module)
+    lowered = WindowAttention(module, plan)
     found = run(lowered, plan, given, prompts, tokens, lambda taken, cache: (*taken, None, cache, sinks))
     for row, count in enumerate(prompts):
         span = slice(0, count + tokens)

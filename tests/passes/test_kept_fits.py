@@ -17,7 +17,7 @@ from attnedit.compiler.errors import VerificationError
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 COMPILE: Any = importlib.import_module("attnedit._pipeline")
-PLACES = {"mla": "attnedit.passes.mla.rewrite.fit_layer", "gateswa": "attnedit.passes.gateswa.rewrite.fit_window"}
+PLACES = {"mla": "attnedit.passes.mla.target.fit_layer", "gateswa": "attnedit.passes.gateswa.target.fit_window"}
 OPTIONS = {"mla": [], "gateswa": ["--window", "8", "--full-layers", "0"]}
 
 

@@ -18,7 +18,7 @@ from attnedit.passes import sample as sample_module
 from attnedit.passes.mla import least_squares
 from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.fit import FitOptions, fit_layer
-from attnedit.passes.mla.initialise import analytic, expected_rotation, mix_components
+from attnedit.passes.mla.initialise import Split, analytic, expected_rotation, mix_components
 from attnedit.passes.mla.least_squares import (
     OUTPUT_RIDGE,
     OUTPUT_SHARE,
@@ -190,7 +190,7 @@ def test_the_analytic_start_is_exact_with_every_slot_and_full_rank(options: dict
     sample = layer_sample(**options)
     rotary = options.get("rotary_dims", 8)
     slots, rank = sample.groups * rotary // 2, sample.groups * (8 - rotary + 6)
-    factors, kept = analytic([sample], mix_components([sample], 1) if rotary else None, slots, rank)
+    factors, kept = analytic([sample], Split.of([sample], mix_components([sample], 1) if rotary else None, slots), rank)
     assert output_error([sample], factors) < 1e-8
     assert kept == pytest.approx(1.0, abs=1e-6)
 
@@ -198,13 +198,14 @@ def test_the_analytic_start_is_exact_with_every_slot_and_full_rank(options: dict
 def test_the_latent_finds_few_causes() -> None:
     """Without rotation, keys and values that come from five causes need five latents."""
     sample = layer_sample(rotary_dims=0, latents=5)
-    errors = [output_error([sample], analytic([sample], None, 0, rank)[0]) for rank in (2, 4, 5)]
+    errors = [output_error([sample], analytic([sample], Split.of([sample], None, 0), rank)[0]) for rank in (2, 4, 5)]
     assert errors[0] > errors[1] > 1e-4 > 1e-8 > errors[2]
 
 
 def start(sample: LayerSample, rank: int = 6, slots: int = 2) -> Factors:
     rotary = sample.rotation is not None
-    return analytic([sample], mix_components([sample], 2) if rotary else None, slots if rotary else 0, rank)[0]
+    split = Split.of([sample], mix_components([sample], 2) if rotary else None, slots if rotary else 0)
+    return analytic([sample], split, rank)[0]
 
 
 @variants

@@ -47,7 +47,9 @@ def described() -> Iterator[tuple[str, Callable[..., Any]]]:
             continue
         for member, value in vars(found).items():
             listed = member in shown.get(name, {}).get("members", [member])
-            listed = listed and not any(re.search(pattern, member) for pattern in hidden.get(name, ["^_"]))
+            listed = listed and not any(
+                re.search(pattern, member) for pattern in hidden.get(name, hidden.get(name.rpartition(".")[0], ["^_"]))
+            )
             function = value.__func__ if isinstance(value, classmethod) else value
             if listed and inspect.isfunction(function):
                 yield f"{name}.{member}", function

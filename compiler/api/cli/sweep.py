@@ -132,8 +132,7 @@ def check_smallest(model: PreTrainedModel, options: CompileOptions) -> None:
         UsageError: no attention that can be rewritten, or a budget that cannot be met.
     """
     check_fresh(model, model_name(model))
-    planned = plan_sites(model, capture(model), kv_usage(model), options)
-    planned.shapes(planned.latent_sites())
+    plan_sites(model, capture(model), kv_usage(model), options).claims()
 
 
 def plot(rows: Sequence[dict[str, Any]], *, title: str) -> bytes:

@@ -10,8 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from attnedit.compiler.compatibility.caches import given_cache
 from attnedit.compiler.compatibility.live import GenerationHook
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.gateswa_layers import bounded_layer
+from attnedit.targets.attention.module import attention_modules
 
 LARGE_MASK = 1 << 26
 """Places of a prompt's attention mask beyond which the prompt is read in parts: 8,192 x 8,192."""
@@ -38,16 +37,15 @@ def bind_cache(model: nn.Module, cache: Any) -> Any:
     """Give a cache the bounded layers that a rewritten model asks for, in place of empty dynamic ones.
 
     Args:
-        model: any model; one without gated sliding-window attention changes nothing.
+        model: any model; one without attention that bounds its cache changes nothing.
         cache: a transformers cache; anything else is left alone.
 
     Returns:
         The same cache.
     """
     if isinstance(cache, Cache):
-        for module in model.modules():
-            if isinstance(module, GateSWA):
-                bounded_layer(cache, module.config)
+        for _, module in attention_modules(model):
+            module.bind_cache(cache)
     return cache
 
 

@@ -40,10 +40,10 @@ from attnedit.compiler.compatibility.transformers_names import (
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.model_io.models import forget_quantised_storage
 from attnedit.compiler.model_io.remote_code import class_references, own_class
-from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.kinds import AnyConfig, config_from_dict, config_to_dict, kind_of
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.kinds import config_from_dict, config_to_dict, kind_of
 from attnedit.targets.attention.kv_cache import Attend
-from attnedit.targets.attention.mla import MLA
+from attnedit.targets.attention.module import attention_modules
 from attnedit.targets.runtime.eager.cache import BoundedGeneration
 from attnedit.targets.runtime.eager.conversions import register_conversions
 from attnedit.targets.runtime.eager.splice import splice
@@ -150,9 +150,8 @@ class _Rewritten(BoundedGeneration, LoadingHook):
 
     def weights_missing(self) -> None:
         """Give new attention the values that it has when it is made."""
-        for module in cast(torch.nn.Module, self).modules():
-            if isinstance(module, MLA | GateSWA):
-                module.reset_parameters()
+        for _, module in attention_modules(cast(torch.nn.Module, self)):
+            module.reset_parameters()
 
 
 def attnedit_classes(
@@ -179,7 +178,7 @@ def attnedit_classes(
     return _make(config_class, model_class)
 
 
-def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, AnyConfig]) -> PreTrainedModel:
+def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, SiteConfig]) -> PreTrainedModel:
     """Turn a live, spliced model into one that saves and loads as "attnedit", in place.
 
     Class and configuration class change, so the model must be a copy (`share_copy`) where the source is to stay.

@@ -9,10 +9,10 @@ from typing import Any
 
 from attnedit.compiler.model_io.licenses import CARD_FILE
 from attnedit.compiler.reporting.report import Report
+from attnedit.targets.attention.kinds import find_kind
 
 __all__ = ["CARD_FILE", "NATIVE", "OURS", "REMOTE", "model_card"]
 
-TARGETS = {"mla": "multi-head latent attention (MLA)", "gateswa": "gated sliding-window attention (GateSWA)"}
 PAPER = "https://arxiv.org/abs/2604.05688"
 
 NATIVE = """from transformers import AutoModelForCausalLM
@@ -78,7 +78,8 @@ def _display_name(source: str) -> str:
 def _method(report: Report | None) -> str:
     if report is None:
         return "another attention"
-    return " and ".join(TARGETS.get(target, target) for target in report.target.split("+"))
+    named = ((target, find_kind(target)) for target in report.target.split("+"))
+    return " and ".join(target if kind is None else kind.title for target, kind in named)
 
 
 def _what_was_done(source: str, report: Report | None) -> str:

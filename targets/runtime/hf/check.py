@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import VerificationError
 from attnedit.compiler.execution.verify import HALF
-from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.module import attention_modules
 
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest tolerated difference of logits, as a fraction of the largest logit."""
@@ -49,7 +49,7 @@ def check_same(model: PreTrainedModel, written: PreTrainedModel) -> list[Check]:
         VerificationError: they differ.
     """
     tolerance = TOLERANCES[model.dtype]
-    windows = {m.config.sliding_window for m in model.modules() if isinstance(m, GateSWA)} or {PREFILL}
+    windows = {edge for _, module in attention_modules(model) for edge in module.config.edges} or {PREFILL}
     done = []
     for lengths in {(window + by, 1, 1, 3) for window in windows for by in (-1, 5)}:
         lengths = (max(lengths[0], 2), *lengths[1:])

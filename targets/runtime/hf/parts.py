@@ -15,12 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attnedit.compiler.compatibility.caches import cache_parameter
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.mla import MLA
+from attnedit.targets.attention.module import AttentionModule
 from attnedit.targets.runtime.eager.splice import splice
-
-MODULES: dict[str, Any] = {"mla": (MLAConfig, MLA), "gateswa": (GateSWAConfig, GateSWA)}
 
 
 class GraphAttention(nn.Module):
@@ -28,19 +24,22 @@ class GraphAttention(nn.Module):
 
     Args:
         source: the source's attention module, whose parts are used.
-        kind: name of the new part.
-        new: that part.
+        new: the new part.
 
     Attributes:
+        kind: name of the new part, in configurations too.
+        module: its class.
         parts: what the forward uses of the source: modules and parameters by name.
         tables: shape and dtype of the other tensors that it reads, by name; their values are in the checkpoint, and
             loading in another dtype leaves theirs as it is.
     """
 
+    kind: ClassVar[str]
+    module: ClassVar[type[AttentionModule]]
     parts: ClassVar[tuple[str, ...]] = ()
     tables: ClassVar[Mapping[str, tuple[tuple[int, ...], str]]] = {}
 
-    def __init__(self, source: nn.Module, kind: str, new: nn.Module) -> None:
+    def __init__(self, source: nn.Module, new: nn.Module) -> None:
         super().__init__()
         for name in self.parts:
             place, last = self._place(name)
@@ -51,7 +50,7 @@ class GraphAttention(nn.Module):
         for name, (shape, dtype) in self.tables.items():
             place, last = self._place(name)
             place.register_buffer(last, torch.empty(shape, dtype=getattr(torch, dtype)))
-        self.add_module(kind, new)
+        self.add_module(self.kind, new)
         # The transformers that printed the graph may have called the cache otherwise than the one that runs it.
         theirs, ours = cache_parameter(source), cache_parameter(self)
         if theirs != ours:
@@ -86,7 +85,6 @@ def put_attention_in(model: PreTrainedModel, classes: Mapping[str, type[GraphAtt
     new = {}
     for name, cls in classes.items():
         values = dict(record.attnedit["sites"][name])
-        kind = values.pop("kind", "mla")
-        config_class, module_class = MODULES[kind]
-        new[name] = cls(model.get_submodule(name), kind, module_class(config_class.from_dict(values)))
+        values.pop("kind", None)
+        new[name] = cls(model.get_submodule(name), cls.module(cls.module.config_class.from_dict(values)))
     splice(model, new)

@@ -13,16 +13,16 @@ import re
 import sys
 import types
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.kinds import KINDS
+from attnedit.targets.attention.kinds import configs_in
 from attnedit.targets.runtime.eager.checkpoint import CONFIG_FILE
 from attnedit.targets.runtime.eager.classes import source_classes
 from attnedit.targets.runtime.hf.native import complete
@@ -33,7 +33,7 @@ ROOTS = (
     "attnedit.targets.runtime.eager.conversions",
     "attnedit.targets.runtime.hf.parts",
 )
-OUR_IMPORT = re.compile(r"^ *from (attnedit(?:\.\w+)+) import", re.MULTILINE)
+IMPORT = r"^ *from (attnedit(?:\.\w+)+{others}) import"
 
 HEAD = '''"""{model} with other attention in the layers that config.json names. Written by attnedit; do not edit.
 
@@ -104,7 +104,7 @@ def write_remote(model: PreTrainedModel, directory: Path) -> None:
     model.save_pretrained(directory, state_dict={**model.state_dict(), **tables})
     classes, table = _attention_classes(graphs)
     names["imports"] = "\n".join(sorted({line for graph in graphs.values() for line in _imports(graph)}))
-    for name, text in copied_modules().items():
+    for name, text in copied_modules(_module_files(graphs)).items():
         (directory / f"{name}.py").write_text(text, encoding="utf-8")
     code = HEAD.format(**names) + "\n\n\n".join([*classes, TAIL.format(table=table, **names)])
     (directory / f"{MODELING}.py").write_text(code, encoding="utf-8")
@@ -117,18 +117,39 @@ def write_remote(model: PreTrainedModel, directory: Path) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copied_modules() -> dict[str, str]:
-    """Return our own modules that the code needs, by file name without ending, their imports relative."""
-    names, found = list(ROOTS), {}
+def copied_modules(attentions: Iterable[str] = ()) -> dict[str, str]:
+    """Return the modules that the code needs, by file name without ending, their imports relative.
+
+    Args:
+        attentions: names of the modules that hold the new attention, ours or of a package that adds a kind; what they
+            import of ours and of their own package is copied too.
+
+    Raises:
+        UsageError: a module has no file of Python that could be copied.
+    """
+    names, found = [*ROOTS, *attentions], dict[str, str]()
+    packages = {name.partition(".")[0] for name in names} - {"attnedit"}
+    imports = re.compile(IMPORT.format(others="".join(rf"|{own}(?:\.\w+)*" for own in sorted(packages))), re.MULTILINE)
     while names:
         name = names.pop()
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise AssertionError(f"{name} is one of our files")
-        text = Path(spec.origin).read_text(encoding="utf-8")
-        found[_file_name(name)] = OUR_IMPORT.sub(_relative, text)
-        names += [other for other in OUR_IMPORT.findall(text) if _file_name(other) not in found]
+        if spec is None or not str(spec.origin).endswith(".py"):
+            raise UsageError(f"{name} has no file of Python that a checkpoint could carry; save the result instead")
+        text = Path(str(spec.origin)).read_text(encoding="utf-8")
+        found[_file_name(name)] = imports.sub(_relative, text)
+        names += [other for other in imports.findall(text) if _file_name(other) not in found]
     return found
+
+
+def _module_files(graphs: Mapping[str, fx.GraphModule]) -> list[str]:
+    """Modules of Python with the new attention of rewritten layers."""
+    return list(dict.fromkeys(type(_attention(graph)[1]).__module__ for graph in graphs.values()))
+
+
+def _attention(graph: fx.GraphModule) -> tuple[str, nn.Module]:
+    """The new attention in a graph, with its name."""
+    name = configs_in(graph)[0][0]
+    return name, graph.get_submodule(name)
 
 
 def load_code(directory: Path) -> PreTrainedModel:
@@ -166,7 +187,9 @@ def _relative(match: re.Match[str]) -> str:
 
 
 def _file_name(module: str) -> str:
-    return f"attnedit_{module.rpartition('.')[2]}"
+    """Ours by the last part of their names, which are all different; others by all of it."""
+    own = module.startswith("attnedit.")
+    return f"attnedit_{module.rpartition('.')[2] if own else module.replace('.', '_')}"
 
 
 def _graphs(model: PreTrainedModel) -> dict[str, fx.GraphModule]:
@@ -188,7 +211,9 @@ def _tables(graph: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _imports(graph: fx.GraphModule) -> Iterator[str]:
-    """Lines that import what a printed graph calls of ours."""
+    """Lines that import what a printed graph calls of ours, and its attention."""
+    module = type(_attention(graph)[1])
+    yield f"from .{_file_name(module.__module__)} import {module.__name__}"
     for name, value in graph.graph.python_code("self").globals.items():
         if getattr(value, "__module__", "").startswith("attnedit."):
             yield f"from .{_file_name(value.__module__)} import {value.__name__} as {name}"
@@ -208,8 +233,10 @@ def _attention_classes(graphs: Mapping[str, fx.GraphModule]) -> tuple[list[str],
 def _class_body(graph: fx.GraphModule) -> str:
     tables = {name: (tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in _tables(graph).items()}
     used = [str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")]
-    parts = tuple(dict.fromkeys(name for name in used if name not in {*KINDS, *tables}))
+    kind, new = _attention(graph)
+    parts = tuple(dict.fromkeys(name for name in used if name not in {kind, *tables}))
     forward = graph.graph.python_code("self").src.strip()
     lines = [f"    {line}".rstrip() for line in forward.splitlines()]
-    facts = [f"    parts = {parts!r}", *([f"    tables = {tables!r}"] if tables else [])]
+    facts = [f"    kind = {kind!r}", f"    module = {type(new).__name__}"]
+    facts += [f"    parts = {parts!r}", *([f"    tables = {tables!r}"] if tables else [])]
     return "\n".join(['    """The graph of an attention module."""', "", *facts, "", *lines])

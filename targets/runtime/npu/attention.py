@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S keys, H heads, G key/value heads, d query size,
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.module import AttentionModule
 from attnedit.targets.runtime.decomposed import (
     Virtual,
     WindowedAttention,
@@ -24,8 +27,7 @@ from attnedit.targets.runtime.decomposed import (
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_cache, current_step
 from attnedit.targets.runtime.npu.extras import prompt_extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
-from attnedit.targets.runtime.npu.latent import LatentAttention
-from attnedit.targets.runtime.npu.legalise import LayerPlan
+from attnedit.targets.runtime.npu.legalise import LayerPlan, Site
 from attnedit.targets.runtime.npu.limits import BLOCK
 
 NPU = "attnedit_npu"
@@ -34,8 +36,41 @@ NPU = "attnedit_npu"
 ops = torch.ops.npu
 
 
+class TracedAttention(nn.Module):
+    """Attention of any kind in plain products: its own module, over all that was written to its pages.
+
+    Args:
+        module: the trained module.
+        plan: how it runs.
+    """
+
+    def __init__(self, module: AttentionModule, plan: LayerPlan) -> None:
+        super().__init__()
+        self.module, self.plan = module, plan
+        self._mask = list(inspect.signature(module.forward).parameters).index("attention_mask")
+
+    def forward(self, *given: Any) -> Tensor:
+        """Attend; as the module does, with an NPU cache. The mask follows from the current step."""
+        plan, step = self.plan, current_step()
+        length = given[0].shape[2]
+        bias = prompt_bias(plan, length) if step.prefill else rows_bias(plan, step.table.shape[1] * BLOCK)
+        output: Tensor = self.module(*given[: self._mask], bias, *given[self._mask + 1 :])
+        return output
+
+
 class WindowAttention(WindowedAttention):
-    """`GateSWA` with a cache that is a ring: the tokens of the window, and the kept sinks before them."""
+    """`GateSWA` with a cache that is a ring: the tokens of the window, and the kept sinks before them.
+
+    Args:
+        module: the trained module.
+        plan: how it runs.
+    """
+
+    describe = staticmethod(Site.of_gateswa)
+
+    def __init__(self, module: GateSWA, plan: LayerPlan) -> None:
+        super().__init__(module)
+        self.plan = plan
 
     def attend(self, layer: NpuLayer, query: Tensor, key: Tensor, value: Tensor, virtual: Virtual) -> Tensor:
         """Attend as the layer's plan says; returns [B, H, T, dv]."""
@@ -117,7 +152,9 @@ def _token_attention(layer: NpuLayer, query: Tensor, value_size: int, scale: flo
 def lower(model: nn.Module, plans: list[LayerPlan]) -> None:
     """Replace every rewritten attention in a model by the form that Ascend runs, in place."""
     by_layer = {plan.site.layer: plan for plan in plans}
-    lower_attention(model, lambda mla: LatentAttention(mla, by_layer[mla.config.layer_idx]), WindowAttention)
+    lower_attention(
+        model, "npu", lambda lowering, module: (lowering or TracedAttention)(module, by_layer[module.config.layer_idx])
+    )
 
 
 npu_attention = as_interface(

@@ -116,12 +116,14 @@ class NpuLayer(CacheLayerMixin):
         A layer that holds something else than attention reads is the exception: it is written here, and in decode
         everything held is returned, [B, G, M * block, .].
         """
-        if self.plan.site.form != "held":
+        if self.plan.site.form not in ("held", "traced"):
             return key_states, value_states
-        self.write_pages(key_states, value_states)
+        empty = not value_states.shape[-1]  # no buffer holds that
+        self.write_pages(*((key_states,) if empty else (key_states, value_states)))
         if current_step().prefill:
             return key_states, value_states
-        return self.all_rows(0), self.all_rows(1)
+        keys = self.all_rows(0)
+        return keys, keys.new_zeros(*keys.shape[:3], 0) if empty else self.all_rows(1)
 
     def write_pages(self, *parts: Tensor) -> None:
         """Write new tokens [B, G, T, .] into the paged buffers."""

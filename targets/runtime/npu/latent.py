@@ -16,7 +16,7 @@ from attnedit.targets.runtime.decomposed import AbsorbedAttention, Virtual, atte
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_step
 from attnedit.targets.runtime.npu.extras import Extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
-from attnedit.targets.runtime.npu.legalise import LayerPlan
+from attnedit.targets.runtime.npu.legalise import LayerPlan, Site
 from attnedit.targets.runtime.npu.limits import BLOCK
 
 ops = torch.ops.npu
@@ -29,6 +29,8 @@ class LatentAttention(AbsorbedAttention):
         mla: the trained module; weights are computed from it.
         plan: how it runs.
     """
+
+    describe = staticmethod(Site.of_mla)
 
     def __init__(self, mla: MLA, plan: LayerPlan) -> None:
         super().__init__(mla)

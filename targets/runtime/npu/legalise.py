@@ -28,7 +28,7 @@ from attnedit.targets.runtime.npu.limits import (
 KERNEL = "npu_fused_infer_attention_score_v2"
 PLAIN = "matmul"
 
-Form = Literal["latent", "window", "full", "held"]
+Form = Literal["latent", "window", "full", "held", "traced"]
 Phase = Literal["prefill", "decode"]
 
 
@@ -39,7 +39,8 @@ class Site:
     Attributes:
         layer: its layer of the cache.
         form: "latent"; "window": a bounded cache of keys and values; "full": all of them; "held": a cache of something
-            else, from which the model makes keys and values itself.
+            else, from which the model makes keys and values itself; "traced": the same, and the attention is the
+            model's own too.
         heads: query heads.
         kv_heads: key/value heads.
         size: of queries and keys; for "latent", of the queries that come in.
@@ -51,7 +52,7 @@ class Site:
         sink_tokens: first tokens that stay visible.
         virtual: keys that are mere logits.
         softcap: whether logits are capped.
-        held: sizes of what a "held" layer caches.
+        held: of what a "held" or "traced" layer caches: heads, and sizes of its two parts.
     """
 
     layer: int
@@ -202,6 +203,11 @@ def legalise(site: Site, soc: Soc, dtype: str) -> LayerPlan:
     reason = _never(site, soc)
     if site.form == "latent":
         return _latent(site, dtype, reason)
+    if site.form == "traced":
+        heads, *held = site.held or (0, 0)
+        why = "its kind of attention has no lowering to this chip; its own products are traced"
+        prefill = Decision(site.layer, "prefill", PLAIN, why, 1.0, heads * sum(held), heads * sum(held))
+        return LayerPlan(site, prefill, replace(prefill, phase="decode"), site.heads, site.size, site.size)
     size = _aligned(max(site.size, site.value_size))
     own = site.kv_heads * (site.size + site.value_size)
     reason = reason or attention_refusal(_prefill_call(site, site.kv_heads, size, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,8 +20,8 @@ from attnedit.compiler.graph.anchor import (
     listening,
     mask_window,
 )
-from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.mla import MLA
+from attnedit.targets.attention.module import AttentionModule, attention_modules
+from attnedit.targets.runtime.decomposed import lowering_of
 from attnedit.targets.runtime.npu.legalise import Site
 from attnedit.targets.runtime.tracing import takes_positions
 
@@ -39,8 +40,9 @@ def survey(model: PreTrainedModel) -> list[Site]:
     """
     if not takes_positions(model):
         raise UsageError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need")
-    rewritten: list[MLA | GateSWA] = [module for module in model.modules() if isinstance(module, MLA | GateSWA)]
-    found = {module.config.layer_idx: _rewritten(module) for module in rewritten}
+    rewritten = {module.config.layer_idx: module for _, module in attention_modules(model)}
+    lowerings = {layer: lowering_of(module, "npu") for layer, module in rewritten.items()}
+    found = {layer: lowering.describe(rewritten[layer].config) for layer, lowering in lowerings.items() if lowering}
     cache = DynamicCache(config=model.config)
     calls: dict[int, tuple[Site, Tensor, Tensor]] = {}
 
@@ -55,7 +57,7 @@ def survey(model: PreTrainedModel) -> list[Site]:
         stack.enter_context(attention_implementation(model, PROBE))
         stack.enter_context(experts_implementation(model, "batched_mm"))
         stack.enter_context(listening(listen))
-        for module in rewritten:
+        for module in rewritten.values():
             stack.callback(module.register_forward_pre_hook(_refuse_own_mask).remove)
         call: Any = model
         call(ids, **with_cache(model, cache))
@@ -68,6 +70,9 @@ def survey(model: PreTrainedModel) -> list[Site]:
                 f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values; "
                 "the NPU export has no buffers for such a state"
             )
+        if index in rewritten:
+            found[index] = _traced(rewritten[index], key, value)
+            continue
         if index not in calls:
             raise UsageError(
                 f"layer {index} of {type(model).__name__} does not go through transformers' attention interface; "
@@ -78,13 +83,20 @@ def survey(model: PreTrainedModel) -> list[Site]:
     return [found[index] for index in sorted(found)]
 
 
-def _rewritten(module: MLA | GateSWA) -> Site:
-    return Site.of_mla(module.config) if isinstance(module, MLA) else Site.of_gateswa(module.config)
+def _traced(module: AttentionModule, key: Tensor, value: Tensor) -> Site:
+    """An attention whose kind has no lowering of its own, by what it cached of two tokens [1, heads, 2, size]."""
+    config = module.config
+    if key.shape[1] != value.shape[1]:
+        raise UsageError(f"layer {config.layer_idx} caches two parts of {key.shape[1]} and {value.shape[1]} heads")
+    sizes = (key.shape[1], key.shape[3], value.shape[3])
+    window = getattr(config, "window", None)
+    heads, size = config.num_attention_heads, config.head_dim
+    return Site(config.layer_idx, "traced", heads, key.shape[1], size, config.v_head_dim, window=window, held=sizes)
 
 
-def _refuse_own_mask(module: MLA | GateSWA, given: tuple[Any, ...]) -> None:
+def _refuse_own_mask(module: AttentionModule, given: tuple[Any, ...]) -> None:
     """Refuse a mask that the layer made or changed, since what it says would be lost."""
-    mask = given[4]
+    mask = given[list(inspect.signature(module.forward).parameters).index("attention_mask")]
     if isinstance(mask, Tensor) and mask_window(mask) is None:
         raise UsageError(
             f"layer {module.config.layer_idx} has a bias (ALiBi) or a window of its own in its mask, which the NPU "

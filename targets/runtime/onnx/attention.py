@@ -140,7 +140,7 @@ def first_real(step: Step, count: int) -> Tensor:
 
 def lower(model: nn.Module) -> None:
     """Replace every rewritten attention in a model by the form that is exported, in place."""
-    lower_attention(model, LatentAttention, WindowAttention)
+    lower_attention(model, "onnx", lambda lowering, module: None if lowering is None else lowering(module))
 
 
 def _halves(parts: tuple[Tensor | None, ...], size: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.kinds import AnyConfig, config_from_dict
+from attnedit.targets.attention.config import GateSWAConfig, MLAConfig, SiteConfig
+from attnedit.targets.attention.kinds import config_from_dict
 
 TESTED = ("0.32",)
 """Releases of vLLM that the tests ran with."""
@@ -82,7 +82,7 @@ def _rope_types(parameters: Mapping[str, Any]) -> Iterator[str]:
             yield from _rope_types(value)
 
 
-def _problems(config: AnyConfig, settings: Settings) -> Iterator[tuple[str, str]]:
+def _problems(config: SiteConfig, settings: Settings) -> Iterator[tuple[str, str]]:
     ranks = settings.tensor_parallel
     if isinstance(config, MLAConfig):
         if config.num_attention_heads % ranks:

@@ -1,0 +1,105 @@
+"""The target "mla": layers become multi-head latent attention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+from torch import fx
+from transformers import PreTrainedModel
+
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.passes.mla.assemble import build, exact_factors
+from attnedit.passes.mla.budget import Shape, shape_for
+from attnedit.passes.mla.fit import Fit, fit_layer
+from attnedit.passes.mla.linear import LinearSite, linearise
+from attnedit.passes.sample import LayerSample
+from attnedit.passes.site_sample import output_weight
+from attnedit.passes.target import AttentionTarget, Claim, Question, SiteFit, SiteWork
+from attnedit.targets.attention.kinds import KINDS
+from attnedit.targets.attention.mla_graph import MLA_MODULE
+
+LINEAR = 1e-6
+"""Energy that a linear map misses by rounding alone."""
+
+
+class LatentTarget(AttentionTarget):
+    """Latent attention in every layer; see docs/method.md.
+
+    Attributes:
+        sizes: shapes of the sites of a class whose queries, keys and values are linear in the hidden states, without
+            norm and bias, be the source's so or not; nothing is exact then. None for shapes by budget.
+    """
+
+    name = "mla"
+    kind = KINDS[MLA_MODULE]
+    description = "latent attention in every layer"
+    reads = AttentionTarget.reads | {"profile", "kernel_dims", "engine"}
+    does = "fit latent attention"
+    fits = Fit
+    sizes: Callable[[list[AttentionSite]], Mapping[str, Shape]] | None = None
+
+    def towards(self, sizes: Callable[[list[AttentionSite]], Mapping[str, Shape]]) -> Self:
+        """A copy for a class that has such sizes, and linear maps."""
+        result = copy.copy(self)
+        result.sizes = sizes
+        return result
+
+    def quick(self) -> Self:
+        """A copy for fits that only tell layers apart; maps are none of their business."""
+        result = super().quick()
+        result.sizes = None
+        return result
+
+    def notes(self, chosen: list[AttentionSite]) -> list[str]:
+        """Positions in what is compressed."""
+        turned = [site for site in chosen if site.unread_rope]
+        if not turned or self.sizes is not None:
+            return []
+        return [
+            f"keys of {len(turned)} layers are compressed with their positions in them, which needs a larger cache for "
+            f"the same quality: {turned[0].name}: {turned[0].unread_rope}"
+        ]
+
+    def fitted_notes(self, fits: Mapping[str, SiteFit]) -> list[str]:
+        """How far off the linear maps are that stand for something else."""
+        maps = [fit.details.errors for fit in fits.values() if isinstance(fit.details, LinearSite)]
+        worst = [max(errors) for errors in zip(*maps, strict=True)]
+        if not worst or max(worst) < LINEAR:
+            return []
+        figures = zip(("queries", "keys", "values"), worst, strict=True)
+        named = ", ".join(f"{name} {error:.1%}" for name, error in figures)
+        return [f"energy that the linear maps miss on calibration data, in the worst layer: {named}"]
+
+    def shape(self, site: AttentionSite, values: int) -> Shape:
+        """Latent and rotary slots."""
+        return shape_for(site, values)
+
+    def plan(self, question: Question) -> Claim:
+        """By the budget, or as the class has it."""
+        return super().plan(question) if self.sizes is None else Claim(self.sizes(question.chosen))
+
+    def by_loss(self, claim: Claim, sites: list[AttentionSite]) -> bool:
+        """Not where the class has one size for all layers."""
+        return self.sizes is None and super().by_loss(claim, sites)
+
+    def fit_site(self, work: SiteWork, shape: Shape) -> SiteFit:
+        """Fit one site, on linear maps where the class has them; those are not kept."""
+        if self.sizes is None or shape.exact:
+            return super().fit_site(work, shape)
+        samples = work.samples(self.fit_options.output_queries, hidden=True)
+        maps, samples = linearise(work.source, work.site, samples)
+        fit = self.fit(samples, shape)
+        graph = build(work.result, work.site, shape, fit.factors, maps)
+        return SiteFit(graph, fit.energy_kept, fit.output_error, maps)
+
+    def fit(self, samples: Sequence[LayerSample], shape: Shape) -> Fit:
+        """Closed form and refits."""
+        return fit_layer(samples, shape, self.fit_options)
+
+    def build(self, model: PreTrainedModel, site: AttentionSite, shape: Shape, fit: Any) -> fx.GraphModule:
+        """The graph with its weights."""
+        if fit is None:
+            return build(model, site, shape, exact_factors(site, shape, output_weight(model, site)[0]))
+        return build(model, site, shape, fit.factors)

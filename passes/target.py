@@ -1,0 +1,289 @@
+"""Targets that plan over all attention sites under one budget: what ours and those of other packages have in common."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
+
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.errors import UsageError
+from attnedit.compiler.execution.stream import AttentionInputs
+from attnedit.compiler.rewriting.rewrite import Reject
+from attnedit.passes.effort import queries_for
+from attnedit.passes.kept_fits import KeptFits, digest
+from attnedit.passes.mla.budget import Allocation, by_loss, least_values, plan
+from attnedit.passes.mla.fit import FitOptions
+from attnedit.passes.sample import LayerSample
+from attnedit.passes.site_sample import take_samples
+from attnedit.targets.attention.kinds import AttentionKind, use_kind
+
+
+class Shape(Protocol):
+    """What one layer will cache. A dataclass: its text tells one fit from another."""
+
+    @property
+    def values(self) -> float:
+        """Cached values per token, averaged over the context."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is lost, so that no data is needed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a target plans by.
+
+    Attributes:
+        sites: all attention sites of the model.
+        chosen: those that it may change.
+        before: cached values per token of the source by layer, at the context length.
+        length: of the context.
+        budget: fraction of the source's cached values that all layers together may keep; None for the target's own.
+        changed: what layers cache that a target before this one has changed, by layer.
+        last: whether no other target comes after this one.
+        losses: what each chosen site costs alone at an even share, in nats, by name; None for even shares.
+    """
+
+    sites: list[AttentionSite]
+    chosen: list[AttentionSite]
+    before: Mapping[int, float]
+    length: int
+    budget: float | None = None
+    changed: Mapping[int, float] = field(default_factory=dict)
+    last: bool = True
+    losses: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a target will make of sites.
+
+    Attributes:
+        shapes: of each site that it may change, by name.
+        leave: layers of the chosen sites that it leaves as they are, or how many: those that would cost most.
+    """
+
+    shapes: Mapping[str, Any]
+    leave: int | list[int] = 0
+
+
+@dataclass(frozen=True)
+class SiteWork:
+    """One site to fit.
+
+    Attributes:
+        source: live source model in eval mode.
+        result: the model that the graph is for; it shares the source's tensors.
+        site: the attention site.
+        inputs: batches of what its module is called with.
+        windows: calibration token ids [N, T] of each length T, int64.
+        seed: of sampled queries.
+        kept: where fits are kept and looked for.
+    """
+
+    source: PreTrainedModel
+    result: PreTrainedModel
+    site: AttentionSite
+    inputs: Iterator[AttentionInputs]
+    windows: Sequence[Tensor]
+    seed: int = 0
+    kept: KeptFits | None = None
+
+    def samples(self, queries: int, *, hidden: bool = False) -> list[LayerSample]:
+        """The site's queries, keys and values on the calibration data.
+
+        Args:
+            queries: to sample over all windows (`attnedit.passes.effort`).
+            hidden: whether to keep the hidden states.
+        """
+        count = queries_for(self.source, self.windows, queries)
+        return take_samples(self.source, self.site, self.inputs, count, self.seed, hidden=hidden)
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """One site as it was fitted.
+
+    Attributes:
+        graph: in place of the attention module, weights included.
+        energy_kept, output_error: see `LayerReport`; None where not measured.
+        details: what the target wants to know of it in `notes`.
+    """
+
+    graph: fx.GraphModule
+    energy_kept: float | None = None
+    output_error: float | None = None
+    details: Any = None
+
+
+class AttentionTarget(ABC):
+    """What attention becomes, chosen for all sites under one budget, and fitted site by site on sampled activations.
+
+    A package registers an instance under the entry points `attnedit.targets`. A subclass needs `shape`, `fit` and
+    `build`; the driver does the rest: budgets, even or by loss, data, one model or layer by layer, fits that are kept,
+    training, checks, reports, saving, exports.
+
+    Attributes:
+        name: what `attnedit compile --target` calls it.
+        kind: of the attention that it makes. A saved result names it, so the entry point has the kind's name.
+        description: one line for people.
+        reads: options of `attnedit.options.CompileOptions` that it reads; it is refused any other that only some
+            targets read.
+        leaves: whether it may leave layers for another target to change ("gateswa+mla").
+        default_budget: where none is asked for; None where the target goes by something else.
+        stage, does: of the pipeline, in `attnedit compile --explain`.
+        fits: dataclass of what `fit` returns: tensors, numbers, and such dataclasses.
+        queries: sampled over all calibration windows for a fit; None for `FitOptions.output_queries`.
+        fit_options: how much work a fit may do; from the option `alternations`.
+        allocation: how layers share the budget; from the option.
+    """
+
+    name: str
+    kind: AttentionKind
+    description: str = ""
+    reads: ClassVar[frozenset[str]] = frozenset({"kv_budget", "allocation", "calibration_length", "alternations"})
+    leaves: ClassVar[bool] = False
+    default_budget: ClassVar[float | None] = 0.5
+    stage: ClassVar[str] = "fit"
+    does: str = "fit new attention"
+    fits: ClassVar[type]
+    queries: ClassVar[int | None] = None
+    fit_options: FitOptions = FitOptions()
+    allocation: Allocation = "auto"
+
+    def configured(self, options: Any) -> Self:
+        """A copy that goes by a compilation's options.
+
+        Args:
+            options: `attnedit.options.CompileOptions`; `options.asked(name, default)` is a field, or what a profile
+                asks for in its place.
+
+        Raises:
+            UsageError: they make no sense, whatever the model.
+        """
+        use_kind(self.kind)
+        result = copy.copy(self)
+        result.fit_options, result.allocation = FitOptions.of(options.alternations), options.allocation
+        return result
+
+    def towards(self, sizes: Callable[[list[AttentionSite]], Mapping[str, Any]]) -> Self:
+        """A copy for a profile's class, which has `sizes` of its own: asked of targets that such profiles hold."""
+        raise NotImplementedError(f"{type(self).__name__} has no profile")
+
+    def quick(self) -> Self:
+        """A copy for fits that only tell layers apart."""
+        result = copy.copy(self)
+        result.fit_options = FitOptions.of(1)
+        return result
+
+    def check(self, site: AttentionSite) -> Reject | None:
+        """Look closer at a site: None to change it, `Reject` to leave it as it is."""
+        return None
+
+    def notes(self, chosen: list[AttentionSite]) -> list[str]:
+        """What the user should know before any data is read."""
+        return []
+
+    def fitted_notes(self, fits: Mapping[str, SiteFit]) -> list[str]:
+        """What the user should know of the fits, by the site's name."""
+        return []
+
+    def least(self, site: AttentionSite) -> int:
+        """The smallest cache that a site can have, in values per token."""
+        return least_values(site)
+
+    def shape(self, site: AttentionSite, values: int) -> Shape:
+        """What a site may cache within so many values per token; the exact shape where everything fits."""
+        raise NotImplementedError(f"{type(self).__name__} has no shape()")
+
+    def plan(self, question: Question) -> Claim:
+        """Share the budget among the chosen sites.
+
+        Raises:
+            UsageError: the budget cannot be met.
+        """
+        asked = question
+        own = {site.layer_idx for site in asked.chosen}
+        changed = {layer: values for layer, values in asked.changed.items() if layer not in own}
+        budget = asked.budget
+        if budget is None:
+            budget = self.default_budget or 1.0
+            after = {**asked.before, **changed, **{layer: budget * asked.before[layer] for layer in own}}
+            budget = sum(after.values()) / sum(asked.before.values()) if changed else budget
+        given = (list(asked.sites), dict(asked.before), list(asked.chosen), budget, changed, asked.losses)
+        return Claim(plan(*given, shape=self.shape, least=self.least))
+
+    def by_loss(self, claim: Claim, sites: list[AttentionSite]) -> bool:
+        """Whether shares go by what each layer costs alone, which is measured first."""
+        return "allocation" in self.reads and by_loss(
+            self.allocation, self.fit_options.alternations, claim.shapes, sites
+        )
+
+    @property
+    def cached_tokens(self) -> int:
+        """The most tokens that a layer holds, where that bounds it: calibration windows must be longer; else 0."""
+        return 0
+
+    @property
+    def exact_stream(self) -> bool:
+        """Whether hidden states are computed in the model's own dtype; see `FitOptions`."""
+        return self.fit_options.exact_stream
+
+    def check_data(self, windows: Sequence[Tensor]) -> None:
+        """Refuse calibration windows [N, T] of each length T that cannot show what is lost.
+
+        Raises:
+            UsageError: they cannot.
+        """
+        longest = max(part.shape[1] for part in windows)
+        if longest <= self.cached_tokens:
+            raise UsageError(
+                f"{self.name} holds {self.cached_tokens} tokens: calibration windows of {longest} tokens lose nothing "
+                "to it; give longer ones"
+            )
+
+    def fit_site(self, work: SiteWork, shape: Any) -> SiteFit:
+        """Fit and build one site's new attention on what its module is called with.
+
+        Raises:
+            CaptureError: the site cannot be rewritten.
+        """
+        if shape.exact:
+            return SiteFit(self.build(work.result, work.site, shape, None))
+
+        def make() -> Any:
+            return self.fit(work.samples(self.queries or self.fit_options.output_queries), shape)
+
+        made_from = "" if work.kept is None else digest(*work.windows, shape, self.fit_options, work.seed)
+        fit = make() if work.kept is None else work.kept.get(self.fits, work.site.name, made_from, make)
+        graph = self.build(work.result, work.site, shape, fit)
+        return SiteFit(graph, getattr(fit, "energy_kept", None), fit.output_error)
+
+    @abstractmethod
+    def fit(self, samples: Sequence[LayerSample], shape: Any) -> Any:
+        """Weights of one site: a dataclass with `output_error`, and `energy_kept` where that is known.
+
+        Args:
+            samples: of the site, one for each length of windows.
+            shape: what it caches.
+        """
+
+    @abstractmethod
+    def build(self, model: PreTrainedModel, site: AttentionSite, shape: Any, fit: Any) -> fx.GraphModule:
+        """The site's graph with its new attention, weights included.
+
+        Args:
+            model: that the graph is for; its own tensors are not written to.
+            site: the attention site.
+            shape: what it caches.
+            fit: from `fit`; None of an exact shape.
+        """
