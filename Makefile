@@ -19,6 +19,8 @@ WORKERS := -n 2 --dist loadgroup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 FAST := -m "not long and not kills and not npu and not torch_npu and not wheel and not engines and not suites"
 
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
 # How many random configurations `test-random` compiles.
 CASES ?= 1000
 
@@ -55,7 +57,7 @@ NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help demo docs tutorial benchmarks test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
+.PHONY: help commands demo docs tutorial benchmarks lock release-check test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -113,6 +115,21 @@ tutorial: $(STAMP) $(LLAMACPP_STAMP)  ## run the first tutorial's commands and r
 
 docs: $(DOCS_STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+commands: $(STAMP)  ## docs/commands.md anew, from the command line
+	$(BIN)/python docs/make_commands.py
+
+lock: $(STAMP)  ## uv.lock anew, for development with uv
+	$(BIN)/python -m uv lock
+
+release-check: $(STAMP)  ## before a release: versions agree and have a date, uv.lock is of today, wheel and sdist are sound
+	$(BIN)/python -m pytest tests/project/test_release.py
+	@grep -qE "^## $(VERSION) - [0-9]{4}-[0-9]{2}-[0-9]{2}$$" CHANGELOG.md || \
+		{ echo "CHANGELOG.md has no date for $(VERSION): write '## $(VERSION) - YYYY-MM-DD'" >&2; exit 1; }
+	$(BIN)/python -m uv lock --check
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -61,8 +61,14 @@ class Options(BaseModel):
     called: ClassVar[str] = "option"
 
     @classmethod
-    def of(cls, **values: Any) -> Self:
-        """Options by name; None leaves the default.
+    def of(cls, **values: object) -> Self:
+        """Options by name.
+
+        Args:
+            **values: of the fields; None leaves the default.
+
+        Returns:
+            The options, checked; they do not change.
 
         Raises:
             UsageError: an unknown name, or a value that makes no sense: one line that names it.

@@ -55,6 +55,9 @@ ASCEND = "npu"
 def calibrate(result: CompileResult, teacher: PreTrainedModel, **options: Unpack[CalibrateArguments]) -> CompileResult:
     """Train the rewritten attention: each layer on the source's own hidden states, then the model as a whole.
 
+    `fit_steps` says how long each layer learns the output of the source's attention, `distill_steps` how long the whole
+    model then learns the source's next-token distributions. One of them must be given.
+
     Args:
         result: a rewritten model; trained in place, and moved to where the teacher is.
         teacher: the model that it came from; not changed. What is not trained is shared between the two.
@@ -66,6 +69,10 @@ def calibrate(result: CompileResult, teacher: PreTrainedModel, **options: Unpack
     Raises:
         UsageError: wrong arguments or input, or the teacher is another model.
         DivergedError: training broke down; the best state is in `result.model`, and in the run directory.
+
+    Example:
+        >>> result = attnedit.load("qwen3-mla")  # doctest: +SKIP
+        >>> attnedit.calibrate(result, source, calibration="notes.txt", distill_steps=500)  # doctest: +SKIP
     """
     check_known({**options}, CalibrateArguments, "is for compiling, and the model is compiled; leave it out")
     return train(result, teacher, CalibrateOptions.of(**options))

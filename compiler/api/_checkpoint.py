@@ -72,6 +72,11 @@ def compile_checkpoint(
         UsageError: wrong arguments or input; CaptureError (a UsageError) for attention that cannot be rewritten.
         VerificationError: the result broke its contract; the directory is left unfinished.
         AttneditError: what was written does not load; the directory is left unfinished.
+
+    Example:
+        >>> attnedit.compile_checkpoint(  # doctest: +SKIP
+        ...     "Qwen/Qwen3-8B", "qwen3-8b-mla", kv_budget=0.5, calibration="notes.txt", dtype="auto"
+        ... )
     """
     given: dict[str, Any] = {"dtype": "auto", **options}
     return compile_in_parts(fspath(model), directory, CompileOptions.of(target=target, **given))

@@ -42,20 +42,27 @@ FITS_DIRECTORY = "fits"
 def compile(model: PreTrainedModel, target: str | Target = "mla", **options: Unpack[CompileArguments]) -> CompileResult:
     """Rewrite the attention of a trained model so that it caches less: in closed form, then trained if asked for.
 
+    The model is captured as graphs, each attention is replaced and fitted on calibration text, and the result is held
+    to what was promised on real numbers. With `fit_steps` or `distill_steps` it is then trained against its source.
+
     Args:
         model: a transformers causal language model; not changed unless `in_place`.
-        target: what attention becomes: "mla"; "gateswa", a sliding window in most layers; or "gateswa+mla", where the
-            layers without window become latent. Or a `Target`, or names that other packages register, which go through
-            `attnedit.rewrite`.
+        target: what attention becomes: "mla", latent attention; "gateswa", a sliding window in most layers; or
+            "gateswa+mla", where the layers without window become latent. Or a `Target`, or names that other packages
+            register, which go through `attnedit.rewrite`.
         **options: the fields of `attnedit.options.CompileOptions`, but for those of reading a checkpoint.
 
     Returns:
-        The rewritten model and its report.
+        The rewritten model, which shares with its source the tensors that were not edited, and the report.
 
     Raises:
         UsageError: wrong arguments or input; CaptureError (a UsageError) for attention that cannot be rewritten.
         VerificationError: the result broke its contract.
         DivergedError: training broke down; its best state is in the run directory.
+
+    Example:
+        >>> result = attnedit.compile(model, "mla", kv_budget=0.25, calibration="notes.txt")  # doctest: +SKIP
+        >>> result.model.generate(**prompt, max_new_tokens=20)  # doctest: +SKIP
     """
     check_known({**options}, CompileArguments, "is for reading a checkpoint, and the model is live; leave it out")
     return compile_live(model, CompileOptions.of(target=target, **options))

@@ -21,6 +21,7 @@ from attnedit.compiler.data.token_windows import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.execution.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
+from attnedit.compiler.formats import own_version
 from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
@@ -63,6 +64,9 @@ def rewrite(
         RewriteError: a rewrite is written wrongly; addressed to its author.
         UsageError: wrong arguments or input; CaptureError (a UsageError) where a site matches no rewrite.
         VerificationError: a contract is broken.
+
+    Example:
+        >>> attnedit.rewrite(model, [HeadGate(), Int8Cache()], tokenizer=tokenizer)  # doctest: +SKIP
     """
     chosen = resolve(rewrites)
     check_known({**options}, CompileArguments, "is for reading a checkpoint, and the model is live; leave it out")
@@ -136,6 +140,7 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
     set_modes(result, modes)
     use_captured_implementation(result, sites)
     report = Report(
+        attnedit_version=own_version(),
         source=name,
         target="+".join(r.name for r in chosen),
         sites_matched=len(records),

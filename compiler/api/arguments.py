@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, ParamSpec, TypedDict, TypeVar, get_type_hints
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_type_hints
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -100,6 +100,49 @@ class CompileArguments(AttentionArguments, TrainingArguments, total=False):
     partial: bool
     fuel: int | None
     dump_graphs: str | PathLike[str] | None
+
+
+class OnnxArguments(TypedDict, total=False):
+    """Of ``result.export("onnx", ...)``."""
+
+    flavor: str
+    cache: Literal["dynamic", "static"]
+    dtype: str | torch.dtype | None
+    quantize: str | None
+    opset: int | None
+    batch_size: int | None
+    seq_len: int | None
+    capacity: int | None
+    progress: Progress | None
+
+
+class HFArguments(TypedDict, total=False):
+    """Of ``result.export("hf", ...)``."""
+
+    profile: str | None
+    kernel_dims: bool
+    gguf: bool
+    engine: str | None
+    progress: Progress | None
+
+
+class GGUFArguments(TypedDict, total=False):
+    """Of ``result.export("gguf", ...)``."""
+
+    dtype: str | None
+    quantize: str | None
+    engine: str | None
+    progress: Progress | None
+
+
+class NPUArguments(TypedDict, total=False):
+    """Of ``result.export("npu", ...)``."""
+
+    soc: str
+    dtype: str | None
+    batch_size: int | None
+    capacity: int | None
+    progress: Progress | None
 
 
 def shown(kind: type, **defaults: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:

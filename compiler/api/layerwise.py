@@ -20,6 +20,7 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.transformers_names import set_conversions
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.execution.stream import AttentionInputs, Stream, decoder_layers
+from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, weights_of
 from attnedit.compiler.progress import Progress, silent
 from attnedit.passes.target import AttentionTarget, SiteWork
@@ -30,6 +31,8 @@ from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shar
 STATE_DIRECTORY = "run"
 """In the output directory of an unfinished run."""
 _STATE_FILE = "layers.safetensors"
+FORMAT_VERSION = 1
+"""Of that file."""
 _WINDOWS_FILE = "windows.safetensors"
 
 
@@ -61,7 +64,7 @@ class Rewritten:
         values["configs"] = {name: config_to_dict(config) for name, config in self.configs.items()}
         part = directory / f"{_STATE_FILE}.part"
         tensors = {f"hidden.{index}": part.cpu().contiguous() for index, part in enumerate(self.hidden or [])}
-        save_file(tensors, part, metadata={"state": json.dumps(values)})
+        save_file(tensors, part, metadata={"state": json.dumps({FORMAT_KEY: FORMAT_VERSION, **values})})
         os.replace(part, directory / _STATE_FILE)
 
     @classmethod
@@ -69,7 +72,7 @@ class Rewritten:
         """What `save` left; nothing yet where it did not.
 
         Raises:
-            AttneditError: it cannot be read.
+            AttneditError: it cannot be read, or has another format.
         """
         file = directory / _STATE_FILE
         if not file.exists():
@@ -81,6 +84,8 @@ class Rewritten:
                 hidden = [content.get_tensor(f"hidden.{index}") for index in range(count)] or None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise AttneditError(f"{file} cannot be read ({type(error).__name__}); start again") from error
+        check_format(values, FORMAT_VERSION, str(file))
+        values.pop(FORMAT_KEY, None)
         values["configs"] = {name: config_from_dict(config) for name, config in values["configs"].items()}
         return cls(**values, hidden=hidden)
 

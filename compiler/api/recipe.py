@@ -51,6 +51,12 @@ class Recipe(AttentionOptions):
     def load(cls, path: str | PathLike[str]) -> Recipe:
         """Read a file.
 
+        Args:
+            path: of a YAML file.
+
+        Returns:
+            The recipe, its values checked.
+
         Raises:
             UsageError: it cannot be read or is no recipe; the message names the line.
         """
@@ -63,10 +69,20 @@ class Recipe(AttentionOptions):
 
     @classmethod
     def from_yaml(cls, text: str, name: str = "recipe") -> Recipe:
-        """Read YAML text; `name` is what messages call it.
+        """Read YAML text.
+
+        Args:
+            text: a mapping from keys to values.
+            name: what messages call it.
+
+        Returns:
+            The recipe, its values checked.
 
         Raises:
             UsageError: it is no recipe; the message names the line.
+
+        >>> Recipe.from_yaml("{target: mla, kv_budget: 0.25, training: {fit_steps: 100}}").arguments()["fit_steps"]
+        100
         """
         try:
             tree = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -102,6 +118,9 @@ class Recipe(AttentionOptions):
             full_layers: as the report has them.
             calibration_length: the same.
             model: the source, where it has a name.
+
+        Returns:
+            The recipe; given to a compilation, it gives the same result.
         """
         values = {name: getattr(options, name) for name in cls.model_fields if name in CompileOptions.model_fields}
         values |= {"model": model, "target": options.target_name, "training": _changed(options)}
@@ -117,7 +136,11 @@ class Recipe(AttentionOptions):
         return cls(**values)
 
     def to_yaml(self) -> str:
-        """Everything that is not a default."""
+        """Everything that is not a default, as YAML.
+
+        Returns:
+            Text that `from_yaml` reads; ASCII.
+        """
         values: dict[str, Any] = self.model_dump(exclude_defaults=True)
         source: dict[str, Any] = {name: values.pop(name) for name in ("model", "revision", "dtype") if name in values}
         # allow_unicode would write U+0085, which YAML reads as an end of line, as it is: escape all but ASCII.
@@ -125,7 +148,11 @@ class Recipe(AttentionOptions):
         return text
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `attnedit.compile`: all but the source."""
+        """Keyword arguments for `attnedit.compile`: all but the source.
+
+        Returns:
+            Values by the names of `attnedit.options.CompileOptions`.
+        """
         values = self.model_dump(exclude={"format", "model", "revision", "dtype", "training"})
         values.update(self.training)
         return values

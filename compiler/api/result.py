@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NewType, Unpack, overload
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit.arguments import GGUFArguments, HFArguments, NPUArguments, OnnxArguments
 from attnedit.compiler.capture.capture import capture_model
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.licenses import source_license
@@ -25,6 +26,14 @@ from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
+if TYPE_CHECKING:  # importing them takes the packages of every runtime
+    from attnedit.targets.runtime.gguf.export import GGUFManifest
+    from attnedit.targets.runtime.hf.export import HFManifest
+    from attnedit.targets.runtime.npu.manifest import Manifest as NPUManifest
+    from attnedit.targets.runtime.onnx.manifest import Manifest as OnnxManifest
+
+Runtime = NewType("Runtime", str)
+"""The name of a runtime that another package registers."""
 BUILT_IN = {name: f"attnedit.targets.runtime.{name}:export" for name in ("gguf", "hf", "npu", "onnx")}
 
 
@@ -61,28 +70,77 @@ class CompileResult:
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write weights, configuration, tokenizer, chat template, generation config, report, recipe and model card.
 
-        The report is there as JSON, and as an HTML page to look at.
+        The report is there as JSON, and as an HTML page to look at. The directory appears complete or not at all, after
+        it was read back; docs/formats.md lists its files.
+
+        Args:
+            directory: where to; made with its parents.
+            overwrite: replace what attnedit wrote there before. A directory with anything else is never replaced.
+
+        Returns:
+            The directory, as an absolute path.
 
         Raises:
-            UsageError: the directory is not empty (unless `overwrite`), or cannot be written.
+            UsageError: the directory is not empty (unless `overwrite`), or cannot be written; or the model cannot be
+                saved, for instance because its weights are quantised.
+            AttneditError: writing failed, or what was written does not load; what was there before still is.
+
+        Example:
+            >>> result.save("qwen3-mla")  # doctest: +SKIP
+            >>> attnedit.load("qwen3-mla").model.generate(**prompt)  # doctest: +SKIP
         """
         report, texts = with_license(self.report)
         files: dict[str, str | Path] = {**{file.name: file for file in self.files}, **texts}
         given: dict[str, Any] = {"overwrite": overwrite, "report": report.to_json(), "files": files}
         return save(self.model, directory, self.tokenizer, **given)
 
-    def export(self, runtime: str, directory: str | os.PathLike[str], **options: Any) -> Any:
+    @overload
+    def export(
+        self, runtime: Literal["onnx"], directory: str | os.PathLike[str], **options: Unpack[OnnxArguments]
+    ) -> OnnxManifest: ...
+
+    @overload
+    def export(
+        self, runtime: Literal["hf"], directory: str | os.PathLike[str], **options: Unpack[HFArguments]
+    ) -> HFManifest: ...
+
+    @overload
+    def export(
+        self, runtime: Literal["gguf"], directory: str | os.PathLike[str], **options: Unpack[GGUFArguments]
+    ) -> GGUFManifest: ...
+
+    @overload
+    def export(
+        self, runtime: Literal["npu"], directory: str | os.PathLike[str], **options: Unpack[NPUArguments]
+    ) -> NPUManifest: ...
+
+    @overload
+    def export(self, runtime: Runtime, directory: str | os.PathLike[str], **options: object) -> object: ...
+
+    @overload
+    def export(self, runtime: str, directory: str | os.PathLike[str]) -> object: ...
+
+    def export(self, runtime: str, directory: str | os.PathLike[str], **options: object) -> object:
         """Lower to another runtime: "onnx", "hf", "gguf", "npu", or a name among the entry points `attnedit.runtimes`.
 
         Args:
-            runtime: its name.
+            runtime: its name. For a type checker, `Runtime` marks the name of another package's, which may have any
+                options.
             directory: where to; missing or empty. For "gguf" a new .gguf file as well.
             **options: of the runtime; see `attnedit.targets.runtime.onnx.export`,
                 `attnedit.targets.runtime.hf.export`, `attnedit.targets.runtime.gguf.export` and
                 `attnedit.targets.runtime.npu.export`.
 
+        Returns:
+            The manifest of what was written, with the comparisons that it passed in ``checks``. Of another package's
+            runtime: what its function returns.
+
         Raises:
-            UsageError: no runtime of that name is installed, or it lacks a package.
+            UsageError: no runtime of that name is installed, it lacks a package, or an option makes no sense.
+            VerificationError: what was written computes something else than the live model.
+
+        Example:
+            >>> result.export("onnx", "qwen3-onnx", dtype="float16").checks  # doctest: +SKIP
         """
         return find_runtime(runtime)(self, directory, **options)
 
@@ -132,14 +190,24 @@ def find_inspection(name: str) -> Any:
 
 
 def load(directory: str | os.PathLike[str], *, trust_remote_code: bool = False) -> CompileResult:
-    """Read what `CompileResult.save` wrote.
+    """Read what `CompileResult.save`, ``attnedit compile`` or `attnedit.compile_checkpoint` wrote.
 
     Args:
-        directory: where.
+        directory: a local directory.
         trust_remote_code: run the modelling code that is there, where the source came with code of its own.
 
+    Returns:
+        The model in evaluation mode, in the dtype it was saved in and on the CPU, with its report, and its tokenizer
+        where one was saved.
+
     Raises:
-        UsageError: nothing there, not an attnedit model, damaged, or with code that is not trusted.
+        UsageError: nothing there, not an attnedit model, damaged, of a format that this version does not know, or with
+            code that is not trusted.
+        VerificationError: weights are missing or left over.
+
+    Example:
+        >>> result = attnedit.load("qwen3-mla")  # doctest: +SKIP
+        >>> print(result.report)  # doctest: +SKIP
     """
     path = Path(directory).expanduser()
     model = load_model(path, trust_remote_code=trust_remote_code)

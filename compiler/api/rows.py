@@ -13,6 +13,7 @@ from attnedit._calibrate import calibration_name
 from attnedit.compiler.capture.sites import left_of
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
+from attnedit.compiler.formats import own_version
 from attnedit.compiler.reporting.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes
 from attnedit.figures import memory_curve
 from attnedit.planning import Plan
@@ -76,6 +77,7 @@ def compile_report(
         if fitted.matched.get(target.name)
     ]
     return Report(
+        attnedit_version=own_version(),
         target=options.target_name,
         sites_matched=len(plan.sites),
         sites_rewritten=len(configs),

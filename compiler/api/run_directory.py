@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.options import CompileOptions
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, check_free
 from attnedit.targets.runtime.staging import beside
+
+FORMAT_VERSION = 1
+"""Of `RUN_FILE`."""
 
 
 def check_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> bool:
@@ -24,16 +28,18 @@ def check_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> bo
         overwrite: start again, whatever attnedit wrote there.
 
     Raises:
-        UsageError: it holds something else, or the run of another recipe, and is not to be overwritten.
+        UsageError: it holds something else, or the run of another recipe or format, and is not to be overwritten.
     """
     file = output / RUN_FILE
     if overwrite or not file.exists():
         check_free(output, overwrite)
         return False
     try:
-        there = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+        values = json.loads(file.read_text(encoding="utf-8"))
+        there = values["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
-        there = {}
+        values, there = {}, {}
+    check_format(values, FORMAT_VERSION, str(file))
     defaults = {name: field.default for name, field in CompileOptions.model_fields.items()}
     for name in {**there, **recipe}:  # an option that there was none of when a run began has its default there
         before, now = there.get(name, defaults.get(name)), recipe.get(name)
@@ -80,6 +86,7 @@ def open_run(output: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> Non
         if output.exists():
             shutil.rmtree(output)
         output.mkdir(parents=True)
-        (output / RUN_FILE).write_text(json.dumps({"recipe": dict(recipe)}, indent=2) + "\n", encoding="utf-8")
+        values = {FORMAT_KEY: FORMAT_VERSION, "recipe": dict(recipe)}
+        (output / RUN_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write to {output}: {error.strerror or error}") from error

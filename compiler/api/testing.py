@@ -27,12 +27,18 @@ PIECES = (9, 1, 1, 4, 1)
 
 
 @torch.no_grad()
-def tiny_model(config: PreTrainedConfig | None = None, **sizes: Any) -> PreTrainedModel:
+def tiny_model(config: PreTrainedConfig | None = None, **sizes: int | float | bool | str | None) -> PreTrainedModel:
     """A causal language model with random weights, so large that a mistake in any of them shows.
 
     Args:
         config: of its class and sizes; a Llama of two layers, four heads and two key/value heads unless given.
         **sizes: in which that Llama differs.
+
+    Returns:
+        The model in float32, on the CPU, in evaluation mode.
+
+    >>> tiny_model(num_hidden_layers=3).config.num_hidden_layers
+    3
     """
     own: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
     own |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -46,20 +52,55 @@ def tiny_model(config: PreTrainedConfig | None = None, **sizes: Any) -> PreTrain
 
 
 def tokens(rows: int, length: int, seed: int = 1, vocabulary: int = VOCABULARY) -> Tensor:
-    """Random token ids [rows, length], int64, without the first three, which may be special."""
+    """Random token ids, without the first three, which may be special.
+
+    Args:
+        rows: B.
+        length: T.
+        seed: same seed, same ids.
+        vocabulary: V; ids are below it.
+
+    Returns:
+        [B, T], int64.
+
+    >>> tokens(2, 5).shape
+    torch.Size([2, 5])
+    """
     return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits [B, T, V] of a prefill of token ids [B, T]; the mask [B, T] is 0 for padding."""
+    """Logits of a prefill.
+
+    Args:
+        model: a causal language model; run as it is, so in evaluation mode if it has dropout.
+        ids: token ids [B, T].
+        mask: [B, T], 0 for padding and 1 elsewhere; None where there is none.
+
+    Returns:
+        [B, T, V] in the model's dtype.
+    """
     result: Tensor = model(ids, attention_mask=mask, use_cache=False).logits
     return result
 
 
 @torch.no_grad()
 def in_pieces(model: PreTrainedModel, ids: Tensor, mask: Tensor, sizes: Iterable[int]) -> tuple[Tensor, DynamicCache]:
-    """Logits [B, T, V] of successive calls on one cache, so many tokens in each, and that cache."""
+    """Logits of successive calls on one cache.
+
+    Args:
+        model: a causal language model.
+        ids: token ids [B, T].
+        mask: [B, T], 0 for padding, which stands on the left.
+        sizes: tokens of each call; T in all.
+
+    Returns:
+        Logits [B, T, V] in the order of the tokens, and the cache after the last call.
+
+    Raises:
+        AssertionError: the sizes do not add up to T.
+    """
     cache = DynamicCache(config=model.config)
     parts, seen = [], 0
     for size in sizes:
@@ -73,7 +114,19 @@ def in_pieces(model: PreTrainedModel, ids: Tensor, mask: Tensor, sizes: Iterable
 
 
 def deviation(found: Tensor, expected: Tensor, mask: Tensor | None = None) -> float:
-    """Largest difference as a fraction of the largest expected value, where the mask is set."""
+    """Largest difference as a fraction of the largest expected value.
+
+    Args:
+        found: values [B, T, ...].
+        expected: the same shape.
+        mask: [B, T]: only places where it is not 0 are compared.
+
+    Returns:
+        0 for equal values.
+
+    Raises:
+        AssertionError: the shapes differ.
+    """
     if mask is not None:
         found, expected = found[mask.bool()], expected[mask.bool()]
     assert found.shape == expected.shape, f"{tuple(found.shape)} is compared with {tuple(expected.shape)}"
@@ -81,7 +134,15 @@ def deviation(found: Tensor, expected: Tensor, mask: Tensor | None = None) -> fl
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models have the same weights, to the bit."""
+    """Whether two models have the same weights, to the bit.
+
+    Args:
+        one: any module.
+        other: the same.
+
+    Returns:
+        False also where their names differ.
+    """
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -93,6 +154,9 @@ def check_exact(result: CompileResult, source: PreTrainedModel, tolerance: float
         result: of a rewrite that loses nothing, or of a compilation at ``kv_budget=1``.
         source: the model that it came from.
         tolerance: of the largest logit; by dtype unless given, as `verify` has it.
+
+    Raises:
+        AssertionError: it does not; the message says by how much.
     """
     ids, mask = _padded(source)
     found = deviation(logits(result.model, ids, mask), logits(source, ids, mask), mask)
@@ -106,6 +170,9 @@ def check_decode(result: CompileResult, tolerance: float | None = None) -> None:
     Args:
         result: of any rewrite.
         tolerance: of the largest logit; by dtype unless given. What rounds its cache needs more.
+
+    Raises:
+        AssertionError: it does not; the message says by how much.
     """
     ids, mask = _padded(result.model)
     # The prefill goes through a cache too: without one some families count positions from padding.
@@ -124,6 +191,10 @@ def check_saved(result: CompileResult, directory: str | PathLike[str]) -> Compil
 
     Returns:
         What was loaded.
+
+    Raises:
+        AssertionError: something differs; the message says what.
+        UsageError: it cannot be saved or loaded at all.
     """
     result.save(directory)
     loaded = load(directory)
@@ -143,6 +214,12 @@ def refused(words: str, *models: nn.Module) -> Iterator[None]:
     Args:
         words: what the message must hold.
         *models: that must stay as they are.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        AssertionError: nothing was refused, in other words, in more than a line, or a weight was changed.
     """
     before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
     said = None

@@ -225,6 +225,10 @@ def graph_module(model: torch.nn.Module, site: AttentionSite) -> fx.GraphModule:
 
     Returns:
         The graph module; parameters are the live model's own, state-dict keys are those of the attention module.
+
+    Example:
+        >>> site = capture(model)[0]  # doctest: +SKIP
+        >>> graph_module(model, site).graph.print_tabular()  # doctest: +SKIP
     """
     return _assemble(model.get_submodule(site.name), site.graph, site.constants, site.layer_idx)
 

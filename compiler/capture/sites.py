@@ -165,7 +165,17 @@ class AttentionSite(Facts):
         return [*pairs, *zip(still[::2], still[1::2], strict=True)]
 
     def node(self, name: str) -> fx.Node:
-        """The node of `graph` called `name`; KeyError where there is none."""
+        """The node of `graph` that a fact names.
+
+        Args:
+            name: of a node, such as `anchor` or `query`.
+
+        Returns:
+            The node itself; its ``meta["val"]`` has shape and dtype.
+
+        Raises:
+            KeyError: the graph has none of that name.
+        """
         found: fx.Node | None = next((node for node in self.graph.nodes if node.name == name), None)
         if found is None:
             raise KeyError(f"{self.name}: the graph has no node {name!r}")

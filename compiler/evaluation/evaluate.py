@@ -48,7 +48,7 @@ def perplexity(
     batch: int = 1,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Mean negative log-likelihood over consecutive windows, each on its own.
+    """Perplexity over consecutive windows, each on its own.
 
     The text is cut into windows of ``seq_len`` from its start, without any special token, and tokens 2 to
     ``seq_len`` of each of the first ``windows`` are predicted.
@@ -60,6 +60,9 @@ def perplexity(
         windows: how many; the text must be long enough for all.
         batch: windows per forward pass; more than one costs memory for their hidden states.
         progress: told after every forward pass.
+
+    Returns:
+        The perplexity with its interval, and what it was measured on.
 
     Raises:
         UsageError: the text is too short, the windows too long for the model, or an argument makes no sense.
@@ -159,6 +162,9 @@ def kv_usage(model: PreTrainedModel, *, length: int | None = None) -> KVUsage:
     Args:
         model: causal language model; on meta too, where only buffers may need values.
         length: context length to account for; the model's own by default.
+
+    Returns:
+        Cached values and bytes per token.
 
     Raises:
         UsageError: the model keeps no key-value cache.

@@ -69,6 +69,9 @@ def perplexity_by_position(
         batch: windows per forward pass.
         progress: told after every forward pass.
 
+    Returns:
+        One entry per range, in the order of the positions.
+
     Raises:
         UsageError: as `attnedit.compiler.evaluation.evaluate.perplexity`.
         AttneditError: the loss of one of the models is not finite.

@@ -100,7 +100,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of a prompt: whether the right word was the likeliest, and its share among all."""
+    """What a model made of a prompt.
+
+    Attributes:
+        length: tokens of the prompt.
+        depth: where the fact stands, as a fraction of the text before the question.
+        found: whether the right word was the likeliest of `OPTIONS`.
+        probability: of the right word among them.
+    """
 
     length: int
     depth: float
@@ -120,7 +127,7 @@ def retrieval(
     batch: int = 1,
     progress: Progress | None = None,
 ) -> list[RetrievalScore]:
-    """Score a model at every length and depth.
+    """Plant a fact in long texts, ask for it at their end, and score a model at every length and depth.
 
     Args:
         model: causal language model.
@@ -133,9 +140,17 @@ def retrieval(
         batch: prompts of one length per forward pass.
         progress: told after every forward pass.
 
+    Returns:
+        One score per length and depth.
+
     Raises:
         UsageError: a length is beyond the model or too short for fact and question, or the tokenizer splits words so
             that they start alike.
+
+    Example:
+        >>> text = tokenizer("The library closes at six. " * 400, return_tensors="pt").input_ids[0]  # doctest: +SKIP
+        >>> for score in retrieval(result.model, tokenizer, text, lengths=[1024, 4096]):  # doctest: +SKIP
+        ...     print(score.length, score.depth, score.accuracy)
     """
     lengths = default_lengths(model) if lengths is None else list(lengths)
     check_lengths(model, lengths)
@@ -152,7 +167,26 @@ def retrieval_prompts(
     trials: int = TRIALS,
     seed: int = 0,
 ) -> list[Prompt]:
-    """The prompts of `retrieval`, which has the same arguments and errors, for more than one model to answer."""
+    """The prompts of `retrieval`, for more than one model to answer.
+
+    Args:
+        tokenizer: of the models.
+        filler: token ids [M] of any text, repeated if it is short.
+        lengths: tokens per prompt.
+        depths: places of the fact, 0 (start) to 1 (right before the question).
+        trials: prompts per length and depth.
+        seed: same seed, same prompts.
+
+    Returns:
+        Prompts by length, depth and trial.
+
+    Raises:
+        UsageError: a length is too short for fact and question, or the tokenizer splits words so that they start alike.
+
+    Example:
+        >>> prompts = retrieval_prompts(tokenizer, text, lengths=[4096])  # doctest: +SKIP
+        >>> compared = scores_by_length(answers(result.model, prompts), answers(model, prompts))  # doctest: +SKIP
+    """
     lengths, depths = list(lengths), list(depths)
     if trials < 1 or not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
         raise UsageError("retrieval needs at least one length, one depth between 0 and 1, and one trial")
@@ -197,7 +231,7 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
 def answers(
     model: PreTrainedModel, prompts: Sequence[Prompt], *, batch: int = 1, progress: Progress | None = None
 ) -> list[Answer]:
-    """Let a model answer prompts; the answers stand in their order.
+    """Let a model answer prompts.
 
     Args:
         model: causal language model.
@@ -205,8 +239,14 @@ def answers(
         batch: prompts of one length per forward pass.
         progress: told after every forward pass.
 
+    Returns:
+        Answers in the order of the prompts.
+
     Raises:
         UsageError: a prompt is longer than the model's positions, or has tokens that it lacks; batch is less than 1.
+
+    Example:
+        >>> sum(answer.found for answer in answers(model, prompts)) / len(prompts)  # doctest: +SKIP
     """
     if batch < 1:
         raise UsageError(f"batch {batch}: at least 1 prompt goes through the model at once")
@@ -238,7 +278,18 @@ def scores(found: Sequence[Answer]) -> list[RetrievalScore]:
 
 
 def scores_by_length(found: Sequence[Answer], against: Sequence[Answer] | None = None) -> list[LengthScore]:
-    """Sum up answers by length, beside those of another model on the same prompts if there are any."""
+    """Sum up answers by length, beside those of another model on the same prompts if there are any.
+
+    Args:
+        found: of `answers`.
+        against: of another model to the same prompts, in the same order.
+
+    Returns:
+        One score per length, ascending.
+
+    Example:
+        >>> scores_by_length(answers(result.model, prompts), answers(model, prompts))[0].difference  # doctest: +SKIP
+    """
     rows = []
     for length in dict.fromkeys(answer.length for answer in found):
         hits = _hits(found, length)

@@ -80,7 +80,15 @@ def sketch(graph: fx.Graph) -> GraphSketch:
 
 
 def graph_svg(graph: fx.Graph, title: str) -> str:
-    """Draw a graph as SVG, with the title above it."""
+    """Draw a graph as SVG.
+
+    Args:
+        graph: any FX graph, such as ``result.graph.graph`` or that of an attention site.
+        title: above the drawing.
+
+    Returns:
+        One SVG document.
+    """
     return sketch_svg(sketch(graph), title)
 
 

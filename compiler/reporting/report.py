@@ -8,14 +8,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from attnedit.compiler.capture.sites import by_reason
 from attnedit.compiler.evaluation.evaluate import KVUsage
+from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.reporting.graph_svg import GraphSketch
+
+FORMAT_VERSION = 1
+"""Of reports as JSON. Fields with a default are added without a new one."""
 
 
 class LayerReport(BaseModel):
@@ -202,6 +206,8 @@ class Report(BaseModel):
     """Everything a compilation has to say about itself.
 
     Attributes:
+        format_version: of its JSON; see `from_json`.
+        attnedit_version: that compiled the model; empty in reports that did not say.
         source: name of the source model.
         target: what its attention became.
         sites_matched: attention sites found.
@@ -234,6 +240,8 @@ class Report(BaseModel):
         graphs: before and after, of each kind of attention module.
     """
 
+    format_version: int = FORMAT_VERSION
+    attnedit_version: str = ""
     source: str
     target: str
     sites_matched: int
@@ -265,26 +273,51 @@ class Report(BaseModel):
     left: dict[str, str] = Field(default_factory=dict)
     graphs: list[SiteGraphs] = Field(default_factory=list)
 
+    @field_validator("format_version")
+    @classmethod
+    def _known(cls, version: int) -> int:
+        check_format({FORMAT_KEY: version}, FORMAT_VERSION, "the report")
+        return version
+
     def to_json(self) -> str:
-        """One JSON object; numbers that are not finite become null."""
+        """The whole report as one JSON object, graphs included.
+
+        Returns:
+            Text that `from_json` reads; numbers that are not finite become null.
+        """
         return self.model_dump_json()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain Python values, without the graphs."""
+        """The same as plain Python values, without the graphs: what ``--json`` prints.
+
+        Returns:
+            JSON values by field.
+        """
         return self.model_dump(mode="json", exclude={"graphs"})
 
     def to_html(self) -> str:
-        """One HTML page that needs no other file: figures, plots per layer, memory, and the graphs as drawings."""
+        """A page for browsers: figures, plots per layer, memory, and the graphs as drawings.
+
+        Returns:
+            One HTML document that needs no other file.
+        """
         from attnedit.compiler.reporting.report_html import report_html  # imports matplotlib's and jinja's machinery
 
         return report_html(self)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, in this version or an earlier one.
+
+        Args:
+            text: one JSON object.
+
+        Returns:
+            The report; what it does not say has its default.
 
         Raises:
             pydantic.ValidationError: it is something else.
+            UsageError: it has a format that this version does not know.
         """
         return cls.model_validate_json(text)
 

@@ -109,12 +109,12 @@ def attention(
     query_BHTd: Tensor,
     key_BGSd: Tensor,
     value_BGSv: Tensor,
-    mask: Any = SAME,
+    mask: Tensor | None = SAME,
     *,
-    scale: Any = SAME,
-    softcap: Any = SAME,
-    sinks: Any = SAME,
-    window: Any = SAME,
+    scale: float | Tensor = SAME,
+    softcap: float | None = SAME,
+    sinks: Tensor | None = SAME,
+    window: int | None = SAME,
 ) -> Tensor:
     """Attend, as `attnedit::attention` does; for patterns and replacements.
 

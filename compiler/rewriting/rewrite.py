@@ -49,7 +49,14 @@ learned = Contract("learned")
 
 
 def close(atol: float, rtol: float) -> Contract:
-    """A contract with tolerances.
+    """A contract with tolerances: ``|new - old| <= atol * max|old| + rtol * |old|`` everywhere.
+
+    Args:
+        atol: as a fraction of the largest value, since models differ in scale.
+        rtol: as a fraction of each value.
+
+    Returns:
+        The contract.
 
     >>> print(close(atol=1e-3, rtol=0.01))
     close(atol=0.001, rtol=0.01)
@@ -92,6 +99,11 @@ def least_squares(batches: Iterable[Batch], ridge: float = 1e-3) -> Tensor:
 
     Returns:
         [H, v, w], float64: old = new @ it.
+
+    >>> new = torch.randn(1, 50, 2, 3)
+    >>> found = least_squares([Batch(before=[2 * new], after=[new])], ridge=0)
+    >>> torch.allclose(found, 2 * torch.eye(3).expand(2, 3, 3).double(), atol=1e-4)
+    True
     """
     gram, cross = torch.zeros(()), torch.zeros(())
     for batch in batches:
@@ -117,7 +129,7 @@ class Match:
     site: AttentionSite
     module: nn.Module
     captures: Mapping[str, Bound]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Bound]
     new: Any = None
     _tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -157,14 +169,36 @@ class Match:
         return self._tensor("sin")
 
     def rotate(self, x_BHTd: Tensor) -> Tensor:
-        """Apply the site's rotary embedding to queries or keys; without one they come back as they are."""
+        """Apply the site's rotary embedding to queries or keys; in a replacement only.
+
+        Args:
+            x_BHTd: queries or keys before rope, H or G heads.
+
+        Returns:
+            The same shape and dtype, rotated; as it came where the site has no rotary embedding.
+
+        Raises:
+            RewriteError: called outside a replacement.
+
+        Example:
+            >>> query_BHTd = match.rotate(match.query)  # doctest: +SKIP
+        """
         return x_BHTd if self.site.rope is None else rotated(x_BHTd, self.cos, self.sin, self.site.rope)
 
     def weight(self, capture: str) -> nn.Parameter:
         """The parameter that a capture of a weight stands for.
 
+        Args:
+            capture: the pattern's parameter.
+
+        Returns:
+            The source model's own parameter, not a copy.
+
         Raises:
             RewriteError: it stands for something else.
+
+        Example:
+            >>> match.new.gate.weight.copy_(match.weight("gate_HD"))  # doctest: +SKIP
         """
         bound = self.captures[capture]
         if not isinstance(bound, Weight):
@@ -211,7 +245,14 @@ class Rewrite:
     """``replacement(self, match, capture, ...)``: what takes its place; captures by the pattern's names."""
 
     def check(self, match: Match) -> Reject | None:
-        """Look closer at a match: None to rewrite it, `Reject` to leave it."""
+        """Look closer at a match; every match is taken unless a subclass has this.
+
+        Args:
+            match: what was found, without values of tensors.
+
+        Returns:
+            None to rewrite it, a `Reject` with the reason to leave it.
+        """
         return None
 
     def parts(self, match: Match) -> Mapping[str, nn.Module | nn.Parameter | Tensor]:
@@ -219,11 +260,21 @@ class Rewrite:
 
         Called again when a saved result is loaded, on the meta device: their shapes must follow from facts alone. They
         get the dtype and device of the output projection.
+
+        Args:
+            match: where the rewrite is applied.
+
+        Returns:
+            What is added to the attention module; nothing unless a subclass says so.
         """
         return {}
 
     def initialise(self, match: Match) -> None:
-        """Give the parts values that follow from the source's weights (`match.module`)."""
+        """Give the parts values that follow from the source's weights (`match.module`).
+
+        Args:
+            match: with its parts in `match.new`, which are changed in place.
+        """
 
     fit: Callable[[Match, Iterable[Batch]], object] | None = None
     """``fit(self, match, batches)``: give the parts values that follow from data, an iterable of `Batch`; read again,

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.passes.calibration.parameters import snapshot
 
 STATE_FILE = "calibration.pt"
 LOG_FILE = "calibration.jsonl"
 PLOT_FILE = "calibration.png"
+FORMAT_VERSION = 1
+"""Of `STATE_FILE`: stages by name."""
 
 
 class Journal:
@@ -47,6 +50,8 @@ class Journal:
                 self._stages = torch.load(file, map_location="cpu", weights_only=True)
             except (OSError, RuntimeError, EOFError, ValueError) as error:
                 raise AttneditError(f"{file} cannot be read ({type(error).__name__}); start again") from error
+            check_format(self._stages, FORMAT_VERSION, str(file))
+            self._stages.pop(FORMAT_KEY, None)
         self._cut_log()
 
     def resume(self, stage: str) -> dict[str, Any] | None:
@@ -81,7 +86,7 @@ class Journal:
         }
         self._stages[state["name"]] = saved
         part = self._file.with_suffix(".part")
-        torch.save(self._stages, part)
+        torch.save({FORMAT_KEY: FORMAT_VERSION, **self._stages}, part)
         if processes().sharded:
             processes().wait()  # all parts of a checkpoint, or none
         os.replace(part, self._file)

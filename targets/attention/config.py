@@ -26,13 +26,23 @@ class SiteConfig:
         return ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
+        """Return the fields as JSON values: what a saved result's ``config.json`` has for an attention.
+
+        Returns:
+            Values by field.
+        """
         values = asdict(self)  # type: ignore[call-overload]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_dict` wrote.
+
+        Args:
+            values: by field.
+
+        Returns:
+            The configuration.
 
         Raises:
             UsageError: a field is missing, or there is one that this version does not know.

@@ -38,6 +38,14 @@ class AttentionCost:
     def at(self, length: int, batch: int = 1, dtype_bytes: int = 2) -> dict[str, int]:
         """Return every figure as a number.
 
+        Args:
+            length: tokens of context.
+            batch: sequences side by side.
+            dtype_bytes: of one cached value.
+
+        Returns:
+            Figures by the names of the attributes.
+
         >>> cost = attention_cost(576, 9, 3, 64, 64)
         >>> cost.at(1024)["kv_bytes"]
         786432
@@ -50,6 +58,14 @@ class AttentionCost:
 def attention_values(num_key_value_heads: int, head_dim: int, v_head_dim: int) -> int:
     """Cached values per token of grouped-query attention.
 
+    Args:
+        num_key_value_heads: G.
+        head_dim: d, size of keys.
+        v_head_dim: dv, size of values.
+
+    Returns:
+        Values per token and layer; times the size of the cache's dtype, bytes.
+
     >>> attention_values(3, 64, 64)
     384
     """
@@ -57,12 +73,29 @@ def attention_values(num_key_value_heads: int, head_dim: int, v_head_dim: int) -
 
 
 def mla_values(config: MLAConfig) -> int:
-    """Cached values per token of latent attention: the latent and both parts of each slot."""
+    """Cached values per token of latent attention: the latent and both parts of each slot.
+
+    Args:
+        config: the shape.
+
+    Returns:
+        Values per token and layer.
+    """
     return config.kv_lora_rank + config.qk_rope_head_dim
 
 
 def gateswa_values(config: GateSWAConfig) -> int:
-    """Cached values per token that the window or the sinks keep: those of the source."""
+    """Cached values per token that the window or the sinks keep: those of the source.
+
+    Args:
+        config: the shape.
+
+    Returns:
+        Values per kept token and layer.
+
+    >>> gateswa_values(GateSWAConfig(0, 9, 3, 64, 64, 576, 128, 0.125))
+    384
+    """
     return attention_values(config.num_key_value_heads, config.head_dim, config.v_head_dim)
 
 
@@ -84,6 +117,9 @@ def attention_cost(
         v_head_dim: dv.
         window: tokens each query sees; a cache then holds ``min(window, length)`` slots.
 
+    Returns:
+        Expressions of sympy over ``batch``, ``length`` and ``dtype_bytes``.
+
     >>> attention_cost(576, 9, 3, 64, 64, window=128).cached_values
     384*batch*Min(128, length)
     """
@@ -101,6 +137,9 @@ def mla_cost(config: MLAConfig, hidden_size: int, source_key_value_size: int | N
         hidden_size: width of the residual stream.
         source_key_value_size: outputs of the source's key and value projections, which stay where the
             configuration is not folded; ``config.input_size`` unless told.
+
+    Returns:
+        Expressions of sympy over ``batch``, ``length`` and ``dtype_bytes``.
 
     >>> config = MLAConfig(0, 9, 64, 64, 160, tuple(range(16)), 64, 384, 0.125)
     >>> str(mla_cost(config, 576).kv_bytes)
@@ -120,6 +159,12 @@ def mla_cost(config: MLAConfig, hidden_size: int, source_key_value_size: int | N
 def gateswa_cost(config: GateSWAConfig) -> AttentionCost:
     """Cost of gated sliding-window attention; it caches ``min(sliding_window + sink_tokens, length)`` tokens.
 
+    Args:
+        config: the shape.
+
+    Returns:
+        Expressions of sympy over ``batch``, ``length`` and ``dtype_bytes``.
+
     >>> config = GateSWAConfig(0, 9, 3, 64, 64, 576, 128, 0.125, gate="head", sink_tokens=4)
     >>> gateswa_cost(config).cached_values
     384*batch*Min(132, length)
@@ -136,7 +181,21 @@ def gateswa_cost(config: GateSWAConfig) -> AttentionCost:
 
 
 def cached_cost(values: int, window: int | None, products: int, per_key: int, others: int = 0) -> AttentionCost:
-    """Put together: every weight of a product is used once per token, and ``per_key`` products once per key."""
+    """Put together the cost of an attention from what it caches and multiplies.
+
+    Args:
+        values: cached per token.
+        window: tokens that the cache holds at most; None for all.
+        products: weights of matrix products, each used once per new token.
+        per_key: products of a new token with each token attended to.
+        others: weights that take part in no product, such as biases.
+
+    Returns:
+        Expressions of sympy over ``batch``, ``length`` and ``dtype_bytes``.
+
+    >>> cached_cost(8, None, 100, 4).kv_bytes
+    8*batch*dtype_bytes*length
+    """
     slots = LENGTH if window is None else sympy.Min(window, LENGTH)
     cached = values * BATCH * slots
     flops = 2 * BATCH * (products + per_key * slots)

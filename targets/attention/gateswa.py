@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache
 
 from attnedit.compiler.compatibility.live import recorded_attention
 from attnedit.compiler.errors import UsageError
@@ -103,7 +104,7 @@ class GateSWA(AttentionModule):
         value: Tensor,
         hidden: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Attend.

@@ -8,12 +8,23 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import AttneditError, UsageError
+
+
+class Exportable(Protocol):
+    """What a runtime exports: a `CompileResult`, or any object with a model.
+
+    A ``tokenizer`` and a ``report`` are used where it has them.
+    """
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """A live transformers model."""
 
 
 @contextmanager

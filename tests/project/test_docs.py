@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,15 @@ from typing import Any
 import pytest
 import yaml
 from project import BLOCK, ROOT
+from public_names import described, entries, public
 
 import attnedit
 from attnedit.cli import main
 
 PAGES = ["README.md", "docs/index.md", "docs/writing-a-rewrite.md"]
-LONG = [f"docs/{name}.md" for name in ("user-guide", "mla", "gateswa", "onnx", "ascend", "export-hf", "ecosystem")]
+LONG = [
+    f"docs/{name}.md" for name in ("user-guide", "mla", "gateswa", "onnx", "ascend", "export-hf", "ecosystem", "api")
+]
 LONG += [f"docs/engines/{name}.md" for name in ("llama.cpp", "sglang")]
 """Pages whose code takes its time, or wants the extra `ecosystem`."""
 HUB_NAME = "Qwen/Qwen3-0.6B"
@@ -92,16 +98,51 @@ def test_every_page_is_in_the_site() -> None:
 
 
 def test_the_reference_covers_every_public_name() -> None:
-    covered: list[Any] = []
-    for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE):
-        found = pkgutil.resolve_name(name)
-        covered += vars(found).values() if inspect.ismodule(found) else [found]
+    covered = [found for _, found in public()]
     for name in attnedit.__all__:
         assert any(getattr(attnedit, name) is each for each in covered), name
         assert not inspect.ismodule(getattr(attnedit, name)), name
         assert f"attnedit.{name}" not in sys.modules, name
     modules = {file.stem for file in (ROOT / "compiler" / "api").glob("[a-z]*.py")}
     assert not modules & set(attnedit.__all__)
+
+
+def test_the_reference_covers_what_other_pages_import() -> None:
+    covered = [found for _, found in public()]
+    modules = [found for _, found, _ in entries() if inspect.ismodule(found)]
+    pages = [page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    for page in ["README.md", *pages]:
+        code = "\n".join(code for language, code in blocks(page) if language == "python")
+        for module, names in re.findall(r"^from (attnedit[\w.]*) import (.+)$", code, re.MULTILINE):
+            for name in names.split("#")[0].replace(" ", "").split(","):
+                found = getattr(pkgutil.resolve_name(module), name)
+                assert any(found is each for each in covered) or any(vars(one).get(name) is found for one in modules), (
+                    f"{page}: {module}.{name}"
+                )
+
+
+def test_every_public_function_is_described() -> None:
+    pages = ("docs/api.md", "docs/writing-a-rewrite.md")
+    examples = "\n".join(code for page in pages for language, code in blocks(page) if language == "python")
+    for name, function in described():
+        text = inspect.getdoc(function) or ""
+        (code,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        parameters = [node.arg for node in ast.walk(code.args) if isinstance(node, ast.arg)]  # type: ignore[attr-defined]
+        for parameter in set(parameters) - {"self", "cls"}:
+            assert re.search(rf"^    \*{{0,2}}{parameter}: ", text, re.MULTILINE), f"{name} says nothing of {parameter}"
+        if inspect.signature(function).return_annotation not in ("None", None) and "Yields:" not in text:
+            assert re.search(r"^Returns:\n    ", text, re.MULTILINE), f"{name} does not say what it returns"
+        if any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(code)):
+            assert re.search(r"^Raises:\n    \w*Error: ", text, re.MULTILINE), f"{name} does not say what it raises"
+        short = name.removesuffix(".forward").rpartition(".")[2]  # modules are called
+        assert ">>> " in text or re.search(rf"\b{short}\b", examples), f"{name} has no example"
+    for name, found in public():
+        assert not inspect.isclass(found) or inspect.getdoc(found), name
+
+
+def test_the_page_of_commands_is_that_of_today() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_commands.py"))["page"]()
+    assert made == (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), "run make commands"
 
 
 def test_the_readme_is_short() -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from attnedit.cli import calibrate, compile, demo, evaluate, export, generate, inspect, sweep
-from attnedit.cli.terminal import debugging, fail, quiet_libraries
+from attnedit.cli.terminal import debugging, fail, quiet_libraries, show
 from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.formats import own_version
 from attnedit.compiler.interrupts import as_usual
 
 app = typer.Typer(
@@ -23,6 +25,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Rewrite the attention of a trained language model into one that is cheaper to serve.",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        show(f"attnedit {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _attnedit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("inspect")(inspect.inspect)
 app.command("compile")(compile.compile_model)
 app.command("calibrate")(calibrate.calibrate)

@@ -30,12 +30,16 @@ from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.data.token_windows import text_tokens
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluation.evaluate import kv_usage
+from attnedit.compiler.formats import FORMAT_KEY
 from attnedit.compiler.model_io.models import load_source
 from attnedit.compiler.model_io.source_checks import model_name
 from attnedit.compiler.progress import stage
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.planning import calibration_windows, check_fresh, plan_sites
+
+FORMAT_VERSION = 1
+"""Of sweep.json."""
 
 
 @takes(
@@ -83,6 +87,7 @@ def sweep(
             achieved = result.report.kv_budget_achieved
             rows.append({"kv_budget": each.kv_budget, "kv_budget_achieved": achieved, "seconds": seconds, **figures})
     summary = {
+        FORMAT_KEY: FORMAT_VERSION,
         "model": model,
         "target": options.target_name,
         "allocation": options.allocation,

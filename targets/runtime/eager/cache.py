@@ -21,6 +21,12 @@ def bounded_cache(model: PreTrainedModel) -> DynamicCache:
 
     A plain ``DynamicCache(config=model.config)`` gets them at the first forward, which is too late for one thing only:
     ``activate_past_recording`` on a cache that nothing has used yet.
+
+    Args:
+        model: a rewritten one; of any other it is a plain dynamic cache.
+
+    Returns:
+        An empty cache for one batch.
     """
     cache = DynamicCache(config=model.config)
     bind_cache(model, cache)

@@ -111,7 +111,7 @@ def write_beside(
 def load_model(
     directory: str | os.PathLike[str],
     dtype: torch.dtype | str = "auto",
-    device_map: Any = None,
+    device_map: str | int | torch.device | Mapping[str, int | str | torch.device] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Read what `save` (or ``save_pretrained``) wrote.

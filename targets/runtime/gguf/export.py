@@ -31,7 +31,7 @@ from attnedit.targets.runtime.gguf.windowed import windowed_form
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 from attnedit.targets.runtime.hf.check import TOLERANCES
 from attnedit.targets.runtime.hf.native import OTHER
-from attnedit.targets.runtime.staging import check_choice, staged, staged_file
+from attnedit.targets.runtime.staging import Exportable, check_choice, staged, staged_file
 
 MODEL_FILE = "model.gguf"
 SUFFIX = ".gguf"
@@ -72,7 +72,7 @@ class GGUFManifest:
 
 
 def export(
-    result: Any,
+    result: Exportable,
     directory: str | os.PathLike[str],
     *,
     dtype: str | None = None,

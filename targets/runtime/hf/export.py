@@ -30,7 +30,7 @@ from attnedit.targets.runtime.hf.gateswa import laguna_checkpoint, lfm3_checkpoi
 from attnedit.targets.runtime.hf.mla import latent_checkpoint
 from attnedit.targets.runtime.hf.native import Native, read_native, write_native
 from attnedit.targets.runtime.hf.remote import load_code, write_remote
-from attnedit.targets.runtime.staging import check_choice, staged
+from attnedit.targets.runtime.staging import Exportable, check_choice, staged
 
 REMOTE_PROFILE = "remote"
 LATENT = ("deepseek_v3", "youtu")
@@ -79,7 +79,7 @@ class HFManifest:
 
 
 def export(
-    result: Any,
+    result: Exportable,
     directory: str | os.PathLike[str],
     *,
     profile: str | None = None,

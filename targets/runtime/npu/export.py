@@ -30,7 +30,7 @@ from attnedit.targets.runtime.npu.reference_attention import float32_allowed
 from attnedit.targets.runtime.npu.run_npu import WEIGHTS_FILE, NpuModel
 from attnedit.targets.runtime.npu.schema import torch_npu_version
 from attnedit.targets.runtime.npu.survey import survey
-from attnedit.targets.runtime.staging import check_choice, generation_facts, staged
+from attnedit.targets.runtime.staging import Exportable, check_choice, generation_facts, staged
 
 TOLERANCE = 1e-3
 """Largest tolerated difference of logits in float32, as a fraction of the largest logit."""
@@ -44,7 +44,7 @@ DEFAULT_CAPACITY = 2048
 
 
 def export(
-    result: Any,
+    result: Exportable,
     directory: str | os.PathLike[str],
     *,
     soc: str = DEFAULT_SOC,
@@ -88,7 +88,8 @@ def export(
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     register()
-    precise = share_copy(result.model).to(device="cpu", dtype=torch.float32).eval()
+    source: Any = result.model  # transformers wraps `to`
+    precise = share_copy(source).to(device="cpu", dtype=torch.float32).eval()
     with staged(target) as staging:
         with stage("decide", progress):
             plans = [legalise(site, chip, chosen) for site in survey(precise)]
@@ -100,7 +101,7 @@ def export(
             cases = list(npu_cases(windows(precise), sizes.batch, limit))
             checks = check_model(precise, _in_memory(facts, programs), TOLERANCE, cases)
         with stage("export in " + chosen, progress):
-            model = share_copy(result.model).to(device="cpu", dtype=run_npu.DTYPES[chosen]).eval()
+            model = share_copy(source).to(device="cpu", dtype=run_npu.DTYPES[chosen]).eval()
             programs = _programs(model, plans, sizes, chip)
             manifest = _manifest(model, plans, sizes, chip, programs)
             manifest.checks.extend(check.to_dict() for check in checks)

@@ -9,9 +9,7 @@ from typing import Any
 
 from attnedit.compiler.reporting.report import ranges
 from attnedit.targets.runtime.npu.legalise import PLAIN
-from attnedit.targets.runtime.npu.run_npu import MANIFEST_FILE
-
-FORMAT_VERSION = 1
+from attnedit.targets.runtime.npu.run_npu import FORMAT_KEY, FORMAT_VERSION, MANIFEST_FILE
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        return {FORMAT_KEY: FORMAT_VERSION, **asdict(self)}
 
     def write(self, directory: Path) -> None:
         """Write the file into a directory."""

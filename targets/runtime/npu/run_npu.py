@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 MANIFEST_FILE = "attnedit-npu.json"
+FORMAT_KEY = "format_version"
+FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -35,10 +37,16 @@ class NpuModel:
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> NpuModel:
-        """Read a directory; operators ``torch.ops.npu`` must be registered before."""
+        """Read a directory; operators ``torch.ops.npu`` must be registered before.
+
+        Raises:
+            ValueError: another version of attnedit wrote it.
+        """
         from safetensors.torch import load_file
 
         manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if (found := manifest.get(FORMAT_KEY)) != FORMAT_VERSION:
+            raise ValueError(f"{directory / MANIFEST_FILE} has format {found}, this script reads {FORMAT_VERSION}")
         weights = load_file(directory / WEIGHTS_FILE, device=device)
         programs = {
             phase: load_program(directory / file, weights, manifest["aliases"], device)

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -30,7 +30,7 @@ from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, FixedSizes, Manif
 from attnedit.targets.runtime.onnx.program import Signature, export_program
 from attnedit.targets.runtime.onnx.quantize import quantize_weights
 from attnedit.targets.runtime.onnx.runner import OnnxModel
-from attnedit.targets.runtime.staging import check_choice, generation_facts, staged
+from attnedit.targets.runtime.staging import Exportable, check_choice, generation_facts, staged
 from attnedit.targets.runtime.tracing import takes_positions
 
 TOLERANCES = {"float32": 1e-3, "float16": 5e-2}
@@ -45,11 +45,11 @@ EXTERNAL_ABOVE = 2**31 - 2**26
 
 
 def export(
-    result: Any,
+    result: Exportable,
     directory: str | os.PathLike[str],
     *,
     flavor: str = "ort",
-    cache: CacheForm = "dynamic",
+    cache: Literal["dynamic", "static"] = "dynamic",
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     opset: int | None = None,
@@ -98,7 +98,8 @@ def export(
     _check_rope(result.model)
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
-    model = share_copy(result.model).to(device="cpu", dtype=chosen).eval()
+    source: Any = result.model  # transformers wraps `to`
+    model = share_copy(source).to(device="cpu", dtype=chosen).eval()
     with staged(target) as staging:
         with stage("export", progress):
             layers = tuple(layer_caches(model))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache
 
 MANIFEST_FILE = "attnedit-onnx.json"
@@ -84,12 +85,18 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the file into a directory."""
-        values = {"format_version": FORMAT_VERSION, **asdict(self)}
+        values = {FORMAT_KEY: FORMAT_VERSION, **asdict(self)}
         (directory / MANIFEST_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
         """Read the file of a directory.
+
+        Args:
+            directory: what an export wrote.
+
+        Returns:
+            What it says of the model.
 
         Raises:
             UsageError: there is none, or not of this format.
@@ -97,9 +104,8 @@ class Manifest:
         file = directory / MANIFEST_FILE
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            version = values.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise UsageError(f"{file} has format {version}, this version of attnedit reads {FORMAT_VERSION}")
+            check_format(values, FORMAT_VERSION, str(file))
+            del values[FORMAT_KEY]
             values["layers"] = [LayerCache(**layer) for layer in values["layers"]]
             values["fixed"] = None if values.get("fixed") is None else FixedSizes(**values["fixed"])
             return cls(**values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,16 @@ from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, Manifest
 from attnedit.targets.runtime.onnx.program import Signature
 
 Array = npt.NDArray[Any]
+
+
+class SamplingArguments(TypedDict, total=False):
+    """Keyword arguments of `OnnxModel.stream`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
 
 
 class OnnxModel:
@@ -112,8 +122,22 @@ class OnnxModel:
                 return
             logits = state.feed(token[:, None])
 
-    def generate(self, input_ids: Array, attention_mask: Array | None = None, **options: Any) -> Array:
-        """Generate as `stream` does (and with its arguments), and return the new tokens, int64 [B, number]."""
+    def generate(
+        self, input_ids: Array, attention_mask: Array | None = None, **options: Unpack[SamplingArguments]
+    ) -> Array:
+        """Generate as `stream` does, all at once.
+
+        Args:
+            input_ids: int64 [B, T], padded on the left.
+            attention_mask: [B, T], 0 for padding; all 1 unless given.
+            **options: the other arguments of `stream`.
+
+        Returns:
+            The new tokens, int64 [B, number].
+
+        Raises:
+            UsageError: the prompt does not fit the model.
+        """
         return np.stack(list(self.stream(input_ids, attention_mask, **options)), axis=1)
 
     def _check_prompt(self, ids: Array, mask: Array, new: int) -> None:
