@@ -14,8 +14,9 @@ from attnedit.compiler.reporting.report import KVCurve, SiteGraphs
 from attnedit.passes.mla.rewrite import Latent
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost, config_values
+from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost, attention_values, config_values
 from attnedit.targets.attention.kinds import AnyConfig, kind_of
+from attnedit.targets.runtime.engines import window_cache
 
 CURVE_POINTS = 32
 """Of memory against the length of the context."""
@@ -66,3 +67,23 @@ def linear_notes(latent: Latent) -> list[str]:
         return []
     named = ", ".join(f"{name} {error:.1%}" for name, error in zip(("queries", "keys", "values"), worst, strict=True))
     return [f"energy that the linear maps miss on calibration data, in the worst layer: {named}"]
+
+
+def engine_notes(model: PreTrainedModel, plan: Plan, configs: Mapping[str, AnyConfig]) -> list[str]:
+    """What the engine that a result is for allocates for windows, beside what the cost model says that they hold."""
+    engine = plan.options.engine
+    given = [(site, configs.get(site.name)) for site in plan.sites]
+    windows = [config.sliding_window if isinstance(config, GateSWAConfig) else site.window for site, config in given]
+    values = {attention_values(site.num_key_value_heads, site.head_dim, site.v_head_dim) for site in plan.sites}
+    # Layers of other widths have pages of other sizes, which no engine's checkpoint with windows holds.
+    if engine is None or not any(windows) or len(values) > 1:
+        return []
+    length = plan.before.length
+    found = window_cache(engine, windows, values.pop(), model.dtype.itemsize, length)
+    if found is None:
+        return []
+    size, flags = found
+    return [
+        f"{engine} allocates {size:,.0f} bytes per token at {length:,} tokens with {flags}: a window and a batch, in "
+        "whole blocks"
+    ]
