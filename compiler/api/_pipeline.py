@@ -28,7 +28,7 @@ from attnedit.compiler.execution.verify import (
 from attnedit.compiler.model_io.devices import resolve_device
 from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.reporting.report import Report, Verification
-from attnedit.figures import site_graphs
+from attnedit.figures import engine_notes, site_graphs
 from attnedit.options import CompileOptions
 from attnedit.passes.effort import effort_on
 from attnedit.planning import Plan, calibration_windows, plan_sites
@@ -144,7 +144,7 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
         verification=checks,
         seconds=log.seconds,
         pipeline=log.entries,
-        notes=[*plan.notes, *fitted.notes, *decode_note(own_error)],
+        notes=[*plan.notes, *fitted.notes, *engine_notes(result, plan, configs), *decode_note(own_error)],
         graphs=drawn,
         loss_curve=curve,
     )

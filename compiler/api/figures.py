@@ -13,8 +13,9 @@ from attnedit.compiler.reporting.graph_svg import sketch
 from attnedit.compiler.reporting.report import KVCurve, SiteGraphs
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import SiteConfig
-from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost
+from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost, attention_values
 from attnedit.targets.attention.kinds import kind_of
+from attnedit.targets.runtime.engines import window_cache
 
 CURVE_POINTS = 32
 """Of memory against the length of the context."""
@@ -54,4 +55,23 @@ def site_graphs(
             after=sketch(graphs[sites[0].name].graph),
         )
         for (kind, _), sites in alike.items()
+    ]
+
+
+def engine_notes(model: PreTrainedModel, plan: Plan, configs: Mapping[str, SiteConfig]) -> list[str]:
+    """What the engine that a result is for allocates for windows, beside what the cost model says that they hold."""
+    engine = plan.options.engine
+    windows = [getattr(configs.get(site.name), "sliding_window", site.window) for site in plan.sites]
+    values = {attention_values(site.num_key_value_heads, site.head_dim, site.v_head_dim) for site in plan.sites}
+    # Layers of other widths have pages of other sizes, which no engine's checkpoint with windows holds.
+    if engine is None or not any(windows) or len(values) > 1:
+        return []
+    length = plan.before.length
+    found = window_cache(engine, windows, values.pop(), model.dtype.itemsize, length)
+    if found is None:
+        return []
+    size, flags = found
+    return [
+        f"{engine} allocates {size:,.0f} bytes per token at {length:,} tokens with {flags}: a window and a batch, in "
+        "whole blocks"
     ]

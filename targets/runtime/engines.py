@@ -6,6 +6,8 @@ SGLang: any size that is the same in all layers, windows in Laguna. llama.cpp: a
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from attnedit.compiler.errors import UsageError
@@ -23,6 +25,11 @@ VLLM_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "laguna")
 VLLM_LLAMA = ("ministral", "smollm3")
 """Types that vLLM's Llama serves, ``layer_types`` and biases included."""
 PLUGIN = "attnedit's plugin for vLLM (pip install 'attnedit[vllm]'), which serves the saved result itself"
+
+VLLM_STEP, VLLM_BLOCK = 512, 32
+"""``--max-num-batched-tokens`` and ``--block-size`` that the report counts a window with."""
+LLAMA_CPP_STEP, LLAMA_CPP_BLOCK = 256, 256
+"""``-ub`` that it counts with, and what llama.cpp rounds up to."""
 
 # What was run with which form, for model cards; the others were only read.
 TRIED = {
@@ -106,6 +113,49 @@ def stock_rank(engine: str | None, source_values: int, budget: float) -> int | N
         f"stock vLLM caches {sizes} values per token and layer, and the source {source_values}: nothing would be "
         f"saved; use {PLUGIN}"
     )
+
+
+def window_cache(
+    engine: str, windows: Sequence[int | None], values: int, itemsize: int, length: int
+) -> tuple[float, str] | None:
+    """What an engine allocates for one sequence, where it holds more than the tokens of a window.
+
+    Args:
+        engine: its name.
+        windows: of each layer, in tokens; None is none.
+        values: cached values per token, of every layer.
+        itemsize: bytes of one, in the checkpoint.
+        length: tokens of the sequence.
+
+    Returns:
+        Bytes per token over all layers, and the settings that reach it; None for an engine that was not run.
+    """
+    layers = Counter(windows)
+    if engine == VLLM:
+        # Layers that are alike form groups of one size, the last one padded, and blocks are of a whole group.
+        fewest, most = min(layers.values()), max(layers.values())
+        size = most if most < 1.5 * fewest else fewest
+        tokens = {
+            window: _up(length if window is None else min(window - 1 + VLLM_STEP, length), VLLM_BLOCK)
+            + (0 if window is None else VLLM_BLOCK)
+            for window in layers
+        }
+        layers = Counter({window: _up(count, size) for window, count in layers.items()})
+        flags = f"--max-num-batched-tokens {VLLM_STEP} --block-size {VLLM_BLOCK} --no-async-scheduling"
+    elif engine == LLAMA_CPP:
+        tokens = {
+            window: _up(length if window is None else min(window + LLAMA_CPP_STEP, length), LLAMA_CPP_BLOCK)
+            for window in layers
+        }
+        itemsize = 2  # its cache is float16, whatever the file is
+        flags = f"-ub {LLAMA_CPP_STEP}"
+    else:
+        return None
+    return sum(tokens[window] * count for window, count in layers.items()) * values * itemsize / length, flags
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def export_profile(engine: str, profile: str | None, *, latent: bool, normed: bool) -> str:

@@ -20,6 +20,8 @@ params.warmup = False
 # Its flash attention rounds to half precision on a CPU, whatever the cache is.
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 params.fit_params = False
+# Its server restores the state of an earlier prompt otherwise (docs/engines/llama.cpp.md).
+params.n_ctx_checkpoints = 0
 params.verbosity = 5
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)

@@ -216,7 +216,9 @@ def test_windows_are_served(windows: tuple[attnedit.CompileResult, Path]) -> Non
     with serving(file, n_ctx=2048, n_batch=256, cache="F32") as server:
         for prompt in PROMPTS:
             check_same(server, result.model, tokenizer(prompt)["input_ids"])
+            check_next(server, result.model, tokenizer(prompt)["input_ids"])
         check_same(server, result.model, long)  # the window is 128 tokens
+        check_next(server, result.model, long)
         full = sum("sliding_window" not in site for site in _sites(result)) + _untouched(result)
         slides = result.model.config.num_hidden_layers - full
         per_token = 2 * result.model.config.num_key_value_heads * 64

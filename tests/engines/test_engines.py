@@ -17,7 +17,7 @@ from tiny_llama import make_llama
 from transformers import PreTrainedModel, Qwen2Config
 
 import attnedit
-from attnedit.targets.runtime.engines import stock_rank
+from attnedit.targets.runtime.engines import stock_rank, window_cache
 from attnedit.targets.runtime.gguf import export as export_gguf
 from attnedit.targets.runtime.hf import export
 from attnedit.targets.runtime.hf.files import check_files
@@ -57,6 +57,37 @@ def test_vllm_takes_the_largest_of_its_sizes_within_the_budget() -> None:
         stock_rank("vllm", 384, 0.5)
     with pytest.raises(attnedit.UsageError, match=r"and the source 256: nothing would be saved; use attnedit's plugin"):
         stock_rank("vllm", 256, 0.5)
+
+
+def test_what_engines_were_seen_to_allocate_for_windows() -> None:
+    """SmolLM2 (384 values, float32): tokens that vLLM had in 1 GiB, and MiB of llama.cpp's float16 cache."""
+    found = window_cache("vllm", [None] * 8 + [64] * 22, 384, 4, 8192)
+    assert found is not None
+    assert 2**30 / found[0] == pytest.approx(71_450, rel=0.001)
+    assert found[1] == "--max-num-batched-tokens 512 --block-size 32 --no-async-scheduling"
+    found = window_cache("llama.cpp", [None] * 7 + [128] * 23, 384, 4, 2048)
+    assert found == (38.25 / 2 * 2**20 / 2048, "-ub 256")
+    assert window_cache("sglang", [None, 64], 384, 4, 8192) is None
+
+
+def test_nearly_as_many_full_layers_as_windows_share_blocks_of_the_larger_number() -> None:
+    """3 windows and 4 full layers: vLLM makes two groups of 4, and of 2 and 4 three groups of 2."""
+    page = 32 * 100 * 2
+    window = (511 + 1 + 512) // 32  # a multiple of the block, and one block more
+    found = [window_cache("vllm", [None] * full + [512] * slides, 100, 2, 4096) for full, slides in ((4, 3), (2, 4))]
+    sizes = [round(size[0] * 4096) for size in found if size is not None]
+    assert sizes == [page * (4 * 128 + 4 * (window + 1)), page * (2 * 128 + 4 * (window + 1))]
+
+
+@pytest.mark.parametrize(("engine", "name"), [("vllm", "--block-size 32"), ("llama.cpp", "-ub 256"), ("sglang", "")])
+def test_the_report_says_what_the_engine_allocates_for_windows(engine: str, name: str) -> None:
+    options = {"calibration": tokens(2, 32), "window": 8, "full_layers": 1, "alternations": 0, "engine": engine}
+    report = attnedit.compile(build("llama", vocab_size=VOCABULARY), "gateswa", **options).report
+    notes = [note for note in report.notes if note.startswith(f"{engine} allocates")]
+    assert len(notes) == bool(name)
+    assert all(name in note for note in notes)
+    printed = " ".join(str(report).split())
+    assert all(note in printed for note in notes)
 
 
 def test_a_result_of_another_size_is_refused_by_vllm_only(tmp_path: Path) -> None:

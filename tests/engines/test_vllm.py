@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import time
@@ -224,6 +225,24 @@ def test_a_window_has_the_blocks_that_vllm_allocates(folder: Path) -> None:
     expected = GIBIBYTE / (page * layers / 2 * (full + window)) * context
     assert found["tokens"] == pytest.approx(expected, rel=0.02)
     assert found["tokens"] > 1.9 * GIBIBYTE / (page / block * layers)  # nearly twice what the source has room for
+
+
+def test_stock_vllm_allocates_for_windows_what_the_report_says(folder: Path) -> None:
+    """A checkpoint of ``--engine vllm``, which needs no plugin, with the settings that the report names."""
+    sizes = {**SIZES, "max_position_embeddings": 4096, "num_hidden_layers": 5}
+    options = {"window": WINDOW, "full_layers": 2, "alternations": 0, "engine": "vllm", "calibration": tokens(4, 64)}
+    result = attnedit.compile(build("llama", **sizes), "gateswa", **options)
+    result.tokenizer = make_tokenizer()
+    directory = folder / "stock-windows"
+    assert result.export("hf", directory).architecture == "LlamaForCausalLM"
+    noted = next(note for note in result.report.notes if note.startswith("vllm allocates"))
+    size = float(noted.split()[2].replace(",", ""))
+    flags = re.findall(r"--(max-num-batched-tokens|block-size) (\d+)", noted)
+    settings = {name.replace("-", "_"): int(value) for name, value in flags}
+    assert len(settings) == 2
+    found = serve(folder, {"stock": {"directory": str(directory), "settings": {**settings, "max_model_len": 4096}}})
+    assert_as_eager(found["stock"], result.model, prompts())
+    assert found["stock"]["tokens"] == pytest.approx(GIBIBYTE / size, rel=0.02)
 
 
 REFUSED = {

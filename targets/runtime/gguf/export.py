@@ -13,13 +13,11 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.heads import need_language_head
-from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.reporting.report import Report
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
 from attnedit.targets.attention.mla_graph import MLA_MODULE
 from attnedit.targets.runtime.check import check_model
-from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE, check_free
+from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
 from attnedit.targets.runtime.engines import ENGINES, LLAMA_CPP
 from attnedit.targets.runtime.gguf.file import KINDS, check_file, write_file
@@ -28,7 +26,7 @@ from attnedit.targets.runtime.gguf.latent import latent_form
 from attnedit.targets.runtime.gguf.reference import Reference
 from attnedit.targets.runtime.gguf.tokenizer import tokenizer_keys
 from attnedit.targets.runtime.gguf.windowed import windowed_form
-from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
+from attnedit.targets.runtime.hf.card import write_about
 from attnedit.targets.runtime.hf.check import TOLERANCES
 from attnedit.targets.runtime.hf.native import OTHER
 from attnedit.targets.runtime.staging import Exportable, check_choice, staged, staged_file
@@ -136,7 +134,8 @@ def export(
             with stage("write", progress):
                 write_file(form, keys, target.stem, kind, file)
                 if target.suffix != SUFFIX:
-                    _write_rest(result, staging, form.notes + notes)
+                    report, form_name = getattr(result, "report", None), "GGUF for llama.cpp"
+                    write_about(report, staging, loading=LOADING, form=form_name, notes=form.notes + notes)
             with stage("check", progress):
                 reference = Reference(check_file(form, keys, kind, file))
                 rounded = kind in QUANTIZERS
@@ -187,14 +186,3 @@ def _form(model: PreTrainedModel, *, half: bool) -> Form:
         # What reads the layers is shared with checkpoints, which have another way out.
         raise type(error)(str(error).replace(OTHER, ELSEWHERE)) from error
     raise UsageError(f"a .gguf holds attention that attnedit made, latent or windowed; {ELSEWHERE}")
-
-
-def _write_rest(result: Any, staging: Path, notes: list[str]) -> None:
-    report: Report | None = getattr(result, "report", None)
-    license = None
-    if report is not None:
-        license = report.license or source_license(report.source)
-        (staging / REPORT_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
-        (staging / HTML_FILE).write_text(report.to_html(), encoding="utf-8")
-    card = model_card(report, loading=LOADING, form="GGUF for llama.cpp", notes=notes, license=license)
-    (staging / CARD_FILE).write_text(card, encoding="utf-8")

@@ -62,12 +62,13 @@ def windowed_form(model: PreTrainedModel) -> Form:
     else:
         keys |= {Keys.Rope.DIMENSION_COUNT: rotated, Keys.LLM.LOGIT_SCALE: 1.0}
     count, window = sum(layer.window is not None for layer in layers), common_window(layers)
-    note = (
+    notes = [
         f"{count} of {len(layers)} layers keep {window} tokens. llama.cpp allocates a window and a batch for them "
-        "(rounded up to 256 tokens), unless it is started with --swa-full."
-    )
+        "(rounded up to 256 tokens), unless it is started with --swa-full.",
+        "Start llama-server with --ctx-checkpoints 0: with windows it may go on from the checkpoint of another prompt.",
+    ]
     eps = float(source.rms_norm_eps)
-    return Form(architecture, common_keys(source, architecture, eps) | named(architecture, keys), tensors, [note])
+    return Form(architecture, common_keys(source, architecture, eps) | named(architecture, keys), tensors, notes)
 
 
 def _architecture(model: PreTrainedModel, layers: list[Layer]) -> str:

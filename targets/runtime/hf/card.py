@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attnedit.compiler.model_io.licenses import CARD_FILE
+from attnedit.compiler.model_io.licenses import CARD_FILE, source_license
 from attnedit.compiler.reporting.report import Report
 from attnedit.targets.attention.kinds import find_kind
+from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
 
-__all__ = ["CARD_FILE", "NATIVE", "OURS", "REMOTE", "model_card"]
+__all__ = ["CARD_FILE", "NATIVE", "OURS", "REMOTE", "model_card", "write_about"]
 
 PAPER = "https://arxiv.org/abs/2604.05688"
 
@@ -25,6 +26,25 @@ OURS = """import attnedit
 
 result = attnedit.load("path/to/this/directory")
 result.model  # a transformers model; after the import AutoModelForCausalLM loads the directory too"""
+
+
+def write_about(report: Report | None, directory: Path, *, loading: str, form: str, notes: Iterable[str]) -> None:
+    """Write the report, where there is one, and the model card of an export.
+
+    Args:
+        report: of the compilation; None where it is not known.
+        directory: that the files go to.
+        loading: Python that loads the directory.
+        form: name of the class or kind of checkpoint.
+        notes: further sentences on this form.
+    """
+    license = None
+    if report is not None:
+        license = report.license or source_license(report.source)
+        (directory / REPORT_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
+        (directory / HTML_FILE).write_text(report.to_html(), encoding="utf-8")
+    card = model_card(report, loading=loading, form=form, notes=notes, license=license)
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def model_card(

@@ -15,15 +15,13 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.heads import need_language_head
-from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.reporting.report import Report
 from attnedit.targets.attention.mla_graph import MLA_MODULE
 from attnedit.targets.attention.rewritten import KV_CACHE_MODULE
-from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE, check_free
+from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_sites
 from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, TRIED, VLLM, check_checkpoint, export_profile
-from attnedit.targets.runtime.hf.card import CARD_FILE, NATIVE, REMOTE, model_card
+from attnedit.targets.runtime.hf.card import NATIVE, REMOTE, write_about
 from attnedit.targets.runtime.hf.check import Check, check_same
 from attnedit.targets.runtime.hf.files import check_files
 from attnedit.targets.runtime.hf.gateswa import laguna_checkpoint, lfm3_checkpoint, native_checkpoint
@@ -218,14 +216,7 @@ def _write(
 def _write_rest(result: Any, staging: Path, profile: str, notes: list[str]) -> None:
     if getattr(result, "tokenizer", None) is not None:
         result.tokenizer.save_pretrained(staging)
-    report: Report | None = getattr(result, "report", None)
-    license = None
-    if report is not None:
-        license = report.license or source_license(report.source)
-        (staging / REPORT_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
-        (staging / HTML_FILE).write_text(report.to_html(), encoding="utf-8")
     loading = REMOTE if profile == REMOTE_PROFILE else NATIVE
     form = "checkpoint with code of its own" if profile == REMOTE_PROFILE else f"checkpoint of profile {profile}"
     notes = [*notes, f"Engines that were tried with this form: {TRIED[profile]}"]
-    card = model_card(report, loading=loading, form=form, notes=notes, license=license)
-    (staging / CARD_FILE).write_text(card, encoding="utf-8")
+    write_about(getattr(result, "report", None), staging, loading=loading, form=form, notes=notes)

@@ -8,7 +8,7 @@ size, v value size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from torch import fx, nn
@@ -52,17 +52,16 @@ class OrdinaryConfig:
     def of(cls, site: AttentionSite) -> OrdinaryConfig:
         """Read it off a site."""
         arguments = anchor_arguments(site)
-        return cls(
-            layer_idx=site.layer_idx,
-            num_attention_heads=site.num_attention_heads,
-            num_key_value_heads=site.num_key_value_heads,
-            head_dim=site.head_dim,
-            v_head_dim=site.v_head_dim,
-            scale=float(arguments["scale"]),
-            softcap=arguments.get("softcap"),
-            sinks=arguments.get("sinks") is not None,
-            sliding_window=site.window,
-        )
+        read: dict[str, Any] = {
+            "scale": float(arguments["scale"]),
+            "softcap": arguments.get("softcap"),
+            "sinks": arguments.get("sinks") is not None,
+            "sliding_window": site.window,
+        }
+        shape: dict[str, Any] = {
+            field.name: getattr(site, field.name) for field in fields(cls) if field.name not in read
+        }
+        return cls(**shape, **read)
 
 
 ServedConfig = MLAConfig | GateSWAConfig | OrdinaryConfig
