@@ -3,7 +3,7 @@
     python tests/random_configurations.py --count 1000 --seed 0
 
 A case passes if the result computes finite numbers, or if it is refused in one line for a reason of usage. One JSON
-line is printed for each failure, with what repeats it, and one for the sum.
+line is printed for each failure, with what repeats it, and one for the sum, with the refusals and their reasons.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from attnedit.compiler.errors import UsageError
 
 LARGE = 1000.0
 CONTEXT = 96
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv", "query_key_value", "c_attn")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv", "c_attn")
+"""Parts of the names that families give to projections of queries, keys and values."""
 FAMILY_NAMES = [name for name, family in FAMILIES.items() if not family.mla]
 
 
@@ -71,10 +73,7 @@ def plant(model: PreTrainedModel, what: str | None, seed: int) -> None:
         embedding.weight[5] *= LARGE
     for name, value in model.named_parameters():
         place = name.rsplit(".", 2)
-        projection = len(place) > 1 and any(
-            part in place[-2] for part in ("q_proj", "k_proj", "v_proj", "qkv", "c_attn")
-        )
-        if not projection:
+        if len(place) < 2 or not any(part in place[-2] for part in PROJECTIONS):
             continue
         if what == "channels" and value.dim() == 2:
             value[int(torch.randint(len(value), (), generator=generator))] *= LARGE
@@ -82,12 +81,12 @@ def plant(model: PreTrainedModel, what: str | None, seed: int) -> None:
             value += LARGE * noise(value)
         elif what == "dead head" and value.dim() == 2:
             value[: max(1, len(value) // 4)] = 0
-        elif what == "constant keys" and "k_proj" in place[-2]:
+        elif what == "constant keys" and place[-2] in ("k_proj", "key"):
             value *= 0.0 if value.dim() == 2 else 1.0
 
 
-def run(case: dict[str, Any]) -> str | None:
-    """Why a case failed; None if it passed."""
+def run(case: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Why a case failed, and why it was refused; None where it was not."""
     try:
         model = build(case["family"], seed=case["seed"], **case["options"])
         plant(model, case["plant"], case["seed"])
@@ -98,21 +97,21 @@ def run(case: dict[str, Any]) -> str | None:
         with torch.no_grad():
             found = result.model(ids).logits
         if not bool(torch.isfinite(found).all()):
-            return "logits are not finite"
+            return "logits are not finite", None
         bad = [row.name for row in result.report.layers if row.output_error is not None and not row.output_error < 1e6]
         if bad:
-            return f"error of {bad[0]} is {result.report.layers[0].output_error}"
+            return f"the error of {bad[0]} is out of bounds", None
         if case["seed"] % 10 == 0:
             with tempfile.TemporaryDirectory() as directory, torch.no_grad():
                 again = attnedit.load(result.save(f"{directory}/out")).model(ids).logits
             if not torch.allclose(again, found, rtol=1e-4, atol=1e-4):
-                return "the saved result computes something else"
+                return "the saved result computes something else", None
     except UsageError as error:
-        return None if "\n" not in str(error) else f"several lines: {error}"
+        return (None if "\n" not in str(error) else f"several lines: {error}"), str(error)
     except Exception as error:  # what this is for
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__} at {where.filename}:{where.lineno}: {error}"[:500]
-    return None
+        return f"{type(error).__name__} at {where.filename}:{where.lineno}: {error}"[:500], None
+    return None, None
 
 
 def main() -> int:
@@ -122,13 +121,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     arguments = parser.parse_args()
     failures = 0
+    refused: Counter[str] = Counter()
     for seed in range(arguments.seed, arguments.seed + arguments.count):
         case = draw(seed)
-        reason = run(case)
+        reason, refusal = run(case)
+        if refusal is not None:
+            refused[refusal] += 1
         if reason is not None:
             failures += 1
             print(json.dumps({**case, "failed": reason}), flush=True)
-    print(json.dumps({"cases": arguments.count, "failures": failures}))
+    print(json.dumps({"cases": arguments.count, "failures": failures, "refused": refused.total(), "reasons": refused}))
     return int(failures > 0)
 
 
