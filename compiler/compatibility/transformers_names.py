@@ -103,6 +103,11 @@ def supports_sdpa(model: Any) -> bool:
     return bool(getattr(model, "_supports_sdpa", False))
 
 
+def passes_arguments_on(model: Any) -> bool:
+    """Whether a model's class says that it hands its keyword arguments on to every attention module."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
 def dtype_plan(model: PreTrainedModel) -> Any:
     """Dtypes of the weights that a model loads in another dtype than its own."""
     return model._get_dtype_plan(model.dtype)

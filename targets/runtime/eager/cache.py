@@ -9,9 +9,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from attnedit.compiler.compatibility.caches import given_cache
 from attnedit.compiler.compatibility.live import GenerationHook
-from attnedit.compiler.errors import UsageError
+from attnedit.compiler.compatibility.paged import size_pages
 from attnedit.targets.attention.gateswa import GateSWA
 from attnedit.targets.attention.gateswa_layers import bounded_layer
+from attnedit.targets.runtime.eager.paging import paged_config
 
 LARGE_MASK = 1 << 26
 """Places of a prompt's attention mask beyond which the prompt is read in parts: 8,192 x 8,192."""
@@ -64,15 +65,14 @@ class BoundedGeneration(GenerationHook):
             cache.activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse what ``generate_batch`` begins with: its cache has pages of keys and values as the source makes them.
+        """Make the manager that ``generate_batch`` begins with, with pages for what rewritten layers cache.
 
         Raises:
-            UsageError: always.
+            UsageError: the model cannot be served so (`paged_config`).
         """
-        raise UsageError(
-            "continuous batching (generate_batch) is not supported: a rewritten model keeps latents or a window, for "
-            "which transformers' paged cache has no room; use generate with a batch of padded prompts"
-        )
+        config = paged_config(cast(PreTrainedModel, self))
+        parent: Any = super()
+        return size_pages(parent.init_continuous_batching(*args, **kwargs), config)
 
 
 def _part_of_prompt(mask: Any) -> int | None:

@@ -1,0 +1,72 @@
+"""Continuous batching of rewritten models: what transformers' paged cache has to hold, or why it cannot."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from attnedit.compiler.compatibility.paged import GROUPS, pages_by_index
+from attnedit.compiler.compatibility.transformers_names import passes_arguments_on
+from attnedit.compiler.errors import UsageError
+from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
+from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.kv_cache import Attend
+from attnedit.targets.attention.mla import MLA
+
+FULL, SLIDING = GROUPS
+
+
+def paged_config(model: PreTrainedModel) -> Any:
+    """Return the configuration by which a paged cache is made for a rewritten model.
+
+    Where every layer's attention is new, a page has room for the largest number of values that one of them caches per
+    token; else it is as large as for the source, and the new layers use as much of it as they need. Pages of a layer
+    with kept sinks hold every token, as a ring of the last ones would drop them.
+
+    Raises:
+        UsageError: the model cannot be served so; with the reason.
+    """
+    config = copy.deepcopy(model.config.get_text_config())
+    new = {module.config.layer_idx: module.config for module in model.modules() if isinstance(module, MLA | GateSWA)}
+    count: int = config.num_hidden_layers
+    per_layer: list[str] | None = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    kinds = list(per_layer or [FULL if window is None else SLIDING] * count)
+    if not pages_by_index():
+        raise _refusal("this version of transformers makes its pages in another way (5.23 is known)")
+    if any(isinstance(module, Attend) for module in model.modules()):
+        raise _refusal("a rewrite of your own may cache anything")
+    if not passes_arguments_on(model):
+        raise _refusal(f"{type(model).__name__} does not pass a paged cache on to its layers")
+    if unknown := sorted(set(kinds) - set(GROUPS)):
+        raise _refusal(f"it has layers of {', '.join(unknown)}")
+    for layer, own in new.items():
+        if isinstance(own, GateSWAConfig) and own.sink_tokens:
+            kinds[layer] = FULL
+    if per_layer is None and len(set(kinds)) > 1:  # its forward knows one mask, for all layers
+        if len(new) < count:
+            raise _refusal("some layers keep the source's window, and others kept sinks outside it")
+        kinds = [FULL] * count
+    config.layer_types = kinds
+    if SLIDING not in kinds:
+        config.sliding_window = None
+    if len(new) == count:
+        config.num_key_value_heads = 1
+        config.head_dim = max(-(-_values(own) // 2) for own in new.values())
+    return config
+
+
+def _values(config: MLAConfig | GateSWAConfig) -> int:
+    """Values that one layer caches per token."""
+    if isinstance(config, MLAConfig):
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_key_value_heads * (config.head_dim + config.v_head_dim)
+
+
+def _refusal(reason: str) -> UsageError:
+    return UsageError(
+        f"continuous batching (generate_batch) is not supported here: {reason}; "
+        "use generate, with a batch of padded prompts"
+    )
