@@ -51,11 +51,13 @@ def draw(seed: int) -> dict[str, Any]:
             arguments["full_layers"] = choose.choice([None, 0, 1])
     elif choose.random() < 0.2:
         arguments["allocation"] = "loss"
+    family = choose.choice(FAMILY_NAMES)
+    grouped = FAMILIES[family].heads == (4, 2)  # the others have as many key/value heads as they must
     plants = ["channels", "biases", "token", "dead head", "constant keys"]
     return {
         "seed": seed,
-        "family": choose.choice(FAMILY_NAMES),
-        "options": {"num_key_value_heads": choose.choice([1, 2, 4])} if choose.random() < 0.3 else {},
+        "family": family,
+        "options": {"num_key_value_heads": choose.choice([1, 4])} if grouped and choose.random() < 0.3 else {},
         "arguments": arguments,
         "windows": choose.choice([1, 2, 5]),
         "length": choose.randint(24, CONTEXT),

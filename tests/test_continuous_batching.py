@@ -82,6 +82,16 @@ def test_continuous_batching_with_windows_and_sinks_of_the_source(family: str, t
     assert batched(model, prompts, max_batch_tokens=8) == one_by_one(model, prompts)
 
 
+def test_continuous_batching_with_eager_attention_in_the_other_layers() -> None:
+    model = rewritten("llama", "gateswa, one full layer")
+    prompts = [tokens(1, length)[0].tolist() for length in LENGTHS]
+    try:
+        model.set_attn_implementation("eager")
+        assert batched(model, prompts) == one_by_one(model, prompts)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
 def test_continuous_batching_shares_pages_of_a_common_prefix() -> None:
     model = rewritten("llama", "mla")
     start = tokens(1, 12)[0].tolist()
@@ -120,6 +130,7 @@ def test_generate_with_a_paged_cache_is_continuous_batching() -> None:
     ("family", "options", "reason"),
     [
         ("qwen3_next", {"target": "mla"}, "layers of linear_attention"),
+        ("gemma2", {"target": "gateswa", "window": 4}, "would lose its softcap"),
         ("falcon", {"target": "mla"}, "does not pass a paged cache on to its layers"),
         ("llama", {"rewrites": True}, "a rewrite of your own may cache anything"),
     ],

@@ -70,9 +70,11 @@ class BoundedGeneration(GenerationHook):
         Raises:
             UsageError: the model cannot be served so (`paged_config`).
         """
-        config = paged_config(cast(PreTrainedModel, self))
+        model = cast(PreTrainedModel, self)
+        paged_config(model)
         parent: Any = super()
-        return size_pages(parent.init_continuous_batching(*args, **kwargs), config)
+        manager = parent.init_continuous_batching(*args, **kwargs)
+        return size_pages(manager, paged_config(model))  # again: it may have switched the attention implementation
 
 
 def _part_of_prompt(mask: Any) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from attnedit.compiler.compatibility.paged import GROUPS, pages_by_index
-from attnedit.compiler.compatibility.transformers_names import passes_arguments_on
+from attnedit.compiler.compatibility.transformers_names import attention_of, passes_arguments_on
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.gateswa import GateSWA
@@ -42,6 +42,9 @@ def paged_config(model: PreTrainedModel) -> Any:
         raise _refusal(f"{type(model).__name__} does not pass a paged cache on to its layers")
     if unknown := sorted(set(kinds) - set(GROUPS)):
         raise _refusal(f"it has layers of {', '.join(unknown)}")
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped and len(new) < count and not attention_of(model.config).startswith("flash"):
+        raise _refusal("layers that keep the source's attention would lose its softcap in transformers' paged one")
     for layer, own in new.items():
         if isinstance(own, GateSWAConfig) and own.sink_tokens:
             kinds[layer] = FULL
