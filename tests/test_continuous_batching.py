@@ -70,10 +70,9 @@ def test_continuous_batching_gives_the_tokens_of_generate(family: str, target: s
     ("family", "target"),
     [
         ("mistral", "mla"),
-        ("mistral", "gateswa"),
+        ("mistral", "gateswa, no kept sinks"),
         ("gemma3_text", "gateswa+mla"),
         ("gpt_oss", "gateswa"),
-        ("gpt2", "mla"),
     ],
 )
 def test_continuous_batching_with_windows_and_sinks_of_the_source(family: str, target: str) -> None:
@@ -131,6 +130,7 @@ def test_generate_with_a_paged_cache_is_continuous_batching() -> None:
     [
         ("qwen3_next", {"target": "mla"}, "layers of linear_attention"),
         ("gemma2", {"target": "gateswa", "window": 4}, "would lose its softcap"),
+        ("mistral", {"target": "gateswa", "window": 3, "full_layers": 1}, "others kept sinks outside it"),
         ("falcon", {"target": "mla"}, "does not pass a paged cache on to its layers"),
         ("llama", {"rewrites": True}, "a rewrite of your own may cache anything"),
     ],
@@ -175,7 +175,7 @@ def test_what_pages_do_not_hold_is_refused() -> None:
     class Ring(Group):
         layer_type, sliding_window = "sliding_attention", 4
 
-    for given in ({"window": 3}, {"window": 4, "sink_tokens": 1}, {}):
+    for given in ({"window": 5}, {"window": 4, "sink_tokens": 1}, {}):
         with pytest.raises(UsageError, match="layer 0 needs tokens that a paged cache of the last 4 drops"):
             pages(Ring()).visible(0, **given)
     wide = torch.zeros(1, 1, 3, 3)

@@ -38,10 +38,10 @@ def paged_config(model: PreTrainedModel) -> Any:
         raise _refusal("this version of transformers makes its pages in another way (5.23 is known)")
     if any(isinstance(module, Attend) for module in model.modules()):
         raise _refusal("a rewrite of your own may cache anything")
-    if not passes_arguments_on(model):
-        raise _refusal(f"{type(model).__name__} does not pass a paged cache on to its layers")
     if unknown := sorted(set(kinds) - set(GROUPS)):
         raise _refusal(f"it has layers of {', '.join(unknown)}")
+    if not passes_arguments_on(model):
+        raise _refusal(f"{type(model).__name__} does not pass a paged cache on to its layers")
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     if capped and len(new) < count and not attention_of(model.config).startswith("flash"):
         raise _refusal("layers that keep the source's attention would lose its softcap in transformers' paged one")
