@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import attnedit
 from attnedit.compiler.compatibility.caches import known_cache
 from attnedit.compiler.compatibility.paged import PagedLayers, is_paged, pages_by_index
 from attnedit.compiler.errors import UsageError
+from attnedit.targets.runtime.hf.remote import load_code
 
 pytestmark = pytest.mark.skipif(not pages_by_index(), reason="this transformers makes its pages in another way")
 
@@ -113,6 +115,16 @@ def test_pages_are_as_large_as_latents() -> None:
     own = max(site["kv_lora_rank"] + 2 * len(site["rope_columns"]) for site in model.config.attnedit["sites"].values())
     assert sizes == [4 * 4 * 2 * 2 * 8, 4 * 4 * (own + own % 2)]
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("target", ["mla", "gateswa"])
+def test_a_checkpoint_with_code_of_its_own_batches_too(target: str, tmp_path: Path) -> None:
+    result = attnedit.compile(build("llama"), target, calibration=tokens(4, 32), **TARGETS[target])
+    result.export("hf", tmp_path / "out", profile="remote")
+    model = load_code(tmp_path / "out")
+    assert type(model).__module__.startswith("attnedit_remote_")
+    prompts = [tokens(1, length)[0].tolist() for length in LENGTHS]
+    assert batched(model, prompts, max_batch_tokens=8) == one_by_one(result.model, prompts)
 
 
 def test_generate_with_a_paged_cache_is_continuous_batching() -> None:

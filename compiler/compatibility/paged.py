@@ -140,6 +140,16 @@ def pages_by_index() -> bool:
     )
 
 
+def passes_arguments_on(model: Any) -> bool:
+    """Whether a model's class says that it hands its keyword arguments on to every attention module."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def keeps_softcap(config: Any) -> bool:
+    """Whether transformers' attention over pages heeds a softcap: flash attention does, by itself."""
+    return str(config._attn_implementation).startswith("flash")
+
+
 def size_pages(manager: Any, config: Any) -> Any:
     """Have a manager of continuous batching make its pages by a configuration in place of the model's.
 

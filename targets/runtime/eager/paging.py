@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch import fx
 from transformers import PreTrainedModel
 
-from attnedit.compiler.compatibility.paged import GROUPS, pages_by_index
-from attnedit.compiler.compatibility.transformers_names import attention_of, passes_arguments_on
+from attnedit.compiler.compatibility.paged import GROUPS, keeps_softcap, pages_by_index, passes_arguments_on
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.gateswa import GateSWA
-from attnedit.targets.attention.kv_cache import Attend
 from attnedit.targets.attention.mla import MLA
 
 FULL, SLIDING = GROUPS
@@ -36,14 +35,15 @@ def paged_config(model: PreTrainedModel) -> Any:
     kinds = list(per_layer or [FULL if window is None else SLIDING] * count)
     if not pages_by_index():
         raise _refusal("this version of transformers makes its pages in another way (5.23 is known)")
-    if any(isinstance(module, Attend) for module in model.modules()):
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    if any(not any(isinstance(part, MLA | GateSWA) for part in graph.modules()) for graph in graphs):
         raise _refusal("a rewrite of your own may cache anything")
     if unknown := sorted(set(kinds) - set(GROUPS)):
         raise _refusal(f"it has layers of {', '.join(unknown)}")
     if not passes_arguments_on(model):
         raise _refusal(f"{type(model).__name__} does not pass a paged cache on to its layers")
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    if capped and len(new) < count and not attention_of(model.config).startswith("flash"):
+    if capped and len(new) < count and not keeps_softcap(model.config):
         raise _refusal("layers that keep the source's attention would lose its softcap in transformers' paged one")
     for layer, own in new.items():
         if isinstance(own, GateSWAConfig) and own.sink_tokens:
