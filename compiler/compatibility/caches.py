@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from transformers import Cache
 
+from attnedit.compiler.compatibility.paged import PagedLayers, is_paged
 from attnedit.compiler.errors import UsageError
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -91,24 +92,30 @@ def known_cache(cache: Any, others: Mapping[str, Any] | None = None) -> Any:
         cache: by the name that the layer's signature has.
         others: keyword arguments that the signature does not name.
 
+    Returns:
+        A `transformers.Cache`, None, or the pages of continuous batching (`PagedLayers`).
+
     Raises:
-        UsageError: it is no `transformers.Cache`, or another cache is among the other arguments: left unread, either
-            would have the layer attend to new tokens alone.
+        UsageError: it is neither, or another cache is among the other arguments: left unread, either would have the
+            layer attend to new tokens alone.
     """
     if isinstance(cache, fx.Proxy):  # unpickling a graph traces its code
         return cache.tracer.create_proxy(
             "call_function", known_cache, (cache, *(() if others is None else (others,))), {}
         )
-    if cache is not None and not (isinstance(cache, Cache) and hasattr(cache, "layers")):
+    others = others or {}
+    if cache is None:
+        cache = next((value for value in others.values() if is_paged(value)), None)
+    pages = is_paged(cache) and "read_index" in others
+    if cache is not None and not pages and not (isinstance(cache, Cache) and hasattr(cache, "layers")):
         raise UsageError(
             f"a rewritten attention layer was given a {type(cache).__name__} as its cache and knows only "
-            "transformers' Cache with layers (DynamicCache, StaticCache); continuous batching is not supported: "
-            "use generate"
+            "transformers' Cache with layers (DynamicCache, StaticCache) and the pages of generate_batch"
         )
-    for name, value in (others or {}).items():
+    for name, value in others.items():
         if value is not None and value is not cache and (name in CACHE_NAMES or isinstance(value, Cache)):
             raise UsageError(
                 f"a rewritten attention layer was given a {type(value).__name__} as {name}, which it does not take "
                 "its cache from; hand the model its cache by the name that its forward has, and only once"
             )
-    return cache
+    return PagedLayers(cache, others) if pages else cache

@@ -103,9 +103,9 @@ def supports_sdpa(model: Any) -> bool:
     return bool(getattr(model, "_supports_sdpa", False))
 
 
-def dtype_plan(model: PreTrainedModel) -> Any:
-    """Dtypes of the weights that a model loads in another dtype than its own."""
-    return model._get_dtype_plan(model.dtype)
+def dtype_plan(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+    """Dtypes of the weights, by parts of names, that a model loads in another dtype than this, its own unless given."""
+    return model._get_dtype_plan(model.dtype if dtype is None else dtype)
 
 
 def conversions_of(model: PreTrainedModel) -> list[Any]:

@@ -17,11 +17,19 @@ _LINES = {".jsonl", ".ndjson"}
 _TABLES = {".csv", ".tsv"}
 _FILE_SUFFIXES = {".txt", ".md", ".rst", ".text", ".json", ".parquet", *_LINES, *_TABLES}
 _TEXT_FIELDS = ("text", "content", "document")
-_CHAT_FIELDS = ("messages", "conversations")
-_TURNS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"))
-"""Fields of a question and its answer: Alpaca's, and those of libraries for fine-tuning."""
-_CONTEXT_FIELD = "input"
-"""What Alpaca's instruction works on, where there is any."""
+_CHAT_FIELDS = ("messages", "conversations", "conversation")
+_TURNS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
+"""Fields of a question and its answer: Alpaca's, Dolly's, and those of libraries for fine-tuning."""
+_CONTEXT_FIELDS = ("input", "context")
+"""What an instruction works on, where there is any."""
+_SYSTEM_FIELD, _HISTORY_FIELD = "system", "history"
+"""What a system prompt is, and pairs of earlier questions and answers, beside a chat or an instruction."""
 _SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -133,7 +141,12 @@ def _read_parquet(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
 
     try:
         table = parquet.ParquetFile(path)
-        fields = dict.fromkeys([*_TEXT_FIELDS, *_CHAT_FIELDS, *itertools.chain(*_TURNS), _CONTEXT_FIELD])
+        fields = dict.fromkeys(
+            [
+                *(*_TEXT_FIELDS, *_CHAT_FIELDS, *itertools.chain(*_TURNS)),
+                *(*_CONTEXT_FIELDS, _SYSTEM_FIELD, _HISTORY_FIELD),
+            ]
+        )
         columns = [name for name in fields if name in table.schema_arrow.names]
         if not _known(columns):
             raise UsageError(f"{path} has no column {_fields()}; its columns are {', '.join(table.schema_arrow.names)}")
@@ -171,13 +184,14 @@ def _document(record: object, tokenizer: PreTrainedTokenizerBase, where: str) ->
             return cast(str, record[field])
     for field in _CHAT_FIELDS:
         if isinstance(record.get(field), list):
-            return _chat(record[field], tokenizer, where)
+            return _chat([*_before(record, record[field], where), *record[field]], tokenizer, where)
     for asked, answered in _TURNS:
         if isinstance(record.get(asked), str) and isinstance(record.get(answered), str):
-            context = record.get(_CONTEXT_FIELD) if asked == _TURNS[0][0] else None
-            return _exchange([record[asked], context], record[answered], tokenizer, where)
+            given = [record.get(field) for field in _CONTEXT_FIELDS if asked == "instruction"]
+            return _exchange(record, [record[asked], *given], record[answered], tokenizer, where)
         if isinstance(record.get(asked), list) and isinstance(record.get(answered), list):
-            return _chat([*record[asked], *record[answered]], tokenizer, where)
+            turns = [*record[asked], *record[answered]]
+            return _chat([*_before(record, turns, where), *turns], tokenizer, where)
     wrong = [field for field in _known(record) if field in record]
     if wrong:
         found = " and ".join(f"{field} is {_kind(record[field])}" for field in wrong)
@@ -196,13 +210,30 @@ def _kind(value: object) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _exchange(asked: list[Any], answer: str, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def _exchange(
+    record: Mapping[str, Any], asked: list[Any], answer: str, tokenizer: PreTrainedTokenizerBase, where: str
+) -> str:
     """A question, in parts of which some may be empty, and its answer: as a chat, where there is a template."""
     question = "\n\n".join(part for part in asked if isinstance(part, str) and part.strip())
-    if not tokenizer.chat_template:
-        return f"{question}\n\n{answer}"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turns = [*_before(record, turns, where), *turns]
+    if not tokenizer.chat_template:
+        return "\n\n".join(turn["content"] for turn in turns)
     return _chat(turns, tokenizer, where)
+
+
+def _before(record: Mapping[str, Any], turns: list[Any], where: str) -> list[dict[str, str]]:
+    """What stands in fields of its own before the turns of a record: a system prompt, and earlier exchanges."""
+    before = []
+    system, first = record.get(_SYSTEM_FIELD), turns[0] if turns else None
+    known = isinstance(first, Mapping) and "system" in (first.get("role"), first.get("from"))
+    if isinstance(system, str) and system.strip() and not known:
+        before.append({"role": "system", "content": system})
+    for pair in record.get(_HISTORY_FIELD) or ():
+        if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
+            raise UsageError(f"{where}: {_HISTORY_FIELD} must hold pairs of texts; mend the record, or leave it out")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return before
 
 
 def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
@@ -218,13 +249,23 @@ def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -
 
 
 def _with_role(message: Any, where: str) -> Any:
-    """A message of ShareGPT, `from` and `value`, as chat templates have it; any other as it is."""
-    if not isinstance(message, Mapping) or "role" in message or "from" not in message:
+    """A message as chat templates have it: its role, also where ShareGPT says `from`, and its text."""
+    if not isinstance(message, Mapping):
         return message
-    speaker = str(message["from"])
-    if speaker.lower() not in _SPEAKERS:
-        raise UsageError(f"{where} has a message from {speaker!r}; known are {', '.join(sorted(_SPEAKERS))}")
-    return {"role": _SPEAKERS[speaker.lower()], "content": message.get("value")}
+    role, content = message.get("role"), message.get("content")
+    if role is None and "from" in message:
+        speaker, content = str(message["from"]), message.get("value")
+        if speaker.lower() not in _SPEAKERS:
+            raise UsageError(f"{where} has a message from {speaker!r}; known are {', '.join(sorted(_SPEAKERS))}")
+        role = _SPEAKERS[speaker.lower()]
+    if role is None:
+        raise UsageError(f"{where} has a message without a role; mend the record, or leave it out")
+    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
+        content = "".join(str(part["text"]) for part in content)
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise UsageError(f"{where} has a message whose text is {_kind(content)}; mend the record, or leave it out")
+    rest = {name: value for name, value in message.items() if name not in ("from", "value")}
+    return {**rest, "role": role, "content": content}
 
 
 def _fields() -> str:

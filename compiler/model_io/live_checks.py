@@ -97,9 +97,10 @@ def check_in_memory(model: nn.Module, name: str) -> None:
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one that PEFT has put an adapter into."""
+    """Whether a module is one that PEFT has put an adapter into, or trains a copy of (``modules_to_save``)."""
     return any(
-        kind.__name__ == "BaseTunerLayer" and kind.__module__.startswith("peft.") for kind in type(module).__mro__
+        kind.__name__ in ("BaseTunerLayer", "AuxiliaryTrainingWrapper") and kind.__module__.startswith("peft.")
+        for kind in type(module).__mro__
     )
 
 

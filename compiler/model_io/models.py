@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,12 @@ from transformers import (
 from transformers.utils.quantization_config import GgufConfig
 
 from attnedit.compiler.compatibility.torch_names import own_buffers, temporary_buffers
-from attnedit.compiler.compatibility.transformers_names import CONVERSIONS_MODULE, conversions_of, set_conversions
+from attnedit.compiler.compatibility.transformers_names import (
+    CONVERSIONS_MODULE,
+    conversions_of,
+    dtype_plan,
+    set_conversions,
+)
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
 from attnedit.compiler.model_io.gguf_reading import shared_gguf_reader
@@ -115,9 +121,10 @@ def load_source(
     arguments = location.arguments(revision) | {"config": config}
     if not allow_pickle and location.gguf is None:
         arguments["use_safetensors"] = True
+    quantised = location.gguf is None and quantization_method(config) is not None
     if location.gguf is not None:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
-    elif quantization_method(config) is not None:
+    elif quantised:
         _ask_for_dequantized(config)
     try:
         with _Quiet("transformers"):  # its load report repeats what is checked just below
@@ -128,7 +135,7 @@ def load_source(
                 output_loading_info=True,
                 **arguments,
             )
-        if location.gguf is None and quantization_method(config) is not None:
+        if quantised:
             _unpack(loaded)
     except UsageError:
         raise
@@ -148,6 +155,8 @@ def load_source(
     loaded.eval()
     loaded.config.name_or_path = location.name  # reports show it; a GGUF brings a name of its own
     _forget_quantization(loaded)
+    if quantised and isinstance(torch_dtype, torch.dtype):
+        _bring_to(loaded, torch_dtype)
     check_weights(loaded, location.name)
     tokenizer = _read_tokenizer(location, revision, config)
     if tokenizer is not None:
@@ -273,6 +282,14 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
     forget_quantised_storage(model)
+
+
+def _bring_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring all weights to the dtype asked for: of a quantised checkpoint, only what was quantised comes in it."""
+    kept = re.compile("|".join(dtype_plan(model, dtype)) or r"(?!)")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept.search(name):
+            parameter.data = parameter.data.to(dtype)
 
 
 def forget_quantised_storage(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from attnedit.compiler.compatibility.live import recorded_attention
+from attnedit.compiler.compatibility.paged import PagedLayers
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.masks import hidden_value, masked, shown
 from attnedit.targets.attention.config import GateSWAConfig
@@ -59,6 +60,7 @@ class GateSWA(AttentionModule):
     """
 
     config_class = GateSWAConfig
+    pages = True
     config: GateSWAConfig
 
     g_proj: nn.Linear | None
@@ -118,7 +120,8 @@ class GateSWA(AttentionModule):
                 add to the logits, or a padding mask [B, >= S] of the new and cached tokens. It need not know of the
                 window. Where ``config.source_window`` is None it covers every token so far.
             past_key_values: a transformers cache. An empty dynamic layer in it gives way to a bounded one
-                (`attnedit.targets.attention.gateswa_cache`); any other keeps what it keeps, and is masked.
+                (`attnedit.targets.attention.gateswa_cache`); any other keeps what it keeps, and is masked. Or its
+                pages, which say what is seen in place of the mask.
             sinks: [H], the source's own sink logits, where ``config.sinks``.
 
         Returns:
@@ -132,21 +135,36 @@ class GateSWA(AttentionModule):
         if config.sinks != (sinks is not None):
             given = "were" if config.sinks is False else "were not"
             raise UsageError(f"layer {config.layer_idx}: config.sinks is {config.sinks}, but sinks {given} given")
-        mask = self._mask(attention_mask, query.shape[2])
-        layer = None if past_key_values is None else bounded_layer(past_key_values, config)
-        if layer is None:
-            view = self._all_keys(key, value, mask, query.shape[2], past_key_values)
-        elif isinstance(layer, RingLayer):
-            view = self._ring_keys(key, value, mask, past_key_values, layer)
+        if isinstance(past_key_values, PagedLayers):
+            out = self._attend_pages(query, key, value, past_key_values, sinks)
         else:
-            view = self._bounded_keys(key, value, mask, past_key_values, layer)
-        out: Tensor = self._attend(query, view, sinks)
+            out = self._attend(query, self._view(key, value, attention_mask, past_key_values), sinks)
         if self.g_proj is None:
             return out
         if hidden is None:
             raise UsageError(f"layer {config.layer_idx}: the gate reads hidden states, got None")
         gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
         return out * gate.to(out.dtype)
+
+    def _view(self, key: Tensor, value: Tensor, attention_mask: Tensor | None, cache: Any) -> View:
+        """Add the new tokens [B, G, T, .] to the cache, and say what they attend to."""
+        mask = self._mask(attention_mask, key.shape[2])
+        layer = None if cache is None else bounded_layer(cache, self.config)
+        if layer is None:
+            return self._all_keys(key, value, mask, key.shape[2], cache)
+        if isinstance(layer, RingLayer):
+            return self._ring_keys(key, value, mask, cache, layer)
+        return self._bounded_keys(key, value, mask, cache, layer)
+
+    def _attend_pages(
+        self, query: Tensor, key: Tensor, value: Tensor, pages: PagedLayers, sinks: Tensor | None
+    ) -> Tensor:
+        """Attend with the new tokens of several requests in one row, to what pages hold of each."""
+        config = self.config
+        mask = pages.visible(config.layer_idx, config.sliding_window, config.sink_tokens)
+        keys, values = pages.update(key, value, config.layer_idx)
+        blocks = zip(query.split(MAX_BLOCK, dim=2), mask.split(MAX_BLOCK, dim=2), strict=True)
+        return torch.cat([self._attend_block(part, keys, values, rows, sinks) for part, rows in blocks], dim=1)
 
     def _bounded_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any, layer: GateSWALayer) -> View:
         """Put the new tokens into the bounded layer of the cache; key [B, G, T, d], mask [B, 1 or H, T, M]."""

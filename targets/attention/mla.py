@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnedit.compiler.compatibility.caches import append
 from attnedit.compiler.compatibility.live import is_plain_linear, recorded_attention
+from attnedit.compiler.compatibility.paged import PagedLayers
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.masks import causal, shown
 from attnedit.targets.attention.config import MLAConfig
@@ -86,6 +87,7 @@ class MLA(AttentionModule):
     """
 
     config_class = MLAConfig
+    pages = True
     config: MLAConfig
 
     q_rope_proj: nn.Parameter | None
@@ -146,7 +148,8 @@ class MLA(AttentionModule):
             attention_mask: None (causal; a single query sees every key), bool [B, 1 or H, T, >= S] with True where
                 to attend, the same in floats to add to the logits, or a padding mask [B, S] of the new and cached
                 tokens.
-            past_key_values: a transformers cache; gets the latent as keys, the slots as values.
+            past_key_values: a transformers cache, or its pages, which say what is seen in place of the mask; gets the
+                latent as keys, the slots as values.
 
         Returns:
             [B, T, H, dv] in the dtype of ``query``. A query that may attend to nothing gets finite numbers.
@@ -156,6 +159,8 @@ class MLA(AttentionModule):
         """
         length = query.shape[2]
         config = self.config
+        if isinstance(past_key_values, PagedLayers):
+            attention_mask = past_key_values.visible(config.layer_idx, config.window)
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
             raise self.no_mask(attention_mask)
         projected = self.kv_a_proj_with_mqa(kv_input)

@@ -31,10 +31,13 @@ class AttentionModule(nn.Module):
 
     Attributes:
         config_class: of `config`.
+        pages: whether it takes the pages of continuous batching
+            (`attnedit.compiler.compatibility.paged.PagedLayers`) as a cache.
         attention_dropout: rate at which attention weights are dropped in training.
     """
 
     config_class: ClassVar[type[SiteConfig]]
+    pages: ClassVar[bool] = False
     attention_dropout: float = 0.0
     config: Any
 

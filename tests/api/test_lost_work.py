@@ -210,6 +210,40 @@ def test_adapters_on_a_result_are_saved_in_both_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 4]},
+        {"bias": "lora_only"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_adapters_with_more_than_two_matrices_are_saved(
+    options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    import peft
+
+    result = compile_tiny(build("qwen2", dtype), 0.5)
+    plain = logits(result.model, tokens(2, 9))
+    wrapped = with_adapter(result.model, target_modules=["kv_b_proj", "o_proj"], **options)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.2).add_(0.01)
+    expected = logits(wrapped, tokens(2, 9))
+    result.save(tmp_path / "out")
+    torch.testing.assert_close(logits(attnedit.load(tmp_path / "out").model, tokens(2, 9)), expected)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(base, tokens(2, 9)), plain)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapters" / "default")
+    torch.testing.assert_close(logits(again, tokens(2, 9)), expected)
+
+
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("live", [False, True], ids=["loaded", "dequantised live"])

@@ -10,7 +10,7 @@ import torch
 from compiled import tokens
 from families import build
 from torch import fx, nn
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import attnedit
 from attnedit.compiler.compatibility.caches import cache_parameter, given_cache, known_cache, with_cache
@@ -135,16 +135,3 @@ def test_two_caches_are_refused_before_a_token(target: str) -> None:
     places = model.get_submodule("model.rotary_emb")(hidden, torch.arange(3)[None])
     with pytest.raises(UsageError, match=f"a DynamicCache as {other}"):
         layer(hidden, places, None, **{name: DynamicCache(), other: DynamicCache()})
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_continuous_batching_is_refused_before_a_token(target: str) -> None:
-    model = rewritten(target)
-    config = GenerationConfig(max_new_tokens=4, do_sample=False)
-    prompts = tokens(2, 5).tolist()
-    with pytest.raises(UsageError, match=r"generate_batch.* is not supported.*use generate"):
-        model.generate_batch(prompts, generation_config=config)
-    with pytest.raises(UsageError, match="continuous batching"):
-        model.generate(tokens(2, 5), generation_config=config, cache_implementation="paged")
-    with pytest.raises(UsageError, match="continuous batching"), model.continuous_batching_context_manager(config):
-        pass

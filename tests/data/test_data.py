@@ -115,6 +115,27 @@ RECORDS: dict[str, tuple[object, str]] = {
     "prompts": ([{"prompt": "Why?", "completion": "Because."}], "<user>Why?<assistant>Because."),
     "in a field": ({"version": "1", "data": [{"text": "one"}]}, "one"),
     "one record": ({"text": "one"}, "one"),
+    "dolly": (
+        [{"instruction": "Say why.", "context": "A cache.", "response": "It is read."}],
+        "<user>Say why.\n\nA cache.<assistant>It is read.",
+    ),
+    "question": ([{"question": "Why?", "answer": "Because."}], "<user>Why?<assistant>Because."),
+    "a system prompt beside a chat": (
+        [{"system": "Be kind.", **SHARED}],
+        "<system>Be kind.<user>Why?<assistant>Because.",
+    ),
+    "a system prompt in a chat too": (
+        [{"system": "Be kind.", "messages": [{"role": "system", "content": "Be kind."}]}],
+        "<system>Be kind.",
+    ),
+    "alpaca with a history": (
+        [{**EXCHANGE, "input": None, "system": "Be kind.", "history": [["One?", "Two."]]}],
+        "<system>Be kind.<user>One?<assistant>Two.<user>Say why.<assistant>It is read.",
+    ),
+    "text in parts": (
+        [{"messages": [{"role": "user", "content": [{"type": "text", "text": "Why"}, {"type": "text", "text": "?"}]}]}],
+        "<user>Why?",
+    ),
     "null beside a chat": ([{"text": None, **SHARED}], "<user>Why?<assistant>Because."),
 }
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -134,6 +155,23 @@ def test_json_is_read_as_records(records: object, expected: str, mark: str, tmp_
         assert list(read_documents(lines, tokenizer)) == expected.split("|")
         lines.rename(file)  # lines in spite of the name
         assert list(read_documents(file, tokenizer)) == expected.split("|")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [(None, "null"), (3, "a int"), ([{"type": "image", "url": "x"}], "a list"), (["x"], "a list")]
+)
+def test_a_message_without_text_is_refused(content: object, found: str, tmp_path: Path) -> None:
+    """Templates would write whatever it is as Python prints it."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    file = tmp_path / "data.jsonl"
+    for message in ({"role": "user", "content": content}, {"from": "human", "value": content}):
+        file.write_text(json.dumps({"messages": [message]}), encoding="utf-8")
+        with pytest.raises(UsageError, match=f"line 1 has a message whose text is {found}"):
+            list(read_documents(file, tokenizer))
+    file.write_text('{"messages": [{"content": "x"}]}', encoding="utf-8")
+    with pytest.raises(UsageError, match="line 1 has a message without a role"):
+        list(read_documents(file, tokenizer))
 
 
 def test_an_exchange_without_a_chat_template_is_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -199,6 +237,8 @@ def test_bad_data_is_refused(
         ("a.jsonl", b'"fine"\n{"text": null, "id": 1}', "a.jsonl line 2: text is null, where text is expected"),
         ("a.jsonl", b'{"messages": {}, "text": 3}', "text is a int and messages is a dict"),
         ("a.json", b'[{"text": "fine"}, {"text": null}]', "a.json record 2: text is null"),
+        ("a.json", b'[{"instruction": "x", "output": "y", "history": ["z"]}]', "history must hold pairs of texts"),
+        ("a.jsonl", b'{"messages": [{"content": "x"}]}', "no chat template"),
         ("a.json", b'[{"title": "only"}]', "record 1 has no field text or messages"),
         ("a.json", b'{"a": [1], "b": [2]}', "has no field text or messages"),
         ("a.json", b'[{"text": ', "a.json is not JSON"),

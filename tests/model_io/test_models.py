@@ -242,6 +242,33 @@ def test_a_quantised_source_is_refused_unless_dequantised(copied: Path, tmp_path
         torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
+def test_a_dequantised_source_is_in_the_dtype_asked_for(dtype: str, copied: Path) -> None:
+    """Real FP8 checkpoints keep the rest, and their scales, in bfloat16 and float32."""
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            if "_proj.weight" in name:
+                scale = tensors[name].abs().max() / 448
+                tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+                tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+            else:
+                tensors[name] = tensors[name].to(torch.bfloat16)
+
+    original = load_source(str(copied)).model
+    edit_weights(copied, quantise)
+    edit_config(copied, dtype="bfloat16", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    model = load_source(str(copied), dequantize=True, dtype=dtype).model
+    expected = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert model.config.dtype == expected
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        wanted = original(ids).logits
+        difference = model(ids).logits.float() - wanted
+    assert float(difference.norm() / wanted.norm()) < 0.1
+
+
 def test_unknown_dtypes_and_devices() -> None:
     with pytest.raises(UsageError, match="unknown dtype 'int4'"):
         parse_dtype("int4")

@@ -1,9 +1,10 @@
 """What transformers' own suites check of every model class, as checks of a source and of what was made of it.
 
-Each check stands under the name of their test: `transformers_loading` and `transformers_modelling` for
-`tests/test_modeling_common.py` of transformers 5.23 and the mixins beside it, `transformers_generation` for
-`tests/generation/test_utils.py`. As in their suite, inputs are a few short rows padded on the right, and a source's
-windows are longer than they are; sizes and code are our own. `transformers_page` runs all of it.
+Each check stands under the name of their test: `transformers_loading`, `transformers_classes` and
+`transformers_modelling` for `tests/test_modeling_common.py` of transformers 5.23 and the mixins beside it,
+`transformers_generation` and `transformers_continuing` for `tests/generation/test_utils.py`. As in their suite, inputs
+are a few short rows padded on the right, and a source's windows are longer than they are; sizes and code are our own.
+`transformers_page` runs all of it.
 """
 
 from __future__ import annotations
@@ -147,5 +148,5 @@ def outcome(name: str, checked: Subject) -> tuple[str, str]:
     return PASSES, ""
 
 
-for module in ("transformers_loading", "transformers_modelling", "transformers_generation"):
-    importlib.import_module(module)
+for module in ("loading", "classes", "modelling", "generation", "continuing"):
+    importlib.import_module(f"transformers_{module}")

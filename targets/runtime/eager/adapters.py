@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +17,10 @@ from attnedit.compiler.model_io.live_checks import is_adapter
 
 ADAPTERS = "adapters"
 """Folder of a saved model that has a folder for each adapter, by its name."""
-_WRAPPED = ".base_layer."
+_WRAPPED = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
+"""Where PEFT keeps what it puts an adapter around."""
+_PREFIX = "base_model.model."
+"""Of names in files of PEFT."""
 
 
 def adapters_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -39,8 +44,8 @@ def without_adapters(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         if not name.startswith(inside):
             kept[name] = value
-        elif _WRAPPED in name:
-            kept[name.replace(_WRAPPED, ".")] = value
+        elif _WRAPPED.search(name):
+            kept[_WRAPPED.sub(".", name)] = value
     return kept
 
 
@@ -55,8 +60,7 @@ def write_adapters(model: PreTrainedModel, adapters: dict[str, Any], directory: 
         folder = directory / ADAPTERS / name
         folder.mkdir(parents=True)
         state = get_peft_model_state_dict(model, adapter_name=name)
-        prefix = "base_model.model."
-        named = {key if key.startswith(prefix) else prefix + key: value.contiguous() for key, value in state.items()}
+        named = {_PREFIX + key.removeprefix(_PREFIX): value.contiguous() for key, value in state.items()}
         save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
 
@@ -65,11 +69,32 @@ def read_adapters(model: PreTrainedModel, directory: Path) -> Sequence[str]:
     """Put the adapters on that lie beside a saved model, in place; they are not trained further unless told.
 
     Raises:
-        UsageError: there are some, and PEFT is not installed.
+        UsageError: there are some, and PEFT is not installed, or some of their weights have no place.
     """
     folders = sorted(folder for folder in (directory / ADAPTERS).glob("*") if folder.is_dir())
     if folders and importlib.util.find_spec("peft") is None:
         raise UsageError(f"{directory} has adapters of PEFT, which is not installed; install it: pip install peft")
     for folder in folders:
         model.load_adapter(str(folder), adapter_name=folder.name)
+        _fill(model, folder)
     return [folder.name for folder in folders]
+
+
+def _fill(model: PreTrainedModel, folder: Path) -> None:
+    """Give an adapter all its weights: transformers passes over some names that PEFT gives them (DoRA's magnitudes)."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "adapter_model.safetensors")
+    stored = {name.removeprefix(_PREFIX): value for name, value in stored.items()}
+    if any(value.dtype == torch.float32 for value in stored.values()):  # as PEFT keeps them over half precision
+        cast_adapter_dtype(model, adapter_name=folder.name)
+    set_peft_model_state_dict(model, dict(stored), adapter_name=folder.name)
+    found = get_peft_model_state_dict(model, adapter_name=folder.name)
+    held = {name: value.detach().cpu() for name, value in found.items()}
+    lost = [
+        name for name, value in stored.items() if name not in held or not torch.equal(held[name], value.to(held[name]))
+    ]
+    if lost:
+        raise UsageError(f"{folder}: {len(lost)} weights of the adapter could not be put on (first: {lost[0]})")

@@ -9,8 +9,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from attnedit.compiler.compatibility.caches import given_cache
 from attnedit.compiler.compatibility.live import GenerationHook
-from attnedit.compiler.errors import UsageError
+from attnedit.compiler.compatibility.paged import size_pages
 from attnedit.targets.attention.module import attention_modules
+from attnedit.targets.runtime.eager.paging import paged_config
 
 LARGE_MASK = 1 << 26
 """Places of a prompt's attention mask beyond which the prompt is read in parts: 8,192 x 8,192."""
@@ -68,15 +69,16 @@ class BoundedGeneration(GenerationHook):
             cache.activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse what ``generate_batch`` begins with: its cache has pages of keys and values as the source makes them.
+        """Make the manager that ``generate_batch`` begins with, with pages for what rewritten layers cache.
 
         Raises:
-            UsageError: always.
+            UsageError: the model cannot be served so (`paged_config`).
         """
-        raise UsageError(
-            "continuous batching (generate_batch) is not supported: a rewritten model keeps latents or a window, for "
-            "which transformers' paged cache has no room; use generate with a batch of padded prompts"
-        )
+        model = cast(PreTrainedModel, self)
+        paged_config(model)
+        parent: Any = super()
+        manager = parent.init_continuous_batching(*args, **kwargs)
+        return size_pages(manager, paged_config(model))  # again: it may have switched the attention implementation
 
 
 def _part_of_prompt(mask: Any) -> int | None:
