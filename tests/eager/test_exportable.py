@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from test_static_generation import rewritten
+from mixed_models import rewritten
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 from transformers.integrations.executorch import (
