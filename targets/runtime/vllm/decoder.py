@@ -52,16 +52,14 @@ class OrdinaryConfig:
     def of(cls, site: AttentionSite) -> OrdinaryConfig:
         """Read it off a site."""
         arguments = anchor_arguments(site)
-        read = {
+        read: dict[str, Any] = {
             "scale": float(arguments["scale"]),
             "softcap": arguments.get("softcap"),
             "sinks": arguments.get("sinks") is not None,
             "sliding_window": site.window,
         }
-        shape: dict[str, Any] = {
-            field.name: getattr(site, field.name) for field in fields(cls) if field.name not in read
-        }
-        return cls(**shape, **read)
+        names = {field.name for field in fields(cls)} - set(read)
+        return cls(**{name: getattr(site, name) for name in names}, **read)
 
 
 ServedConfig = MLAConfig | GateSWAConfig | OrdinaryConfig
