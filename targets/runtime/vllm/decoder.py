@@ -58,10 +58,8 @@ class OrdinaryConfig:
             "sinks": arguments.get("sinks") is not None,
             "sliding_window": site.window,
         }
-        shape: dict[str, Any] = {
-            field.name: getattr(site, field.name) for field in fields(cls) if field.name not in read
-        }
-        return cls(**shape, **read)
+        names = {field.name for field in fields(cls)} - set(read)
+        return cls(**{name: getattr(site, name) for name in names}, **read)
 
 
 ServedConfig = MLAConfig | GateSWAConfig | OrdinaryConfig

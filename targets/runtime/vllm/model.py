@@ -42,7 +42,9 @@ class AttneditForCausalLM(TransformersForCausalLM):
 
     def recursive_replace(self) -> None:
         """Put vLLM's attention and linear modules into our graphs; all else is as for any transformers model."""
-        plan = {f"model.{name}": style for name, style in (self.model.tp_plan or {}).items()}
+        # Off the configuration: a model whose attention was replaced has none for it any more.
+        source: dict[str, str] = getattr(self.model.config, "base_model_tp_plan", None) or {}
+        plan = {f"model.{name}": style for name, style in source.items()}
         for placed in attention_of(self.model):
             _serve(placed, self.vllm_config, plan)
         super().recursive_replace()
