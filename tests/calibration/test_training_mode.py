@@ -10,10 +10,10 @@ import pytest
 import torch
 from compiled import compile_tiny, tokens
 from families import build
+from same_rewrite import Same
 from transformers import PreTrainedModel
 
 import attnedit
-from attnedit import Rewrite, attention
 
 RATES: dict[str, dict[str, Any]] = {
     "llama": {"attention_dropout": 0.4},
@@ -24,18 +24,6 @@ RATES: dict[str, dict[str, Any]] = {
     "opt": {"attention_dropout": 0.4, "dropout": 0.0},
     "phi": {"attention_dropout": 0.4},
 }
-
-
-class Same(Rewrite):
-    """Attention as it was, through the cache of the rewritten layer."""
-
-    contract = attnedit.exact
-
-    def pattern(self, query_BHTd, key_BGTd, value_BGTv):  # type: ignore[no-untyped-def]
-        return attention(query_BHTd, key_BGTd, value_BGTv)
-
-    def replacement(self, match, query_BHTd, key_BGTd, value_BGTv):  # type: ignore[no-untyped-def]
-        return attention(query_BHTd, key_BGTd, value_BGTv)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compiled import tokens
 from families import build
-from test_training_mode import Same
+from same_rewrite import Same
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
 import attnedit
