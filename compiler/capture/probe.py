@@ -53,18 +53,14 @@ def _check_model(model: torch.nn.Module) -> None:
         raise UsageError(f"{kind} is not a transformers model; load one with AutoModelForCausalLM.from_pretrained")
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(f"{kind} is an encoder-decoder; only decoder-only language models are supported")
-    text = config.get_text_config()
-    if text is not config:
-        tower = next((name for name, m in model.named_modules() if name and getattr(m, "config", None) is text), None)
-        where = f"its text tower is {tower!r} ({type(text).__name__})" if tower else "its text tower was not found"
-        raise CaptureError(f"{kind} is multimodal; {where}: pass a causal language model built from it instead")
 
 
 def discover(model: torch.nn.Module) -> list[AttentionCall]:
     """Find the attention modules of a live model.
 
     Args:
-        model: a transformers causal language model, on any device (meta too) and in any dtype; left as it was.
+        model: a transformers causal language model, on any device (meta too) and in any dtype; left as it was. It sees
+            text alone, so that of a model of several parts the text tower's attention is found.
 
     Returns:
         One entry per attention module, in the order they run. Modules that attend to the keys of another one, and those
@@ -72,7 +68,7 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
 
     Raises:
         UsageError: not a transformers model.
-        CaptureError: encoder-decoder, multimodal, no attention at all, or layers that cannot be captured (each
+        CaptureError: encoder-decoder, no attention at all, or layers that cannot be captured (each
             is listed with its reason).
     """
     _check_model(model)

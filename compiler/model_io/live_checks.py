@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.compatibility.torch_names import is_compiled
 from attnedit.compiler.compatibility.transformers_names import attention_of
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.auto_classes import auto_class
 
 _QUANTISED = {
     "torch.ao.nn.quantized": "torch's dynamic quantisation",
@@ -47,7 +48,8 @@ def check_live(model: PreTrainedModel, name: str) -> None:
         raise UsageError(f"{name} is a {type(model).__name__}; give the model in it, merged: merge_and_unload()")
     if not model.can_generate():
         raise UsageError(
-            f"{name} is a {type(model).__name__}, which has no language-model head; load it with AutoModelForCausalLM"
+            f"{name} is a {type(model).__name__}, which has no language-model head; load it with "
+            f"{auto_class(model.config).__name__}"
         )
     if getattr(model.config, "output_attentions", False):
         raise UsageError(

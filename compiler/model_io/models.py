@@ -18,7 +18,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +28,7 @@ from transformers.utils.quantization_config import GgufConfig
 from attnedit.compiler.compatibility.torch_names import own_buffers, temporary_buffers
 from attnedit.compiler.compatibility.transformers_names import CONVERSIONS_MODULE, conversions_of, set_conversions
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.auto_classes import auto_class
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
 from attnedit.compiler.model_io.gguf_reading import shared_gguf_reader
 from attnedit.compiler.model_io.locations import Location, locate
@@ -117,7 +117,7 @@ def load_source(
         _ask_for_dequantized(config)
     try:
         with _Quiet("transformers"):  # its load report repeats what is checked just below
-            loaded, info = _load(
+            loaded, info = auto_class(config).from_pretrained(
                 location.path,
                 dtype=torch_dtype,
                 device_map=None if target.type == "cpu" else {"": target},
@@ -182,7 +182,7 @@ def load_config_only(
     asked["trust_remote_code"] = trust_remote_code
     try:
         with init_empty_weights(include_buffers=False):
-            built = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **asked))
+            built = cast(PreTrainedModel, auto_class(config).from_config(config, **asked))
         built.tie_weights()  # making parameters meta has parted what was tied
         for module in built.modules():
             for key in own_buffers(module).keys() - temporary_buffers(module):
@@ -207,13 +207,6 @@ def load_tokenizer(
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, location.name)
     return tokenizer
-
-
-def _load(path: str, **arguments: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """``from_pretrained`` with the type it has under ``output_loading_info``."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **arguments)
-    model, info = loaded
-    return model, info
 
 
 def _read_config(location: Location, revision: str | None) -> PreTrainedConfig:

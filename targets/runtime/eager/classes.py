@@ -20,11 +20,13 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from attnedit.compiler.capture.capture import capture, captured_implementation
 from attnedit.compiler.capture.sites import AttentionSite
@@ -38,6 +40,7 @@ from attnedit.compiler.compatibility.transformers_names import (
     set_implementations,
 )
 from attnedit.compiler.errors import CaptureError, UsageError
+from attnedit.compiler.model_io.auto_classes import model_classes
 from attnedit.compiler.model_io.models import forget_quantised_storage
 from attnedit.compiler.model_io.remote_code import class_references, own_class
 from attnedit.targets.attention.gateswa import GateSWA
@@ -267,10 +270,9 @@ def _has(model: torch.nn.Module, name: str) -> bool:
 
 def _classes_of(config_class: ConfigClass, architecture: str | None) -> tuple[ConfigClass, ModelClass]:
     """Classes for a source known by name only."""
-    candidates = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
-    found = list(candidates) if isinstance(candidates, (list, tuple)) else [candidates]
-    named = [model_class for model_class in found if model_class is not None and model_class.__name__ == architecture]
-    known = named[0] if named else getattr(transformers, architecture, None) if architecture else found[0]
+    found = model_classes(config_class)
+    named = [model_class for model_class in found if model_class.__name__ == architecture]
+    known = named[0] if named else getattr(transformers, architecture, None) if architecture else next(iter(found), None)
     if not (isinstance(known, type) and issubclass(known, PreTrainedModel) and known.can_generate()):
         raise UsageError(
             f"this transformers has no causal language model {architecture or ''} for {config_class.__name__}"
@@ -285,6 +287,9 @@ def _make(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigCla
         register_conversions(config_class, model_class, made[1])
     # Anew each time, for one configuration class may serve several model classes.
     AutoModelForCausalLM.register(*made, exist_ok=True)
+    if config_class in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        AutoModelForMultimodalLM.register(*made, exist_ok=True)
+        AutoModelForImageTextToText.register(*made, exist_ok=True)
     return made
 
 
