@@ -85,7 +85,7 @@ def compile_live(model: PreTrainedModel, options: CompileOptions, name: str | No
             if not start.is_dir():
                 _one_shot(model, options, kept).save(start)
         result = load(start, trust_remote_code=is_own_class(type(model)))
-        result.tokenizer = options.tokenizer
+        result.tokenizer, result.processor = options.tokenizer, options.processor
     return _asked(train(result, model, options), options, name)
 
 
@@ -99,7 +99,7 @@ def _one_shot(model: PreTrainedModel, options: CompileOptions, kept: KeptFits | 
         return rewrite_live(model, options)
     source = LiveSource(model, options, kept)
     result, report = run(source, options)
-    return CompileResult(result, report, options.tokenizer)
+    return CompileResult(result, report, options.tokenizer, processor=options.processor)
 
 
 class LiveSource(Source):

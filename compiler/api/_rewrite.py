@@ -146,7 +146,7 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
         notes=[*limit.note(), *_import_notes(chosen)],
         **kv_fields(before, after),
     )
-    return CompileResult(result, report, options.tokenizer)
+    return CompileResult(result, report, options.tokenizer, processor=options.processor)
 
 
 def resolve(rewrites: Rewrite | Target | str | Sequence[Rewrite | str]) -> list[Rewrite]:

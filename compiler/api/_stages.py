@@ -53,7 +53,7 @@ STAGES = (
     Stage("verify", "hold the result to its contract", ("verify",), lambda options, parts: options.verify),
     Stage("train", "fit by gradient steps, then distil", TRAINING, lambda options, parts: options.steps > 0),
 )
-HIDDEN = ("tokenizer", "progress")
+HIDDEN = ("tokenizer", "processor", "progress")
 """Fields that are objects, not settings."""
 
 

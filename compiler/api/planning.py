@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.calibration_windows import calibration_windows as cut_windows
@@ -145,6 +146,11 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
         )
     if windowing is None:
         return Plan(sites, chosen, before, options, notes=notes)
+    if sees_ahead(model):
+        raise UsageError(
+            f"{type(model).__name__} lets the tokens of an image see each other both ways, and a window only looks "
+            "back; take the target mla"
+        )
     share = min(1.0, windowing.cached_tokens / before.length)
     windowed = {site.layer_idx: gateswa_values(windowing.config(site)) * share for site in chosen}
     if options.full_layers is None and kv_budget is not None and not latent:
@@ -166,6 +172,7 @@ def calibration_windows(model: PreTrainedModel, options: CompileOptions) -> Cali
         least=SHORT_LENGTH if windowing is None else max(SHORT_LENGTH, 4 * windowing.cached_tokens),
         seed=options.seed,
         progress=options.progress,
+        processor=options.processor,
     )
 
 

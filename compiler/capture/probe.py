@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from attnedit.compiler.graph.anchor import (
     mask_window,
     recording_windows,
 )
+from attnedit.compiler.model_io.auto_classes import is_multimodal
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,26 @@ def discover(model: torch.nn.Module) -> list[AttentionCall]:
         )
     _refuse_unsupported(model, found)
     return _attention_calls(recorder, found)
+
+
+def sees_ahead(model: torch.nn.Module) -> bool:
+    """Whether tokens that stand for one image see each other both ways, by the masks of a forward that names such.
+
+    Args:
+        model: as for `discover`.
+
+    Raises:
+        CaptureError: the forward failed.
+    """
+    known = inspect.signature(model.forward).parameters.keys() & {"token_type_ids", "mm_token_type_ids"}
+    if not known or not is_multimodal(model.config):  # type: ignore[arg-type]  # a transformers model has one
+        return False
+    with probing(model), recording_windows() as windows:
+        inputs = probe_inputs(model)
+        types = torch.zeros_like(inputs["input_ids"])
+        types[:, 3:7] = 1
+        model(**inputs, **dict.fromkeys(known, types), use_cache=False)
+    return any(not window.regular for window in windows)
 
 
 def _sharing(found: list[Attention]) -> list[Attention]:

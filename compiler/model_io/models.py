@@ -28,10 +28,11 @@ from transformers.utils.quantization_config import GgufConfig
 from attnedit.compiler.compatibility.torch_names import own_buffers, temporary_buffers
 from attnedit.compiler.compatibility.transformers_names import CONVERSIONS_MODULE, conversions_of, set_conversions
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.auto_classes import auto_class
+from attnedit.compiler.model_io.auto_classes import auto_class, is_multimodal
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
 from attnedit.compiler.model_io.gguf_reading import shared_gguf_reader
 from attnedit.compiler.model_io.locations import Location, locate
+from attnedit.compiler.model_io.processors import processor_directory
 from attnedit.compiler.model_io.remote_code import needs_own_code, trusting
 from attnedit.compiler.model_io.source_checks import (
     check_config,
@@ -69,11 +70,13 @@ class Source:
         model: in eval mode, on its device, free of any trace of quantisation.
         tokenizer: None if the directory holds none.
         name: what the user called it.
+        processor: directory with its processor's files; None if the model takes text alone.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
+    processor: Path | None = None
 
 
 @shared_gguf_reader()
@@ -148,7 +151,7 @@ def load_source(
     tokenizer = _read_tokenizer(location, revision, config)
     if tokenizer is not None:
         check_tokenizer(tokenizer, loaded, location.name)
-    return Source(loaded, tokenizer, location.name)
+    return Source(loaded, tokenizer, location.name, _processor(loaded, location, revision))
 
 
 def load_config_only(
@@ -207,6 +210,18 @@ def load_tokenizer(
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, location.name)
     return tokenizer
+
+
+def load_processor(
+    model: PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Path | None:
+    """The directory with the processor's files of a model that `load_config_only` built; None if it has none."""
+    location = locate(str(model.config.name_or_path), revision, trust_remote_code)
+    return _processor(model, location, revision)
+
+
+def _processor(model: PreTrainedModel, location: Location, revision: str | None) -> Path | None:
+    return processor_directory(location, revision) if is_multimodal(model.config) else None
 
 
 def _read_config(location: Location, revision: str | None) -> PreTrainedConfig:

@@ -114,7 +114,11 @@ def _check_architecture(config: PreTrainedConfig, name: str) -> None:
             f"attnedit converts those only"
         )
     # BERT and its like have a causal head too, which needs this switch; without it their attention looks both ways.
-    if not is_multimodal(config) and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if (
+        not is_multimodal(config)
+        and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(config, "is_decoder", False)
+    ):
         raise UsageError(
             f"{name} is an encoder ({config.model_type} without is_decoder); attnedit converts decoder-only language "
             f"models"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.execution.model_inputs import given_digest
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.progress import Progress
 from attnedit.passes.effort import effort_on, queries_for
@@ -113,7 +114,9 @@ def fit_site(
     def make() -> WindowFit:
         return fit_window(take_samples(source, site, inputs, queries_for(source, windows, QUERIES), seed), config)
 
-    fit = make() if kept is None else kept.get(WindowFit, site.name, digest(*windows, config, seed), make)
+    fit = (
+        make() if kept is None else kept.get(WindowFit, site.name, digest(*windows, given_digest(), config, seed), make)
+    )
     return build(result, site, config, fit), fit
 
 

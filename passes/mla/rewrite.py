@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.execution.model_inputs import given_digest
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.progress import Progress, track
 from attnedit.passes.effort import effort_on, queries_for
@@ -120,7 +121,7 @@ def fit_site(
             maps, samples = linearise(source, site, samples)
         return fit_layer(samples, shape, options)
 
-    made_from = "" if kept is None else digest(*windows, shape, options, seed)
+    made_from = "" if kept is None else digest(*windows, given_digest(), shape, options, seed)
     fit = make() if kept is None or linear else kept.get(Fit, site.name, made_from, make)
     return build(result, site, shape, fit.factors, maps), fit, maps
 

@@ -272,7 +272,9 @@ def _classes_of(config_class: ConfigClass, architecture: str | None) -> tuple[Co
     """Classes for a source known by name only."""
     found = model_classes(config_class)
     named = [model_class for model_class in found if model_class.__name__ == architecture]
-    known = named[0] if named else getattr(transformers, architecture, None) if architecture else next(iter(found), None)
+    known = (
+        named[0] if named else getattr(transformers, architecture, None) if architecture else next(iter(found), None)
+    )
     if not (isinstance(known, type) and issubclass(known, PreTrainedModel) and known.can_generate()):
         raise UsageError(
             f"this transformers has no causal language model {architecture or ''} for {config_class.__name__}"
