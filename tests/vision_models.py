@@ -91,8 +91,16 @@ VISION = list(CONFIGURATIONS)
 
 
 def build_vision(name: str, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """A fresh tiny model of a family, in evaluation mode, with weights large enough that attention matters."""
-    config = CONFIG_MAPPING[name](**CONFIGURATIONS[name], tie_word_embeddings=False, **options)
+    """A fresh tiny model of a family, in evaluation mode, with weights large enough that attention matters.
+
+    Args:
+        name: of the family.
+        seed: of the weights.
+        **options: of the whole model's configuration, or of its text tower.
+    """
+    values = CONFIGURATIONS[name]
+    text = {**values["text_config"], **{key: options.pop(key) for key in _TEXT.keys() & options}}
+    config = CONFIG_MAPPING[name](**{**values, "text_config": text, "tie_word_embeddings": False, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config)

@@ -22,6 +22,7 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import own_buffers
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.model_io.auto_classes import check_text_alone
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
 from attnedit.compiler.model_io.demo_model import SMOLLM2
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
@@ -115,6 +116,8 @@ class CheckpointSource(Source):
         check_run(output, recipe, overwrite=options.overwrite)
         self.model, self._reader = _open(model, options, self.device)
         self.result, self.name = self.model, str(self.model.config.name_or_path)
+        if options.profile or options.engine:
+            check_text_alone(self.model.config, self.name, "a profile or an engine")
         reading: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         tokenizer = options.tokenizer or load_tokenizer(self.model, **reading)
         processor = options.processor or load_processor(self.model, **reading)

@@ -18,6 +18,7 @@ from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.model_io.auto_classes import check_text_alone
 from attnedit.compiler.model_io.devices import device_failures
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.remote_code import is_own_class
@@ -113,6 +114,8 @@ class LiveSource(Source):
         check_live(model, self.name)
         check_config(model.config, self.name, trust_remote_code=True)  # what is live has run already
         check_in_memory(model, self.name)
+        if options.profile or options.engine:
+            check_text_alone(model.config, self.name, "a profile or an engine")
         check_weights(model, self.name)
         self.model = self.result = on_device(model, options)
 

@@ -120,7 +120,7 @@ def calibration_windows(
         own = None if tokens is None else max(2, round(tokens * share))
         samples = image_samples(part, processor, model, own or round(SHORT_TOKENS * share), inputs)
         if samples is not None:
-            if length is not None:
+            if length is not None and length != max(sample.shape[1] for sample in samples):
                 raise UsageError(
                     "calibration_length is for text, and samples with images are taken whole; leave it out"
                 )

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
+from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.remote_code import auto_map_of
 
 ModelClass = type[PreTrainedModel]
@@ -18,6 +19,24 @@ ModelClass = type[PreTrainedModel]
 def is_multimodal(config: PreTrainedConfig) -> bool:
     """Whether a configuration is of several parts, one of which is a language model: its text tower."""
     return config.get_text_config(decoder=True) is not config
+
+
+def check_text_alone(config: PreTrainedConfig, name: str, where: str) -> None:
+    """Refuse a model that is more than a language model where only those have a place.
+
+    Args:
+        config: of the model.
+        name: what messages call it.
+        where: such as "a GGUF".
+
+    Raises:
+        UsageError: it takes images or the like.
+    """
+    if is_multimodal(config):
+        raise UsageError(
+            f"{name} is more than a language model, and {where} holds one alone; serve the result with transformers, "
+            "or export its text tower to onnx"
+        )
 
 
 def model_classes(config_class: type[PreTrainedConfig]) -> list[ModelClass]:

@@ -114,9 +114,8 @@ def fit_site(
     def make() -> WindowFit:
         return fit_window(take_samples(source, site, inputs, queries_for(source, windows, QUERIES), seed), config)
 
-    fit = (
-        make() if kept is None else kept.get(WindowFit, site.name, digest(*windows, given_digest(), config, seed), make)
-    )
+    made_from = "" if kept is None else digest(*windows, given_digest(), config, seed)
+    fit = make() if kept is None else kept.get(WindowFit, site.name, made_from, make)
     return build(result, site, config, fit), fit
 
 

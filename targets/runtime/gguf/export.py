@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.auto_classes import check_text_alone
 from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.reporting.report import Report
@@ -109,6 +110,7 @@ def export(
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; llama.cpp's own converter takes it")
+    check_text_alone(model.config, type(model).__name__, "a GGUF")
     if engine not in (None, LLAMA_CPP):
         check_choice("--engine", engine, ENGINES)
         raise UsageError(f"a .gguf is for engine {LLAMA_CPP}; for {engine} give --to hf")

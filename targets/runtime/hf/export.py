@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
 from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.auto_classes import check_text_alone
 from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.reporting.report import Report
@@ -128,6 +129,7 @@ def export(
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
+    check_text_alone(model.config, type(model).__name__, "a checkpoint of another class")
     profile = profile_of(model, engine, profile)
     if profile is None:
         raise UsageError(f"a checkpoint needs a --profile; give {' or '.join(PROFILES)}, or an --engine")
