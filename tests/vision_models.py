@@ -140,6 +140,14 @@ def image_inputs(name: str) -> dict[str, Tensor]:
     return found
 
 
+def image_row(name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The longer prompt [1, T], and what the model takes with it."""
+    inputs = image_inputs(name)
+    ids = inputs.pop("input_ids")[1:]
+    del inputs["attention_mask"]
+    return ids, {key: value[len(value) // 2 :] for key, value in inputs.items()}
+
+
 def logits_with_image(model: PreTrainedModel, name: str) -> Tensor:
     """Logits [2, T, V] of `image_inputs`, zero where there is padding."""
     inputs = image_inputs(name)
