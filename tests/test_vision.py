@@ -115,7 +115,7 @@ def test_positions_behind_images_are_each_samples_own() -> None:
     held, rows = ModelInputs(), []
     for grid in ([1, 4, 4], [1, 2, 8]):
         ids, inputs = image_row("qwen2_vl")
-        rows.append(ids + (ids == 7) * (1 + grid[1]))  # other words, so that the two can be told apart
+        rows.append(ids + (ids == 13) * (1 + grid[1]))  # other words, so that the two can be told apart
         held.add(rows[-1], {**inputs, "image_grid_thw": torch.tensor([grid])})
     layers, _ = decoder_layers(model, [site])
     seen: list[Tensor] = []

@@ -126,4 +126,4 @@ def test_a_sample_is_no_longer_than_the_context(processor: LlavaProcessor, chats
     record = json.loads(chats.read_text().splitlines()[0])
     record["messages"][1]["content"] = words
     chats.write_text(json.dumps(record) + "\n")
-    assert "images among them, and the context is 512" in refused(llava_with_words(), chats, processor=processor)
+    assert "images included, and the model's context is 512" in refused(llava_with_words(), chats, processor=processor)
