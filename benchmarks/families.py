@@ -39,6 +39,7 @@ from transformers.models.auto.modeling_auto import (
 
 import attnedit
 from attnedit.compiler.capture.capture import capture, captured_implementation, graph_module
+from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.graph.anchor import attention_implementation
 from attnedit.compiler.model_io.auto_classes import auto_class, is_multimodal, model_classes
 from attnedit.compiler.model_io.source_checks import check_config
@@ -57,6 +58,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "embedding_size"), HIDDEN),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "dff"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth"), LAYERS),
+    **{"encoder_layers": LAYERS, "encoder_attention_heads": HEADS, "encoder_ffn_dim": 48},
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), HEADS),
     "num_key_value_heads": GROUPS,
     "head_dim": HEAD_DIM,
@@ -88,6 +90,7 @@ ALWAYS = (
 """Sizes that are given where a class's default is None, too."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {**_ROPE, "mrope_section": [2, 1, 1]}
 _KINDS = ["sliding_attention", "full_attention"]
 
 _BLT_PART = {
@@ -131,6 +134,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     # its own cache drops what is beyond this, its masks do not
     "moshi": {"sliding_window": POSITIONS},
     "xmod": {"default_language": "en_XX"},
+    **{name: {"rope_parameters": _MROPE} for name in ("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text")},
+    **{name: {"rope_parameters": _MROPE} for name in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text")},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -231,6 +236,10 @@ def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
         expected = logits(model, ids)
         yield "MLA 1", f"{float((logits(full, ids) - expected).abs().max() / expected.abs().max()):.0e}"
         yield "MLA 1/2", generates(attnedit.compile(model, "mla", kv_budget=0.5, alternations=0, **options).model)
+        if sees_ahead(model):
+            yield "GateSWA", "no"
+            yield "note", "tokens of an image see each other both ways, which no window does"
+            return
         windowed = attnedit.compile(model, "gateswa", window=4, full_layers=0, **options).model
         yield "GateSWA", generates(windowed)
 
@@ -250,7 +259,8 @@ def work(config_class: type[PreTrainedConfig], connection: Any) -> None:
     except attnedit.AttneditError as error:
         found["refused"] = str(error)
     except BaseException as error:
-        found["fails"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        found["fails"] = f"{type(error).__name__}: {said}"
     connection.send(found)
 
 

@@ -142,6 +142,9 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
         problem = call.problem
         if problem is None and call.mask is None:
             problem = "no attention mask reaches the attention interface, so it may not be causal"
+        both = getattr(getattr(call.module, "config", None), "use_bidirectional_attention", None)
+        if problem is None and both is True and getattr(call.module, "is_causal", True) is False:
+            problem = "its configuration has use_bidirectional_attention, with which not every implementation is causal"
         layer = getattr(call.module, "layer_idx", None)
         if problem is None and "layer_idx" in attention.stack[-1].kwargs:
             problem = "its caller says which layer it is (layer_idx), so several layers share it"

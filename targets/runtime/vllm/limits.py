@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.auto_classes import check_text_alone
 from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 from attnedit.targets.attention.kinds import AnyConfig, config_from_dict
 
@@ -61,7 +60,6 @@ def check(config: Any, settings: Settings) -> None:
             raise UsageError(
                 f"{feature} is not served with rewritten attention: nobody tested it; {NOT_SERVED[feature]}"
             )
-    check_text_alone(config, config.attnedit["architecture"], "the plugin")
     for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if kind in BY_LENGTH:
             raise UsageError(
