@@ -18,7 +18,7 @@ ModelClass = type[PreTrainedModel]
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
     """Whether a configuration is of several parts, one of which is a language model: its text tower."""
-    return config.get_text_config(decoder=True) is not config
+    return type(config.get_text_config(decoder=True)) is not type(config)  # an encoder-decoder's is a copy of its own
 
 
 def check_text_alone(config: PreTrainedConfig, name: str, where: str) -> None:
@@ -50,6 +50,7 @@ def model_classes(config_class: type[PreTrainedConfig]) -> list[ModelClass]:
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """The auto class that loads models of a configuration: with images and all where it has more than a text tower."""
-    whole = is_multimodal(config) and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_multimodal(config)
+    whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not alone
     own = "AutoModelForCausalLM" in auto_map_of(config)
     return AutoModelForMultimodalLM if whole and not own else AutoModelForCausalLM
