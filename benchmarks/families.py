@@ -1,10 +1,12 @@
-"""Every causal language model of transformers through the compiler, and the table of it in docs/families.md.
+"""Every causal language model of transformers through the compiler, and the tables of it in docs/families.md.
 
     python benchmarks/families.py --rows families.json --output docs/families.md [--only llama,gptj]
 
 Each class of ``AutoModelForCausalLM`` is built with a tiny random configuration, found by program: its defaults, with
-every size that has a usual name made small. Each runs in a process of its own with a time limit. Rows are kept in a
-file as they are found, so that a survey that was stopped goes on; ``--only`` finds those named again.
+every size that has a usual name made small. Models that take images or sound (``AutoModelForMultimodalLM``) are made
+whole and run on text, so that what is converted is their text tower. Each runs in a process of its own with a time
+limit. Rows are kept in a file as they are found, so that a survey that was stopped goes on; ``--only`` finds those
+named again.
 """
 
 from __future__ import annotations
@@ -28,12 +30,18 @@ import torch
 import transformers
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 import attnedit
 from attnedit.compiler.capture.capture import capture, captured_implementation, graph_module
+from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.graph.anchor import attention_implementation
+from attnedit.compiler.model_io.heads import auto_class, is_multimodal, model_classes
 from attnedit.compiler.model_io.source_checks import check_config
 from attnedit.targets.runtime.eager import share_copy, splice
 
@@ -49,7 +57,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "embedding_size"), HIDDEN),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "dff"), 48),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth"), LAYERS),
+    **{"encoder_layers": LAYERS, "encoder_attention_heads": HEADS, "encoder_ffn_dim": 48},
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), HEADS),
     "num_key_value_heads": GROUPS,
     "head_dim": HEAD_DIM,
@@ -81,6 +90,7 @@ ALWAYS = (
 """Sizes that are given where a class's default is None, too."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {**_ROPE, "mrope_section": [2, 1, 1]}
 _KINDS = ["sliding_attention", "full_attention"]
 
 _BLT_PART = {
@@ -124,6 +134,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     # its own cache drops what is beyond this, its masks do not
     "moshi": {"sliding_window": POSITIONS},
     "xmod": {"default_language": "en_XX"},
+    **{name: {"rope_parameters": _MROPE} for name in ("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text")},
+    **{name: {"rope_parameters": _MROPE} for name in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text")},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -154,7 +166,9 @@ def tiny(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
         kinds = sorted(set(kinds), key=kinds.index)
         known["layer_types"] = (kinds * LAYERS)[:LAYERS] if len(kinds) <= LAYERS else kinds
         known["num_hidden_layers"] = len(known["layer_types"])
-    return config_class(**{**known, **SPECIAL.get(config_class.model_type, {})})
+    parts = {name: getattr(defaults, name, None) for name in config_class.sub_configs}
+    small = {name: tiny(type(part)) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    return config_class(**{**known, **small, **SPECIAL.get(config_class.model_type, {})})
 
 
 def randomise(model: PreTrainedModel) -> PreTrainedModel:
@@ -191,10 +205,10 @@ def generates(model: PreTrainedModel) -> str:
 def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
     """Yield one column of the table after another."""
     defaults = config_class(**REQUIRED.get(config_class.model_type, {}))
-    if type(defaults.get_text_config(decoder=True)) is not config_class:
-        check_config(defaults, config_class.model_type)  # says that it is multimodal
+    if is_multimodal(defaults):
+        check_config(defaults, config_class.model_type)
     config = tiny(config_class)
-    model = randomise(AutoModelForCausalLM.from_config(config))
+    model = randomise(auto_class(config).from_config(config))
     yield "parameters", str(sum(parameter.numel() for parameter in model.parameters()))
     ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(1))
     sites = capture(model)
@@ -222,6 +236,10 @@ def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
         expected = logits(model, ids)
         yield "MLA 1", f"{float((logits(full, ids) - expected).abs().max() / expected.abs().max()):.0e}"
         yield "MLA 1/2", generates(attnedit.compile(model, "mla", kv_budget=0.5, alternations=0, **options).model)
+        if sees_ahead(model):
+            yield "GateSWA", "no"
+            yield "note", "tokens of an image see each other both ways, which no window does"
+            return
         windowed = attnedit.compile(model, "gateswa", window=4, full_layers=0, **options).model
         yield "GateSWA", generates(windowed)
 
@@ -241,7 +259,8 @@ def work(config_class: type[PreTrainedConfig], connection: Any) -> None:
     except attnedit.AttneditError as error:
         found["refused"] = str(error)
     except BaseException as error:
-        found["fails"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        found["fails"] = f"{type(error).__name__}: {said}"
     connection.send(found)
 
 
@@ -269,8 +288,8 @@ def outcome(row: dict[str, str]) -> str:
     return "converted" if "GateSWA" in row else "latent already"
 
 
-def table(rows: dict[str, dict[str, str]]) -> str:
-    """Write the page."""
+def table(rows: dict[str, dict[str, str]], whole: dict[str, dict[str, str]]) -> str:
+    """Write the page: language models, then models with a text tower."""
     counts = Counter(outcome(row) for row in rows.values())
     lines = [
         "# Families",
@@ -286,25 +305,50 @@ def table(rows: dict[str, dict[str, str]]) -> str:
         "- MLA 1: deviation at the whole budget, of the largest logit. MLA 1/2, GateSWA: generates for a padded batch.",
         "- positions stay in the keys: what the model does with positions is no rotary embedding that can be taken",
         "  out, so keys are compressed as they are cached.",
+        "- fails: a small configuration could not be made or run by this program, so nothing is known of the class.",
         "",
         "Only softmax attention is converted: state-space and linear-attention layers of hybrids stay as they are.",
         "Random small configurations of common families are compiled by `tests/api/test_random_configs.py`: 50 in",
         "`make test-long`, others with `ATTNEDIT_EXAMPLES=500 pytest -m long tests/api/test_random_configs.py`.",
         "",
-        "| model | sites | identity | MLA 1 | MLA 1/2 | GateSWA | |",
-        "|---|---|---|---|---|---|---|",
+        *_HEAD,
+        *_cells(rows),
+        "",
+        "## Models with a text tower",
+        "",
+        "Classes of `AutoModelForMultimodalLM`, whole, on text: what is converted is the text tower, in place.",
+        "With images, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA and Gemma 3 are held to their sources by",
+        "`tests/test_vision.py` ([guide](user-guide.md#vision-language-models)).",
+        "",
+        *_HEAD,
+        *_cells(whole),
     ]
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = ("| model | sites | identity | MLA 1 | MLA 1/2 | GateSWA | |", "|---|---|---|---|---|---|---|")
+
+
+def _cells(rows: dict[str, dict[str, str]]) -> Iterator[str]:
     for name, row in rows.items():
         reason = row.get("refused") or (f"fails: {row['fails']}" if "fails" in row else row.get("note", ""))
         reason = re.sub(r"\s+", " ", reason).replace("|", "\\|")
         cells = [row.get(column, "") for column in ("sites", "identity", "MLA 1", "MLA 1/2", "GateSWA")]
-        lines.append(f"| {' | '.join([name, *cells, reason])} |")
-    return "\n".join(lines) + "\n"
+        yield f"| {' | '.join([name, *cells, reason])} |"
 
 
 def classes() -> dict[str, type[PreTrainedConfig]]:
-    """Configuration class of every causal language model, by model type."""
-    return {config_class.model_type: config_class for config_class in MODEL_FOR_CAUSAL_LM_MAPPING}
+    """Configuration class of every causal language model and every model with a text tower, by model type."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    return {config_class.model_type: config_class for mapping in mappings for config_class in mapping}
+
+
+def is_whole(config_class: type[PreTrainedConfig]) -> bool:
+    """Whether models of a configuration are more than language models."""
+    try:
+        return auto_class(config_class(**REQUIRED.get(config_class.model_type, {}))) is AutoModelForMultimodalLM
+    except (ValueError, TypeError, AttributeError):  # no defaults: it takes sub-configurations
+        return config_class in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 def main() -> None:
@@ -325,9 +369,13 @@ def main() -> None:
         print(f"{model_type}: {outcome(row)}; {row.get('refused') or row.get('fails') or row}", file=sys.stderr)
         if options.rows is not None:
             options.rows.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    rows = {f"{found[chosen[name]].__name__} (`{name}`)": kept[name] for name in chosen if name in kept}
-    page = table(rows)
+    tables: tuple[dict[str, dict[str, str]], ...] = ({}, {})
+    for name, config_class in chosen.items():
+        if name in kept:
+            known = model_classes(config_class)
+            kind = known[0] if (several := is_whole(config_class)) else known[-1]
+            tables[several][f"{kind.__name__} (`{name}`)"] = kept[name]
+    page = table(*tables)
     if options.output is None:
         print(page)
     else:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.execution.model_inputs import is_given
 from attnedit.compiler.execution.stream import Walk, decoder_layers, replaced_forward
 from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.progress import Progress, silent
@@ -74,7 +75,7 @@ def measured_rows(windows: Sequence[Tensor], seed: int, long_rows: int) -> tuple
 
     Passages come again in the measured long windows, thousands of tokens later, and in every second short one: a few
     layers do what copying takes (induction heads, arXiv 2209.11895), and ordinary text hardly shows what it costs to
-    lose them.
+    lose them. Where images go with a window, its tokens stay where they are.
 
     Args:
         windows: token ids [N, T] of each length T, longest first.
@@ -91,7 +92,7 @@ def measured_rows(windows: Sequence[Tensor], seed: int, long_rows: int) -> tuple
         held = min(long_rows if long else MEASURED, max(1, len(part) // 3))
         left.append(part[: len(part) - held] if len(part) > held else part)
         for index, row in enumerate(part[len(part) - held :].split(1)):
-            repeated = long or index % 2 == 1
+            repeated = (long or index % 2 == 1) and not is_given(row)
             rows.append(with_repeats(row.cpu(), generator).to(row.device) if repeated else row)
     return left, rows
 

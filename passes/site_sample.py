@@ -27,13 +27,14 @@ SHORT_WORK, LONG_WORK = 0.5, 1.0
 
 @dataclass
 class _Taken:
-    """What was taken of the batches of one length."""
+    """What was taken of the batches of one length and one table of angles: behind images positions differ."""
 
+    length: int
     positions: Tensor
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     bias: Tensor | None = None
-    tables: tuple[Tensor, Tensor] | None = None
+    tables: tuple[Tensor, ...] = ()
 
 
 def take_samples(
@@ -56,7 +57,7 @@ def take_samples(
         hidden: whether to keep the hidden states.
 
     Returns:
-        A sample for each length of sequences.
+        A sample for each length of sequences, and each table of rotary angles among them.
 
     Raises:
         AttneditError: there are numbers among them that are not finite.
@@ -65,28 +66,27 @@ def take_samples(
     rope = site.rope
     graph = cut(graph_module(model, site), names + ((rope.cos, rope.sin) if rope else ()))
     biased = cut(graph_module(model, site), (site.mask,)) if site.bias and site.mask else None
-    taken: dict[int, _Taken] = {}
+    taken: list[_Taken] = []
     for batch in inputs:
         query, key, value, before, *angles = graph(*batch.args, **batch.kwargs)
         length = query.shape[2]
-        if length not in taken:
+        tables = tuple(a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
+        part = next((part for part in taken if part.length == length and _equal(part.tables, tables)), None)
+        if part is None:
             positions = _positions(length, queries(length), seed + site.layer_idx).to(query.device)
-            taken[length] = part = _Taken(positions)
-            if angles:
-                cos, sin = (a.float().reshape(-1, *a.shape[-2:])[0] for a in angles)
-                part.tables = cos, sin
+            part = _Taken(length, positions, tables=tables)
+            taken.append(part)
             # Windows have no padding, so that it is the same for all.
             added = None if biased is None else biased(*batch.args, **batch.kwargs)[0]
             if added is not None:  # otherwise a mask of nothing but causality
                 bias = added[0, :, positions].float()
                 part.bias = bias - bias.amax(-1, keepdim=True)
-        part = taken[length]
         part.parts.append((query[:, :, part.positions].float(), key.float(), value.float()))
         part.hidden += [before.float()] if hidden else []
     weight, _ = output_weight(model, site)
     sinks = model.get_submodule(site.name).get_parameter(site.sinks).float() if site.sinks else None
     samples = []
-    for part in taken.values():
+    for part in taken:
         query, key, value = (torch.cat(column) for column in zip(*part.parts, strict=True))
         part.parts.clear()
         for what, tensor in (("queries", query), ("keys", key), ("values", value)):
@@ -114,6 +114,10 @@ def take_samples(
             )
         )
     return samples
+
+
+def _equal(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def sampled_queries(windows: Sequence[Tensor], total: int) -> Callable[[int], int]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.execution.model_inputs import given_digest
 from attnedit.compiler.execution.stream import AttentionInputs
 from attnedit.compiler.rewriting.rewrite import Reject
 from attnedit.passes.effort import queries_for
@@ -263,10 +264,15 @@ class AttentionTarget(ABC):
         def make() -> Any:
             return self.fit(work.samples(self.queries or self.fit_options.output_queries), shape)
 
-        made_from = "" if work.kept is None else digest(*work.windows, shape, self.fit_options, work.seed)
+        made_from = (
+            "" if work.kept is None else digest(*work.windows, given_digest(), shape, self.fit_options, work.seed)
+        )
         fit = make() if work.kept is None else work.kept.get(self.fits, work.site.name, made_from, make)
         graph = self.build(work.result, work.site, shape, fit)
         return SiteFit(graph, getattr(fit, "energy_kept", None), fit.output_error)
+
+    def _made_from(self, work: SiteWork, shape: Any) -> str:
+        return digest(*work.windows, given_digest(), shape, self.fit_options, work.seed)
 
     @abstractmethod
     def fit(self, samples: Sequence[LayerSample], shape: Any) -> Any:

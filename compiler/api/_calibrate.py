@@ -148,7 +148,8 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
         }
     )
     files = [] if directory is None else [directory / name for name in (LOG_FILE, PLOT_FILE)]
-    return CompileResult(model, Report.model_validate(report.model_dump()), tokenizer, files)
+    processor = options.processor or result.processor
+    return CompileResult(model, Report.model_validate(report.model_dump()), tokenizer, files, processor)
 
 
 def _kernels(*models: PreTrainedModel) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from typing import Any, Unpack, cast, get_type_hints
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from attnedit._pipeline import Source, run, with_recipe
 from attnedit._stages import Log
@@ -25,7 +25,8 @@ from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
 from attnedit.compiler.model_io.demo_model import SMOLLM2
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
-from attnedit.compiler.model_io.models import load_config_only, load_tokenizer
+from attnedit.compiler.model_io.heads import check_text_alone
+from attnedit.compiler.model_io.models import load_config_only, load_processor, load_tokenizer
 from attnedit.compiler.model_io.remote_code import copy_code
 from attnedit.compiler.reporting.report import Report
 from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
@@ -107,7 +108,7 @@ def compile_in_parts(model: str, directory: str | PathLike[str], options: Compil
     recipe = {"command": "compile --low-memory", **Recipe.from_options(options, model=model).model_dump(mode="json")}
     source = CheckpointSource(model, Path(directory).expanduser().resolve(), options, recipe)
     result, report = run(source, source.options)
-    return _finish(result, source.output, with_recipe(report, options, model), source.options.tokenizer)
+    return _finish(result, source.output, with_recipe(report, options, model), source.options)
 
 
 class CheckpointSource(Source):
@@ -122,9 +123,12 @@ class CheckpointSource(Source):
         self.model, self._reader = _open(model, options, self.device)
         check_head(self.model, options)
         self.result, self.name = self.model, str(self.model.config.name_or_path)
+        if options.profile or options.engine:
+            check_text_alone(self.model.config, self.name, "a profile or an engine")
         reading: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         tokenizer = options.tokenizer or load_tokenizer(self.model, **reading)
-        self.options = options.model_copy(update={"tokenizer": tokenizer})
+        processor = options.processor or load_processor(self.model, **reading)
+        self.options = options.model_copy(update={"tokenizer": tokenizer, "processor": processor})
         self._layers = ""
 
     def capture(self) -> list[AttentionSite]:
@@ -226,7 +230,7 @@ def _place_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 own_buffers(module)[name] = buffer.to(device)
 
 
-def _finish(result: PreTrainedModel, output: Path, report: Report, tokenizer: PreTrainedTokenizerBase | None) -> Report:
+def _finish(result: PreTrainedModel, output: Path, report: Report, options: CompileOptions) -> Report:
     """Write all that is no weight; the directory is a result as soon as it is no run any more."""
     report, texts = with_license(report)
     config: Any = result.config
@@ -236,7 +240,7 @@ def _finish(result: PreTrainedModel, output: Path, report: Report, tokenizer: Pr
     copy_code(source_classes(result), output)
     if result.can_generate() and result.generation_config is not None:
         result.generation_config.save_pretrained(output)
-    write_beside(output, tokenizer, report.to_json(), dict(texts))
+    write_beside(output, options.tokenizer, report.to_json(), dict(texts), options.processor)
     read_back(result, output, f"what was written to {output} does not load, so the run is left unfinished")
     (output / RUN_FILE).unlink()
     shutil.rmtree(output / STATE_DIRECTORY, ignore_errors=True)

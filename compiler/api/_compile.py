@@ -19,6 +19,7 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.model_io.devices import device_failures
+from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.remote_code import is_own_class
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
@@ -90,7 +91,7 @@ def compile_live(model: PreTrainedModel, options: CompileOptions, name: str | No
             if not start.is_dir():
                 _one_shot(model, options, kept).save(start)
         result = load(start, trust_remote_code=is_own_class(type(model)))
-        result.tokenizer = options.tokenizer
+        result.tokenizer, result.processor = options.tokenizer, options.processor
     return _asked(train(result, model, options), options, name)
 
 
@@ -104,7 +105,7 @@ def _one_shot(model: PreTrainedModel, options: CompileOptions, kept: KeptFits | 
         return rewrite_live(model, options)
     source = LiveSource(model, options, kept)
     result, report = run(source, options)
-    return CompileResult(result, report, options.tokenizer)
+    return CompileResult(result, report, options.tokenizer, processor=options.processor)
 
 
 class LiveSource(Source):
@@ -119,6 +120,8 @@ class LiveSource(Source):
         check_config(model.config, self.name, trust_remote_code=True)  # what is live has run already
         check_head(model, options)
         check_in_memory(model, self.name)
+        if options.profile or options.engine:
+            check_text_alone(model.config, self.name, "a profile or an engine")
         check_weights(model, self.name)
         self.model = self.result = on_device(model, options)
 

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from attnedit._stages import Log, said
 from attnedit.compiler.capture.capture import as_captured
+from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.data.lengths import record_lengths
 from attnedit.compiler.evaluation.evaluate import kv_usage
 from attnedit.compiler.evaluation.positions import loss_curve
+from attnedit.compiler.execution.model_inputs import giving
 from attnedit.compiler.execution.verify import (
     check_tokens,
     decode_error,
@@ -101,6 +103,9 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
                 entry.did = f"{data} windows, {data.tokens:,} tokens"
             windows = data.parts
             plan.notes.extend(data.notes)
+            implementation.enter_context(giving(data.inputs, model, source.result))
+            if data.inputs.by_ids and sees_ahead(model):
+                plan.notes.append("tokens of an image see each other both ways; fits take them as looking back only")
         fitted = source.fit(plan, windows, log)
         configs = {site.name: config_of(fitted.graphs[site.name]) for site in plan.chosen if site.name in fitted.graphs}
         held = max(target.cached_tokens for target in plan.targets)
@@ -125,7 +130,8 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
                 if expected is not None:
                     checks.append(same_logits(expected, result, ids))
                 checks.append(same_decode(result, ids, own=own_error, few_passes=source.few_passes))
-                if windows is not None and options.alternations > 1 and result is not model and losses:
+                worth = options.alternations > 1 and result is not model and losses
+                if windows is not None and worth and data is not None and not data.inputs.by_ids:
                     rows = windows[0][: effort_on(model).measured_long]
                     curve = loss_curve(model, result, rows, FITTED, options.progress)
                 entry.did, entry.checked = f"{ids.shape[1]} tokens", [said(check) for check in checks]

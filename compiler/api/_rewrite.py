@@ -157,7 +157,7 @@ def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResu
         left=left,
         **kv_fields(before, after),
     )
-    return CompileResult(result, report, options.tokenizer)
+    return CompileResult(result, report, options.tokenizer, processor=options.processor)
 
 
 def resolve(rewrites: Rewrite | Target | str | Sequence[Rewrite | str]) -> list[Rewrite]:

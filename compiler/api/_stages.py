@@ -47,7 +47,7 @@ STAGES = (
 )
 FITTING = 3
 """Place of the stages that targets have of their own."""
-HIDDEN = ("tokenizer", "progress")
+HIDDEN = ("tokenizer", "processor", "progress")
 """Fields that are objects, not settings."""
 
 

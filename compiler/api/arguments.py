@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from attnedit.compiler.data.window_sources import TextSource
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.processors import Processor
 from attnedit.compiler.progress import Progress
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import Rule, Train
@@ -30,6 +31,7 @@ class DataArguments(TypedDict, total=False):
 
     calibration: TextSource
     tokenizer: PreTrainedTokenizerBase | None
+    processor: Processor | None
     seed: int
     verify: bool
     progress: Progress | None

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.transformers_names import set_conversions
 from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.execution.model_inputs import given_digest
 from attnedit.compiler.execution.stream import AttentionInputs, Stream, decoder_layers
 from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, weights_of
@@ -233,6 +234,8 @@ class LayerwiseRewrite:
         if windows is None:
             return
         named = {f"windows.{index}": part.contiguous() for index, part in enumerate(windows)}
+        if images := given_digest():
+            named["images"] = torch.tensor(list(images), dtype=torch.uint8)
         if file.exists():
             with safe_open(file, framework="pt") as content:
                 there = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BeforeValidator, Field, InstanceOf, SkipValidation, model_validator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from attnedit.compiler.data.window_sources import TextSource
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.processors import Processor
 from attnedit.compiler.options import Flag, Number, Options, Switch, Whole
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.rewriting.pipeline import Target
@@ -160,6 +161,10 @@ class JobOptions(Options):
 
     tokenizer: Annotated[SkipValidation[PreTrainedTokenizerBase | None], Flag(None)] = None
     """For calibration text; saved with the result."""
+    processor: Annotated[SkipValidation[Processor | None], Flag(None)] = None
+    """Of a vision-language model, or its directory: for calibration chats with images; saved with the result.
+
+    Its tokenizer is used unless another is given."""
     verify: Switch = True
     """Hold the result to its contract on real numbers."""
     run_directory: Annotated[str | PathLike[str] | None, Flag(None)] = None
@@ -168,6 +173,15 @@ class JobOptions(Options):
     The same call with the same directory goes on where an earlier one stopped."""
     progress: Annotated[SkipValidation[Progress | None], Flag(None)] = None
     """See `attnedit.compiler.progress`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_tokenizer(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Take the tokenizer out of a processor."""
+        if isinstance(values.get("tokenizer"), ProcessorMixin):
+            raise UsageError(f"tokenizer is a {type(values['tokenizer']).__name__}; give it as processor")
+        own = getattr(values.get("processor"), "tokenizer", None)
+        return values if own is None or values.get("tokenizer") is not None else {**values, "tokenizer": own}
 
 
 class CalibrateOptions(JobOptions, CalibrationOptions, DataOptions):

@@ -9,6 +9,7 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.calibration_windows import calibration_windows as cut_windows
@@ -117,6 +118,11 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
     caching = sum(values > 0 for values in before.per_layer)
     if caching > len(sites):
         notes.append(f"{caching - len(sites)} layers that keep a cache stay as they are: others read their keys too")
+    if any(target.cached_tokens for target in targets) and sees_ahead(model):
+        raise UsageError(
+            f"{type(model).__name__} lets the tokens of an image see each other both ways, and a window only looks "
+            "back; take the target mla"
+        )
     notes += [note for target in targets for note in target.notes(chosen)]
     known = registered(TARGETS)
     notes += [
@@ -160,6 +166,7 @@ def calibration_windows(model: PreTrainedModel, options: CompileOptions) -> Cali
         least=max(SHORT_LENGTH, 4 * held),
         seed=options.seed,
         progress=options.progress,
+        processor=options.processor,
     )
 
 

@@ -18,6 +18,7 @@ from attnedit.compiler.capture.capture import capture_model
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.licenses import source_license
 from attnedit.compiler.model_io.models import READING_ERRORS
+from attnedit.compiler.model_io.processors import Processor, holds_processor
 from attnedit.compiler.reporting.report import Report
 from attnedit.compiler.rewriting.registry import RUNTIMES, registered
 from attnedit.compiler.rewriting.registry import load as load_entry
@@ -46,12 +47,14 @@ class CompileResult:
         report: what matched, what was rewritten and how exactly, KV bytes before and after.
         tokenizer: saved with the model; None if none was given.
         files: saved with the model, such as the log of its training.
+        processor: of a vision-language model, or the directory of one; saved with the model too.
     """
 
     model: PreTrainedModel
     report: Report
     tokenizer: PreTrainedTokenizerBase | None = None
     files: list[Path] = field(default_factory=list, repr=False)
+    processor: Processor | None = None
     _graph: torch.fx.GraphModule | None = field(default=None, repr=False)
 
     @property
@@ -92,6 +95,7 @@ class CompileResult:
         report, texts = with_license(self.report)
         files: dict[str, str | Path] = {**{file.name: file for file in self.files}, **texts}
         given: dict[str, Any] = {"overwrite": overwrite, "report": report.to_json(), "files": files}
+        given["processor"] = self.processor
         return save(self.model, directory, self.tokenizer, **given)
 
     @overload
@@ -212,7 +216,8 @@ def load(directory: str | os.PathLike[str], *, trust_remote_code: bool = False) 
     path = Path(directory).expanduser()
     model = load_model(path, trust_remote_code=trust_remote_code)
     report = read_report(path)
-    return CompileResult(model, report, _read_tokenizer(path, model.config, trust_remote_code))
+    processor = path if holds_processor(path) else None
+    return CompileResult(model, report, _read_tokenizer(path, model.config, trust_remote_code), processor=processor)
 
 
 def _read_tokenizer(path: Path, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

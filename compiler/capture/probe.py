@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from attnedit.compiler.graph.anchor import (
     mask_window,
     recording_windows,
 )
-from attnedit.compiler.model_io.heads import runner
+from attnedit.compiler.model_io.heads import is_multimodal, runner
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,14 @@ def _check_model(model: torch.nn.Module) -> None:
         raise UsageError(f"{kind} is not a transformers model; load one with AutoModelForCausalLM.from_pretrained")
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(f"{kind} is an encoder-decoder; only decoder-only language models are supported")
-    text = config.get_text_config()
-    if text is not config:
-        tower = next((name for name, m in model.named_modules() if name and getattr(m, "config", None) is text), None)
-        where = f"its text tower is {tower!r} ({type(text).__name__})" if tower else "its text tower was not found"
-        raise CaptureError(f"{kind} is multimodal; {where}: pass a causal language model built from it instead")
 
 
 def discover(model: torch.nn.Module) -> tuple[list[AttentionCall], dict[str, str]]:
     """Find the attention modules of a live model.
 
     Args:
-        model: a transformers causal language model, on any device (meta too) and in any dtype; left as it was.
+        model: a transformers causal language model, on any device (meta too) and in any dtype; left as it was. It sees
+            text alone, so that of a model of several parts the text tower's attention is found.
 
     Returns:
         One entry per attention module, in the order they run; and those that are no sites by name, with the reason:
@@ -74,7 +71,7 @@ def discover(model: torch.nn.Module) -> tuple[list[AttentionCall], dict[str, str
 
     Raises:
         UsageError: not a transformers model.
-        CaptureError: encoder-decoder, multimodal, or no attention that could be converted (each module is listed with
+        CaptureError: encoder-decoder, or no attention that could be converted (each module is listed with
             its reason).
     """
     _check_model(model)
@@ -98,6 +95,26 @@ def discover(model: torch.nn.Module) -> tuple[list[AttentionCall], dict[str, str
 _NONE = (
     "no attention site; no module runs softmax attention, so there is nothing to convert: give a model with attention"
 )
+
+
+def sees_ahead(model: torch.nn.Module) -> bool:
+    """Whether tokens that stand for one image see each other both ways, by the masks of a forward that names such.
+
+    Args:
+        model: as for `discover`.
+
+    Raises:
+        CaptureError: the forward failed.
+    """
+    known = inspect.signature(model.forward).parameters.keys() & {"token_type_ids", "mm_token_type_ids"}
+    if not known or not is_multimodal(model.config):  # type: ignore[arg-type]  # a transformers model has one
+        return False
+    with probing(model), recording_windows() as windows:
+        inputs = probe_inputs(model)
+        types = torch.zeros_like(inputs["input_ids"])
+        types[:, 3:7] = 1
+        model(**inputs, **dict.fromkeys(known, types), use_cache=False)
+    return any(not window.regular for window in windows)
 
 
 def _sharing(found: list[Attention]) -> dict[Attention, str]:
@@ -135,6 +152,9 @@ def _located(attention: Attention, windows: list[MaskWindow], cached: Mapping[st
         problem = call.problem
         if problem is None and call.mask is None:
             problem = "no attention mask reaches the attention interface, so it may not be causal"
+        both = getattr(getattr(call.module, "config", None), "use_bidirectional_attention", None)
+        if problem is None and both is True and getattr(call.module, "is_causal", True) is False:
+            problem = "its configuration has use_bidirectional_attention, with which not every implementation is causal"
         layer = getattr(call.module, "layer_idx", None)
         if problem is None and "layer_idx" in attention.stack[-1].kwargs:
             problem = "its caller says which layer it is (layer_idx), so several layers share it"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attnedit.compiler.data.image_samples import image_samples
 from attnedit.compiler.data.token_windows import (
     check_tokens_asked,
     context_length,
@@ -22,6 +23,8 @@ from attnedit.compiler.data.token_windows import (
 )
 from attnedit.compiler.data.window_sources import DEFAULT_WINDOW, TextSource, WindowSource, open_source
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.execution.model_inputs import ModelInputs
+from attnedit.compiler.model_io.processors import Processor
 from attnedit.compiler.progress import Progress
 
 LONG_WINDOWS, SHORT_WINDOWS = 16, 32
@@ -41,10 +44,12 @@ class CalibrationWindows:
     Attributes:
         parts: windows of each length, int64 [N, L] on the CPU, longest first.
         notes: what the user should know of their length.
+        inputs: what the model takes with some of them: images.
     """
 
     parts: list[Tensor]
     notes: list[str] = field(default_factory=list)
+    inputs: ModelInputs = field(default_factory=ModelInputs)
 
     @property
     def length(self) -> int:
@@ -70,8 +75,9 @@ def calibration_windows(
     least: int = DEFAULT_WINDOW,
     seed: int = 0,
     progress: Progress | None = None,
+    processor: Processor | None = None,
 ) -> CalibrationWindows:
-    """Cut calibration data into long and short windows.
+    """Cut calibration data into long and short windows; samples with images are windows of whatever length they have.
 
     Args:
         source: see `attnedit.compiler.data.token_windows.token_windows`; ready windows of token ids, one tensor [N, L]
@@ -83,6 +89,7 @@ def calibration_windows(
         least: length of the short ones.
         seed: of samples and of the places in a long text.
         progress: see `attnedit.compiler.progress`.
+        processor: of a vision-language model, for chats with images.
 
     Raises:
         UsageError: the length is beyond the context, the tokens asked for or the data; ready windows have another; or
@@ -108,8 +115,18 @@ def calibration_windows(
         longest = room
     parts = list(shares_of(source).items()) if isinstance(source, Mapping) else [(source, 1.0)]
     found: dict[int, list[Tensor]] = {}
+    inputs = ModelInputs()
     for part, share in parts:
         own = None if tokens is None else max(2, round(tokens * share))
+        samples = image_samples(part, processor, model, own or round(SHORT_TOKENS * share), inputs)
+        if samples is not None:
+            if length is not None and length != max(sample.shape[1] for sample in samples):
+                raise UsageError(
+                    "calibration_length is for text, and samples with images are taken whole; leave it out"
+                )
+            for sample in samples:
+                found.setdefault(sample.shape[1], []).append(sample)
+            continue
         plan = _counts(own, longest, least, share)
         read = sum(each * count for each, count in plan)
         if part is None and own is not None:
@@ -119,7 +136,7 @@ def calibration_windows(
             found.setdefault(windows.shape[1], []).append(windows)
     if length is not None and (got := max(found)) < length:
         raise UsageError(f"calibration_length {length} is beyond the data, whose longest window has {got} tokens")
-    return CalibrationWindows([torch.cat(found[each]) for each in sorted(found, reverse=True)], notes)
+    return CalibrationWindows([torch.cat(found[each]) for each in sorted(found, reverse=True)], notes, inputs)
 
 
 def _cut(source: WindowSource, plan: list[tuple[int, int]], least: int, notes: list[str] | None) -> Iterator[Tensor]:

@@ -58,46 +58,51 @@ def read_documents(source: str | PathLike[str], tokenizer: PreTrainedTokenizerBa
     if path.is_dir():
         raise UsageError(f"{source} is a directory; give a text, jsonl, json or parquet file")
     if path.exists():
-        return _read_file(path, tokenizer)
+        return (_document(record, tokenizer, where) for record, where in read_records(path))
     if path.suffix.lower() in _FILE_SUFFIXES or str(source).startswith((".", "/", "~")):
         raise UsageError(f"{source} does not exist; give a text, jsonl, json or parquet file, or the name of a dataset")
     return _read_dataset(str(source), tokenizer)
 
 
-def _read_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def read_records(path: Path) -> Iterator[tuple[object, str]]:
+    """Yield the records of a file, and where each stands, for messages; a plain text is one.
+
+    Raises:
+        UsageError: not UTF-8, or not the format its suffix says.
+    """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _read_parquet(path, tokenizer)
+        yield from _read_parquet(path)
         return
     if suffix in _TABLES:
         raise UsageError(f"{path} is a table; save it as jsonl or parquet, with a column text")
     try:
         if suffix in _LINES:
             with path.open(encoding="utf-8-sig") as lines:
-                yield from _read_lines(path, lines, tokenizer)
+                yield from _read_lines(path, lines)
             return
         text = path.read_text(encoding="utf-8-sig")
         if "\0" in text:
             raise UsageError(f"{path} is not text (NUL at character {text.index(chr(0))}); give another file")
         if suffix == ".json":
-            yield from _read_json(path, text, tokenizer)
+            yield from _read_json(path, text)
         else:
-            yield text
+            yield text, str(path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or give another file") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _read_lines(path: Path, lines: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _read_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[object, str]]:
     for number, line in enumerate(lines, start=1):
         line = line.lstrip(_BYTE_ORDER_MARK)  # files that were joined may have one in the middle
         if line.strip():
             where = f"{path} line {number}"
-            yield _document(_parse(line, where), tokenizer, where)
+            yield _parse(line, where), where
 
 
-def _read_json(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _read_json(path: Path, text: str) -> Iterator[tuple[object, str]]:
     """An array of records, also as the only list of an object; one record; or, in spite of the name, lines."""
     try:
         whole = json.loads(text)
@@ -107,16 +112,16 @@ def _read_json(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> Ite
             raise UsageError(
                 f"{path} is not JSON ({error}); write an array of objects with text or messages"
             ) from error
-        yield from _read_lines(path, lines, tokenizer)
+        yield from _read_lines(path, lines)
         return
     if isinstance(whole, Mapping) and not _known(whole):
         lists = [value for value in whole.values() if isinstance(value, list)]
         whole = lists[0] if len(lists) == 1 else whole
     if not isinstance(whole, list):
-        yield _document(whole, tokenizer, str(path))
+        yield whole, str(path)
         return
     for number, record in enumerate(whole, start=1):
-        yield _document(record, tokenizer, f"{path} record {number}")
+        yield record, f"{path} record {number}"
 
 
 def _is_json(text: str) -> bool:
@@ -135,7 +140,7 @@ def _parse(line: str, where: str) -> object:
         raise UsageError(f"{where} is not JSON ({reason}); write one object with text or messages a line") from error
 
 
-def _read_parquet(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _read_parquet(path: Path) -> Iterator[tuple[object, str]]:
     import pyarrow  # heavy, and only this format needs it
     from pyarrow import parquet
 
@@ -152,7 +157,7 @@ def _read_parquet(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
             raise UsageError(f"{path} has no column {_fields()}; its columns are {', '.join(table.schema_arrow.names)}")
         for batch in table.iter_batches(columns=columns):
             for record in batch.to_pylist():
-                yield _document(record, tokenizer, str(path))
+                yield record, str(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"cannot read {path} as parquet: {error}") from error
 
@@ -242,10 +247,23 @@ def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -
     if not tokenizer.chat_template:
         raise UsageError(f"{where} is a chat, and the tokenizer has no chat template; give plain texts")
     messages = [_with_role(message, where) for message in messages]
+    if others := parts_of_chats({"messages": messages}):
+        raise UsageError(
+            f"{where} holds a part of type {others[0]!r}, not text alone; images calibrate the closed form of "
+            "vision-language models, nothing else: give text"
+        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (TemplateError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{where} does not suit the tokenizer's chat template: {error}") from error
+
+
+def parts_of_chats(record: object) -> list[str]:
+    """Types of the parts of a record's messages that are no text, such as "image"."""
+    messages = record.get("messages") if isinstance(record, Mapping) else None
+    contents = [message.get("content") for message in messages or () if isinstance(message, Mapping)]
+    parts = itertools.chain.from_iterable(content for content in contents if isinstance(content, list))
+    return [str(part.get("type")) for part in parts if isinstance(part, Mapping) and part.get("type") != "text"]
 
 
 def _with_role(message: Any, where: str) -> Any:

@@ -6,6 +6,7 @@ met with exactly the arguments that the live model gives it (teacher forcing: al
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.execution.model_inputs import body_of, is_given
 from attnedit.compiler.model_io.heads import outputs_of
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, silent
@@ -39,10 +41,14 @@ Visit = Callable[[AttentionSite, Iterator[AttentionInputs]], None]
 
 @dataclass
 class _Batch:
-    """Hidden states [B, T, D] entering the next layer, and what else each layer is called with."""
+    """Hidden states [B, T, D] entering the next layer, and what else each layer is called with.
+
+    `added` is what the model adds to the hidden states before a layer, if anything: features of an image.
+    """
 
     hidden: Tensor
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    added: dict[int, Tensor]
 
 
 def decoder_layers(model: nn.Module, sites: list[AttentionSite]) -> tuple[nn.ModuleList, dict[int, AttentionSite]]:
@@ -273,30 +279,49 @@ def fast_bfloat16() -> bool:
 
 def _advance(layer: nn.Module, index: int, batch: _Batch) -> None:
     args, kwargs = batch.calls.pop(index)
-    output = layer(batch.hidden, *args, **kwargs)
+    hidden = batch.hidden + batch.added[index] if index in batch.added else batch.hidden
+    output = layer(hidden, *args, **kwargs)
     batch.hidden = output[0] if isinstance(output, tuple) else output
 
 
 def _enter(model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, size: int | None = None) -> list[_Batch]:
     """Run everything before the first layer, with layers that only record how they are called."""
     device = embedding_weight(model).device
-    size = size or max(1, BATCH_TOKENS // windows.shape[1])
+    size = 1 if is_given(windows) else size or max(1, BATCH_TOKENS // windows.shape[1])
     returned = _returned(model, layers, windows[:1, :2].to(device))
     batches: list[_Batch] = []
     for rows in windows.split(size):
-        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        entered: list[Tensor] = []
-        recorders = [_recorder(index, calls, entered, returned) for index in range(len(layers))]
-        with replaced_forwards(list(layers), recorders):
-            _decoder(model)(input_ids=rows.to(device), use_cache=False)
+        calls, entered = _record(model, layers, rows.to(device), returned)
         if len(calls) != len(layers):
             raise CaptureError(f"{type(model).__name__}: not every decoder layer runs once per forward pass")
-        if any(h is not entered[0] for h in entered[1:]):
-            raise CaptureError(f"{type(model).__name__}: hidden states change between its decoder layers")
+        added = _additions(entered)
+        if added:
+            halved = _additions(_record(model, layers, rows.to(device), returned, scale=0.5)[1], scale=0.5)
+            if any(not torch.allclose(value, halved[index], rtol=1e-3, atol=1e-3) for index, value in added.items()):
+                raise CaptureError(f"{type(model).__name__}: hidden states change between its decoder layers")
         if batches:
             calls = _share(calls, batches[0].calls)
-        batches.append(_Batch(entered[0], calls))
+        batches.append(_Batch(entered[0], calls, added))
     return batches
+
+
+def _record(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor, returned: int, scale: float = 1.0
+) -> tuple[dict[int, tuple[tuple[Any, ...], dict[str, Any]]], list[Tensor]]:
+    """What each layer is called with, hidden states apart, where layers do nothing but scale."""
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    entered: list[Tensor] = []
+    recorders = [_recorder(index, calls, entered, returned, scale) for index in range(len(layers))]
+    with replaced_forwards(list(layers), recorders):
+        body_of(model)(input_ids=ids, use_cache=False)
+    return calls, entered
+
+
+def _additions(entered: list[Tensor], scale: float = 1.0) -> dict[int, Tensor]:
+    """What came to the hidden states before each layer, where something did: some models add features of images."""
+    pairs = enumerate(itertools.pairwise(entered), start=1)
+    changed = {index: (before, after) for index, (before, after) in pairs if scale != 1 or after is not before}
+    return {index: after - scale * before for index, (before, after) in changed.items()}
 
 
 def _recorder(
@@ -304,6 +329,7 @@ def _recorder(
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]],
     entered: list[Tensor],
     returned: int,
+    scale: float,
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args:
@@ -312,6 +338,7 @@ def _recorder(
             hidden = kwargs.pop("hidden_states")
         calls[index] = (args, kwargs)
         entered.append(hidden)
+        hidden = hidden if scale == 1 else scale * hidden
         return (hidden, *[None] * (returned - 1)) if returned else hidden
 
     return forward
@@ -332,15 +359,10 @@ def _returned(model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor) -> int
     handle = layers[0].register_forward_hook(look)
     try:
         with suppress(_Enough):
-            _decoder(model)(input_ids=ids, use_cache=False)
+            body_of(model)(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
     return found[0]
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: logits are not needed, and cost the most for large vocabularies."""
-    return model.base_model if model.base_model is not model else model
 
 
 def _share(calls: dict[int, Any], first: dict[int, Any]) -> dict[int, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
@@ -19,12 +20,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.model_io.remote_code import auto_map_of
 
 HEADS: dict[str, tuple[Any, Any]] = {
     "AutoModelForCausalLM": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -35,16 +38,38 @@ HEADS: dict[str, tuple[Any, Any]] = {
     ),
     "AutoModelForTokenClassification": (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
 }
-"""By name: the auto class, and the table of model classes that it looks in."""
+"""By name: the auto class, and the table of model classes that it looks in.
+
+A language model of several parts, such as one that sees images, has an auto class of its own (`auto_class`).
+"""
 LANGUAGE = "AutoModelForCausalLM"
 SAMPLING = "sampling text from the model itself"
 
 
 def classes_of(auto: str, config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
-    """The model classes that transformers has for a configuration class under an auto class; the default one first."""
-    found = HEADS[auto][1].get(config_class, None)
-    listed = found if isinstance(found, list | tuple) else (found,)
-    return [kind for kind in listed if kind is not None]
+    """The model classes that transformers has for a configuration class under an auto class; the default one first.
+
+    Of language models the one with images and all comes before its text tower alone.
+    """
+    listed: list[type[PreTrainedModel]] = []
+    for table in (*([MODEL_FOR_MULTIMODAL_LM_MAPPING] if auto == LANGUAGE else []), HEADS[auto][1]):
+        found = table.get(config_class, None)
+        listed += [kind for kind in (found if isinstance(found, list | tuple) else (found,)) if kind is not None]
+    return list(dict.fromkeys(listed))
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is of several parts, one of which is a language model: its text tower."""
+    return type(config.get_text_config(decoder=True)) is not type(config)  # an encoder-decoder's is a copy of its own
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class that loads what a configuration declares: with images and all where it has more than text."""
+    auto = auto_of_config(config) or LANGUAGE
+    alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_multimodal(config)
+    whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not alone
+    own = LANGUAGE in auto_map_of(config)
+    return AutoModelForMultimodalLM if auto == LANGUAGE and whole and not own else HEADS[auto][0]
 
 
 def auto_of_class(model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> str | None:
@@ -114,6 +139,24 @@ def need_language_config(config: PreTrainedConfig, name: str, what: str) -> None
     if auto_of_config(config) not in (LANGUAGE, None):
         declared = ", ".join(config.architectures or ())
         raise _no_language_head(what, f"{name} ({declared})", "give a causal language model")
+
+
+def check_text_alone(config: PreTrainedConfig, name: str, where: str) -> None:
+    """Refuse a model that is more than a language model where only those have a place.
+
+    Args:
+        config: of the model.
+        name: what messages call it.
+        where: such as "a GGUF".
+
+    Raises:
+        UsageError: it takes images or the like.
+    """
+    if is_multimodal(config):
+        raise UsageError(
+            f"{name} is more than a language model, and {where} holds one alone; serve the result with transformers, "
+            "or export its text tower to onnx"
+        )
 
 
 def _no_language_head(what: str, name: str, instead: str) -> UsageError:

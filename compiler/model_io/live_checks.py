@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.compatibility.torch_names import is_compiled
 from attnedit.compiler.compatibility.transformers_names import attention_of
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.heads import auto_of_class
+from attnedit.compiler.model_io.heads import auto_class, auto_of_class
 
 _QUANTISED = {
     "torch.ao.nn.quantized": "torch's dynamic quantisation",
@@ -49,7 +49,8 @@ def check_live(model: PreTrainedModel, name: str) -> None:
     if auto_of_class(type(model), type(model.config)) is None:
         raise UsageError(
             f"{name} is a {type(model).__name__}, whose head attnedit does not know; load it with "
-            "AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification or AutoModelForTokenClassification"
+            f"{auto_class(model.config).__name__}, AutoModel, AutoModelForSequenceClassification or "
+            "AutoModelForTokenClassification"
         )
     if getattr(model.config, "output_attentions", False):
         raise UsageError(

@@ -36,8 +36,9 @@ from attnedit.compiler.compatibility.transformers_names import (
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
 from attnedit.compiler.model_io.gguf_reading import shared_gguf_reader
-from attnedit.compiler.model_io.heads import HEADS, LANGUAGE, auto_of_config, need_language_config
+from attnedit.compiler.model_io.heads import auto_class, is_multimodal, need_language_config
 from attnedit.compiler.model_io.locations import Location, locate
+from attnedit.compiler.model_io.processors import processor_directory
 from attnedit.compiler.model_io.remote_code import needs_own_code, trusting
 from attnedit.compiler.model_io.source_checks import (
     check_config,
@@ -75,11 +76,13 @@ class Source:
         model: in eval mode, on its device, free of any trace of quantisation.
         tokenizer: None if the directory holds none.
         name: what the user called it.
+        processor: directory with its processor's files; None if the model takes text alone.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
+    processor: Path | None = None
 
 
 @shared_gguf_reader()
@@ -128,7 +131,7 @@ def load_source(
         _ask_for_dequantized(config)
     try:
         with _Quiet("transformers"):  # its load report repeats what is checked just below
-            loaded, info = _load(
+            loaded, info = auto_class(config).from_pretrained(
                 location.path,
                 dtype=torch_dtype,
                 device_map=None if target.type == "cpu" else {"": target},
@@ -161,7 +164,7 @@ def load_source(
     tokenizer = _read_tokenizer(location, revision, config)
     if tokenizer is not None:
         check_tokenizer(tokenizer, loaded, location.name)
-    return Source(loaded, tokenizer, location.name)
+    return Source(loaded, tokenizer, location.name, _processor(loaded, location, revision))
 
 
 def load_config_only(
@@ -195,7 +198,7 @@ def load_config_only(
     asked["trust_remote_code"] = trust_remote_code
     try:
         with init_empty_weights(include_buffers=False):
-            built = cast(PreTrainedModel, _auto(config).from_config(config, **asked))
+            built = cast(PreTrainedModel, auto_class(config).from_config(config, **asked))
         built.tie_weights()  # making parameters meta has parted what was tied
         for module in built.modules():
             for key in own_buffers(module).keys() - temporary_buffers(module):
@@ -222,16 +225,23 @@ def load_tokenizer(
     return tokenizer
 
 
-def _auto(config: PreTrainedConfig) -> Any:
-    """The auto class for the head that a configuration declares."""
-    return HEADS[auto_of_config(config) or LANGUAGE][0]
-
-
 def _load(path: str, **arguments: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """``from_pretrained`` with the type it has under ``output_loading_info``."""
-    loaded: Any = _auto(arguments["config"]).from_pretrained(path, **arguments)
+    loaded: Any = auto_class(arguments["config"]).from_pretrained(path, **arguments)
     model, info = loaded
     return model, info
+
+
+def load_processor(
+    model: PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Path | None:
+    """The directory with the processor's files of a model that `load_config_only` built; None if it has none."""
+    location = locate(str(model.config.name_or_path), revision, trust_remote_code)
+    return _processor(model, location, revision)
+
+
+def _processor(model: PreTrainedModel, location: Location, revision: str | None) -> Path | None:
+    return processor_directory(location, revision) if is_multimodal(model.config) else None
 
 
 def _read_config(location: Location, revision: str | None) -> PreTrainedConfig:

@@ -7,14 +7,11 @@ from pathlib import Path, PurePath
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.heads import LANGUAGE, auto_of_config, classes_of
+from attnedit.compiler.model_io.heads import LANGUAGE, auto_of_config, classes_of, is_multimodal
 from attnedit.compiler.model_io.remote_code import AUTO_CLASSES, auto_map_of, needs_own_code
 
 
@@ -33,30 +30,21 @@ def model_name(model: PreTrainedModel) -> str:
 def check_config(
     config: PreTrainedConfig, name: str, *, dequantize: bool = False, trust_remote_code: bool = False
 ) -> None:
-    """Refuse what cannot be a decoder-only text model, from the configuration alone.
+    """Refuse what is no decoder-only language model and has none as its text tower, from the configuration alone.
 
     Raises:
-        UsageError: encoder-decoder, encoder, multimodal, no causal language model, quantised without ``dequantize``, or
-            of classes that transformers lacks, without ``trust_remote_code``.
+        UsageError: encoder-decoder, encoder, no causal language model, quantised without ``dequantize``, or of classes
+            that transformers lacks, without ``trust_remote_code``.
     """
     if not trust_remote_code:
         _check_code(config, name)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"{name} is an encoder-decoder ({config.model_type}); attnedit converts decoder-only language models"
-        )
-    check_sizes(config, name)
     text = config.get_text_config(decoder=True)
-    if text is not config:
-        if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    for part in (config, text):
+        if getattr(part, "is_encoder_decoder", False):
             raise UsageError(
-                f"{name} is multimodal ({config.model_type}), and transformers has no language model of its text tower "
-                f"({text.model_type}) alone; attnedit cannot convert it yet: give a text model"
+                f"{name} is an encoder-decoder ({part.model_type}); attnedit converts decoder-only language models"
             )
-        raise UsageError(
-            f"{name} is multimodal ({config.model_type}); attnedit converts text models only: save its text tower, "
-            f"{text.model_type}, as a model of its own and give that directory"
-        )
+        check_sizes(part, name)
     # The class that a trusted auto_map names is whatever it is: loading it shows that.
     if not trust_remote_code or "AutoModelForCausalLM" not in auto_map_of(config):
         _check_architecture(config, name)
@@ -103,15 +91,14 @@ def quantization_method(config: PreTrainedConfig) -> str | None:
 
 def _check_code(config: PreTrainedConfig, name: str) -> None:
     """Refuse a checkpoint with code of its own, unless transformers has meanwhile adopted all its classes."""
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    adopted = {kind.__name__ for kind in (type(config), *(found if isinstance(found, tuple) else (found,))) if kind}
+    adopted = {kind.__name__ for kind in (type(config), *classes_of(LANGUAGE, type(config)))}
     references = auto_map_of(config)
     if any(references[auto].rpartition(".")[2] not in adopted for auto in AUTO_CLASSES if auto in references):
         raise needs_own_code(name)
 
 
 def _check_architecture(config: PreTrainedConfig, name: str) -> None:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not classes_of(LANGUAGE, type(config)):
         raise UsageError(f"{name} ({config.model_type}) is not a causal language model; attnedit converts those only")
     declared = getattr(config, "architectures", None) or []
     if not isinstance(declared, list) or not all(isinstance(kind, str) for kind in declared):
@@ -124,7 +111,11 @@ def _check_architecture(config: PreTrainedConfig, name: str) -> None:
             f"one that classifies sequences or tokens; attnedit converts those only"
         )
     # BERT and its like have a causal head too, which needs this switch; without it their attention looks both ways.
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if (
+        not is_multimodal(config)
+        and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(config, "is_decoder", False)
+    ):
         raise UsageError(
             f"{name} is an encoder ({config.model_type} without is_decoder); attnedit converts decoder-only language "
             f"models"

@@ -56,7 +56,7 @@ def test_every_option_is_shown_with_its_value() -> None:
         for each in stages_of(CompileOptions.of(target=target, fit_steps=3)):
             shown |= each["options"]
     assert shown["fit_steps"] == 3
-    everything = set(CompileOptions.model_fields) - {"tokenizer", "progress"}
+    everything = set(CompileOptions.model_fields) - {"tokenizer", "processor", "progress"}
     assert set(shown) == everything
     assert {name for stage in STAGES for name in stage.options} <= set(CompileOptions.model_fields)
 

@@ -8,9 +8,11 @@ from functools import cache
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from families import FAMILIES, SUPPORTED, UNSUPPORTED, build, shared
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from vision_models import build_vision
 
 from attnedit.compiler.capture.capture import (
     as_captured,
@@ -238,24 +240,10 @@ def test_encoder_decoder_is_refused() -> None:
         capture(model)
 
 
-def test_multimodal_is_refused_by_naming_the_text_tower() -> None:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    config = LlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "image_size": 8,
-            "num_attention_heads": 2,
-            "patch_size": 4,
-        },
-        text_config={**shared("llama").config.to_dict()},
-    )
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    with pytest.raises(CaptureError, match=r"multimodal; its text tower is 'model.language_model'"):
-        capture(model)
+def test_of_a_model_with_images_the_text_tower_is_captured() -> None:
+    with init_empty_weights(include_buffers=False):
+        model = build_vision("llava")
+    assert [site.name for site in capture(model)] == [f"model.language_model.layers.{i}.self_attn" for i in range(3)]
 
 
 def test_a_plain_module_is_no_model() -> None:

@@ -19,7 +19,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
-    Gemma3Config,
+    CLIPConfig,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
@@ -110,7 +110,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str, set[str]]] = {
     "encoder": (lambda d: bert(d, BertForMaskedLM), "BertForMaskedLM, not a causal language model", set()),
     "bare encoder": (lambda d: bert(d, BertModel), "is an encoder (bert without is_decoder)", set()),
     "encoder's configuration": (lambda d: bert(d, None), "is an encoder (bert without is_decoder)", set()),
-    "multimodal": (lambda d: Gemma3Config().save_pretrained(d), "save its text tower, gemma3_text", set()),
+    "images": (lambda d: CLIPConfig().save_pretrained(d), "(clip) is not a causal language model", set()),
     "NaN": (broken_weights, "NaN in model.layers.0.self_attn.k_proj.weight; get an intact", {"inspect"}),
     "another tokenizer": (
         lambda d: save(make_llama(vocab_size=200), d),

@@ -13,7 +13,7 @@ from commands import Captured, answer, refusal
 from compiled import compile_tiny, logits, tokens
 from families import build
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2VLConfig, StaticCache
+from transformers import AutoModelForCausalLM, Florence2Config, GenerationConfig, StaticCache
 
 import attnedit
 from attnedit.compiler.errors import UsageError
@@ -25,7 +25,7 @@ def edited(directory: Path, **changes: Any) -> None:
 
 
 def vision(directory: Path) -> None:
-    Qwen2VLConfig().save_pretrained(directory)
+    Florence2Config().save_pretrained(directory)
 
 
 def unknown_quantiser(directory: Path) -> None:
@@ -49,7 +49,7 @@ def adapter(directory: Path) -> None:
 
 
 SOURCES: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
-    "vision": (vision, [], "cannot convert it yet: give a text model"),
+    "vision": (vision, [], "is an encoder-decoder (florence2)"),
     "quantiser": (unknown_quantiser, [], "'squeeze', which this transformers does not know"),
     "quantiser, unpacked": (unknown_quantiser, ["--dequantize"], "'squeeze', which this transformers does not know"),
     "compiled": (compiled_names, [], "save model._orig_mod instead"),

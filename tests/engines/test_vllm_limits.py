@@ -127,11 +127,13 @@ def test_an_unknown_vllm_or_device_is_warned_of(
         monkeypatch.setitem(sys.modules, name, fake)
     parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "enable_expert_parallel": False}
     parallel |= {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    config = record()
+    config.get_text_config = lambda decoder: config
     given = {
         "device_config": SimpleNamespace(device_type=device),
         "parallel_config": SimpleNamespace(**parallel),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
-        "model_config": SimpleNamespace(hf_config=record(), quantization=None),
+        "model_config": SimpleNamespace(hf_config=config, quantization=None),
         "speculative_config": None,
         "lora_config": None,
     }
@@ -140,6 +142,9 @@ def test_an_unknown_vllm_or_device_is_warned_of(
     assert all(part in text for part, text in zip(warnings, said, strict=True))
     with pytest.raises(UsageError, match=r"^LoRA is not served"):
         check_engine(SimpleNamespace(**{**given, "lora_config": object()}))
+    config.get_text_config = lambda decoder: record()
+    with pytest.raises(UsageError, match="more than a language model, and attnedit's plugin of vLLM holds one alone"):
+        check_engine(SimpleNamespace(**given))
 
 
 class Attending(nn.Module):

@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    Gemma3Config,
+    CLIPConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -190,9 +190,9 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
     assert "encoder-decoder" in refusal(tmp_path)
 
 
-def test_a_multimodal_model_names_its_text_tower(tmp_path: Path) -> None:
-    Gemma3Config(text_config={}, vision_config={}).save_pretrained(tmp_path)
-    assert "gemma3_text" in refusal(tmp_path)
+def test_a_model_of_images_without_a_language_model(tmp_path: Path) -> None:
+    CLIPConfig().save_pretrained(tmp_path)
+    assert "(clip) is not a causal language model" in refusal(tmp_path)
 
 
 def test_a_model_of_another_head(tmp_path: Path) -> None:

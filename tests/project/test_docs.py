@@ -19,6 +19,7 @@ import pytest
 import yaml
 from project import BLOCK, ROOT
 from public_names import described, entries, public
+from vision_processors import llava_processor, llava_with_words, write_chats
 
 import attnedit
 from attnedit.cli import main
@@ -30,6 +31,7 @@ LONG = [
 LONG += [f"docs/engines/{name}.md" for name in ("llama.cpp", "sglang")]
 """Pages whose code takes its time, or wants the extra `ecosystem`."""
 HUB_NAME = "Qwen/Qwen3-0.6B"
+VISION_NAME = "llava-hf/llava-1.5-7b-hf"
 NAMED = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file
 
 
@@ -52,9 +54,13 @@ def test_the_code_of_a_page_runs_in_order(
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "grouped_latent_attention"))  # as pip would
     # A byte is a token here, and the fits take their time from the number of tokens.
     (tmp_path / "notes.txt").write_text(text_file.read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    if VISION_NAME in (ROOT / page).read_text(encoding="utf-8"):
+        llava_with_words().save_pretrained(tmp_path / "llava")
+        llava_processor().save_pretrained(tmp_path / "llava")
+        shutil.copy(write_chats(tmp_path).with_name("0.png"), tmp_path / "photo.png")
     names: dict[str, Any] = {}
     for language, text in blocks(page):
-        code = text.replace(HUB_NAME, str(saved_llama))
+        code = text.replace(HUB_NAME, str(saved_llama)).replace(VISION_NAME, str(tmp_path / "llava"))
         if language == "toml":
             tomllib.loads(code)
             continue

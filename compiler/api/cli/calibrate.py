@@ -61,7 +61,8 @@ def calibrate(
         recipe |= {name: given.get(name, field.default) for name, field in CalibrationOptions.model_fields.items()}
         recipe |= {"dtype": reading.dtype, "revision": reading.revision}
         open_run(output, recipe, overwrite=overwrite)
-        work = {"tokenizer": source.tokenizer, "run_directory": output.expanduser(), "progress": progress}
+        work = {"tokenizer": source.tokenizer, "processor": source.processor, "progress": progress}
+        work |= {"run_directory": output.expanduser()}
         result = train(result, source.model, options.model_copy(update=work))
         if not processes().main:
             return

@@ -100,7 +100,8 @@ def compile_model(
         if keeps and not trained:
             directory = closing.enter_context(run_with_fits(place, run, overwrite=overwrite))
         # Untrained, the source is not used again, so the memory for a second attention is spared.
-        work = {"tokenizer": source.tokenizer, "in_place": not trained, "run_directory": directory}
+        work: dict[str, Any] = {"tokenizer": source.tokenizer, "processor": source.processor}
+        work |= {"in_place": not trained, "run_directory": directory}
         result = compile_live(source.model, options.model_copy(update={**work, "progress": progress}), model)
         if not processes().main:
             return

@@ -58,8 +58,9 @@ class BoundedGeneration(GenerationHook):
     """
 
     def cache_wanted(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-        """Read long prompts in parts."""
-        if generation_config.prefill_chunk_size is None:
+        """Read long prompts in parts; not those of a model that takes images: each part would be given all of them."""
+        config = cast(PreTrainedModel, self).config
+        if type(config.get_text_config(decoder=True)) is type(config) and generation_config.prefill_chunk_size is None:
             generation_config.prefill_chunk_size = _part_of_prompt(model_kwargs.get("attention_mask"))
 
     def cache_made(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.compiler.model_io.live_checks import check_savable
 from attnedit.compiler.model_io.models import READING_ERRORS
+from attnedit.compiler.model_io.processors import Processor, write_processor
 from attnedit.compiler.model_io.remote_code import copy_code, is_own_class, trusting
 from attnedit.compiler.model_io.source_checks import check_sizes, check_weight_files
 from attnedit.targets.runtime.eager.adapters import adapters_of, read_adapters, without_adapters, write_adapters
@@ -35,6 +36,7 @@ def save(
     overwrite: bool = False,
     report: Any = None,
     files: Mapping[str, str | Path] | None = None,
+    processor: Processor | None = None,
 ) -> Path:
     """Write model, configuration, tokenizer and report; the directory appears complete or not at all.
 
@@ -48,6 +50,7 @@ def save(
         overwrite: replace what attnedit wrote there before. A directory with anything else is never replaced.
         report: JSON text, or a value that json can write; becomes attnedit-report.json.
         files: by name, text to write or files to copy, those that there are, beside the model.
+        processor: of a vision-language model; saved beside it.
 
     Returns:
         The directory.
@@ -66,7 +69,7 @@ def save(
         model.save_pretrained(staging, state_dict=without_adapters(model) if adapters else None)
         write_adapters(model, adapters, staging)
         copy_code(source_classes(model), staging)
-        write_beside(staging, tokenizer, report, files)
+        write_beside(staging, tokenizer, report, files, processor)
         if _can_be_imported(model):
             read_back(model, staging, f"what was written for {target} does not load, so it was not put there")
     return target
@@ -93,11 +96,19 @@ def read_back(model: PreTrainedModel, written: Path, failure: str) -> None:
 
 
 def write_beside(
-    directory: Path, tokenizer: Any = None, report: Any = None, files: Mapping[str, str | Path] | None = None
+    directory: Path,
+    tokenizer: Any = None,
+    report: Any = None,
+    files: Mapping[str, str | Path] | None = None,
+    processor: Processor | None = None,
 ) -> None:
     """Write what goes with a model's weights and configuration; the arguments are those of `save`."""
+    if isinstance(processor, ProcessorMixin):
+        write_processor(processor, directory)  # with a tokenizer, which gives way to the one that is given
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    if processor is not None and not isinstance(processor, ProcessorMixin):
+        write_processor(processor, directory)
     if report is not None:
         text = report if isinstance(report, str) else json.dumps(report, indent=2)
         (directory / REPORT_FILE).write_text(text.rstrip() + "\n", encoding="utf-8")

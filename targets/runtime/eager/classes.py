@@ -17,10 +17,13 @@ import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from attnedit.compiler.capture.capture import captured_implementation
 from attnedit.compiler.capture.sites import AttentionSite
@@ -301,6 +304,10 @@ def _make(config_class: ConfigClass, model_class: ModelClass) -> tuple[ConfigCla
     for auto, kind in kinds.items():
         if kind is not None and auto_of_class(kind, config_class) == auto:
             HEADS[auto][0].register(*_pair(config_class, kind), exist_ok=True)
+    language = kinds[LANGUAGE]
+    if language is not None and config_class in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        for whole in (AutoModelForMultimodalLM, AutoModelForImageTextToText):
+            whole.register(*_pair(config_class, language), exist_ok=True)
     return _pair(config_class, model_class)
 
 

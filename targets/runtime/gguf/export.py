@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.heads import need_language_head
+from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
 from attnedit.targets.attention.mla_graph import MLA_MODULE
@@ -109,6 +109,7 @@ def export(
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; llama.cpp's own converter takes it")
+    check_text_alone(model.config, type(model).__name__, "a GGUF")
     if engine not in (None, LLAMA_CPP):
         check_choice("--engine", engine, ENGINES)
         raise UsageError(f"a .gguf is for engine {LLAMA_CPP}; for {engine} give --to hf")

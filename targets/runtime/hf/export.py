@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
 from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.heads import need_language_head
+from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.mla_graph import MLA_MODULE
 from attnedit.targets.attention.rewritten import KV_CACHE_MODULE
@@ -128,6 +128,7 @@ def export(
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
+    check_text_alone(model.config, type(model).__name__, "a checkpoint of another class")
     profile = profile_of(model, engine, profile)
     if profile is None:
         raise UsageError(f"a checkpoint needs a --profile; give {' or '.join(PROFILES)}, or an --engine")

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.heads import need_language_head
+from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.runtime.check import Case, Check, check_model, windows
 from attnedit.targets.runtime.eager import share_copy
@@ -85,6 +85,7 @@ def export(
     chip = SOCS[soc]
     chosen = _choose_dtype(dtype, result.model.dtype, chip)
     sizes = _sizes(batch_size, capacity)
+    check_text_alone(result.model.config, type(result.model).__name__, "an NPU export")
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     register()

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.compiler.reporting.report import ranges
 from attnedit.targets.runtime.npu.legalise import PLAIN, Decision, LayerPlan, Site, advice, legalise
 from attnedit.targets.runtime.npu.limits import SOCS
@@ -34,6 +35,7 @@ def inspect(model: PreTrainedModel, *, soc: str = "910b", dtype: str | None = No
     chip = SOCS[soc]
     chosen = chip.dtypes[0] if dtype is None else dtype
     check_choice("--dtype", chosen, chip.dtypes)
+    check_text_alone(model.config, type(model).__name__, "an NPU export")
     kinds: dict[Site, list[LayerPlan]] = {}
     for site in survey(model):
         kinds.setdefault(replace(site, layer=0), []).append(legalise(site, chip, chosen))

@@ -185,7 +185,7 @@ def _name_axes(model: ir.Model, signature: Signature) -> None:
         value.shape = ir.Shape([dim if axis is None else axis for dim, axis in zip(shape, axes, strict=True)])
 
 
-def _renamed(dim: Any, names: dict[str, str]) -> int | str:
-    if isinstance(dim, int):
-        return dim
+def _renamed(dim: Any, names: dict[str, str]) -> int | str | None:
+    if isinstance(dim, int) or dim.value is None:  # a name for what is not known would make all such one size
+        return dim if isinstance(dim, int) else None
     return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), str(dim))

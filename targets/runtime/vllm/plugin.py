@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.targets.runtime.eager.classes import PREFIX
 from attnedit.targets.runtime.vllm.limits import TESTED, Settings, check
 
@@ -56,4 +57,6 @@ def check_engine(vllm_config: Any) -> None:
         "a quantised KV cache": vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
     }
     settings = Settings(device, parallel.tensor_parallel_size, others)
-    check(vllm_config.model_config.hf_config, settings)
+    config = vllm_config.model_config.hf_config
+    check_text_alone(config, f"a {type(config).__name__}", "attnedit's plugin of vLLM")
+    check(config, settings)
