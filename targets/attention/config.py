@@ -25,6 +25,11 @@ class SiteConfig:
         """Lengths at which what a query sees begins to change, such as a window; checks go around them."""
         return ()
 
+    @property
+    def cached(self) -> tuple[int, int, int] | None:
+        """Heads, key size and value size of what a layer caches; None where only its first forward tells."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values: what a saved result's ``config.json`` has for an attention.
 
@@ -137,6 +142,11 @@ class MLAConfig(SiteConfig):
         return len(self.rope_columns)
 
     @property
+    def cached(self) -> tuple[int, int, int]:
+        """One head of latents, as keys, and rotary slots, as values."""
+        return 1, self.kv_lora_rank, self.qk_rope_head_dim
+
+    @property
     def qk_rope_head_dim(self) -> int:
         """2 s: cached values per token that are rotated."""
         return 2 * len(self.rope_columns)
@@ -218,6 +228,11 @@ class GateSWAConfig(SiteConfig):
     def edges(self) -> tuple[int, ...]:
         """The window; sinks make a second edge."""
         return self.sliding_window, self.cached_tokens
+
+    @property
+    def cached(self) -> tuple[int, int, int]:
+        """The source's heads."""
+        return self.num_key_value_heads, self.head_dim, self.v_head_dim
 
     @property
     def cached_tokens(self) -> int:

@@ -25,16 +25,6 @@ from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfi
 _RUNTIME = "attnedit.targets.runtime"
 
 
-def latent_sizes(config: MLAConfig) -> tuple[int, int, int]:
-    """One head of latents, as keys, and rotary slots, as values."""
-    return 1, config.kv_lora_rank, 2 * config.num_slots
-
-
-def window_sizes(config: GateSWAConfig) -> tuple[int, int, int]:
-    """The source's heads."""
-    return config.num_key_value_heads, config.head_dim, config.v_head_dim
-
-
 @dataclass(frozen=True)
 class AttentionKind:
     """One kind of attention.
@@ -46,8 +36,6 @@ class AttentionKind:
         graph: builds the graph of one attention module with the new module in it, ``graph(model, site, config)``;
             see `attnedit.targets.attention.site_graph.replace_attention`.
         cost: what a configuration costs (`attnedit.targets.attention.cost`); None where nobody can say.
-        cached: heads, key size and value size of what a layer caches, from its configuration; None where only its
-            first forward tells.
         figures: fields and properties of the configuration that a report shows for each layer.
         lowerings: by runtime ("onnx", "npu"), ``module:name`` of the class that takes the module's place in an export;
             made from the module. A runtime without one traces the module itself, if it can.
@@ -58,7 +46,6 @@ class AttentionKind:
     config: type[SiteConfig]
     graph: Callable[[nn.Module, AttentionSite, Any], fx.GraphModule]
     cost: Callable[[Any], AttentionCost] | None = None
-    cached: Callable[[Any], tuple[int, int, int]] | None = None
     figures: tuple[str, ...] = ()
     lowerings: Mapping[str, str] = field(default_factory=dict)
 
@@ -83,7 +70,6 @@ KINDS = {
             MLAConfig,
             mla_graph,
             lambda config: mla_cost(config, config.input_size),
-            latent_sizes,
             figures=("kv_lora_rank", "qk_rope_head_dim"),
             lowerings={
                 "onnx": f"{_RUNTIME}.onnx.attention:LatentAttention",
@@ -96,7 +82,6 @@ KINDS = {
             GateSWAConfig,
             gateswa_graph,
             gateswa_cost,
-            window_sizes,
             figures=("sliding_window",),
             lowerings={
                 "onnx": f"{_RUNTIME}.onnx.attention:WindowAttention",

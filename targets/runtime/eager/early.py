@@ -10,7 +10,7 @@ from transformers import Cache
 from attnedit.compiler.compatibility.live import before_early_initialization
 from attnedit.targets.attention.config import GateSWAConfig
 from attnedit.targets.attention.gateswa_layers import bounded_layer
-from attnedit.targets.attention.kinds import config_from_dict, kind_of
+from attnedit.targets.attention.kinds import config_from_dict
 
 
 def initialize_early(cache: Cache, config: Any, batch_size: int, dtype: torch.dtype, device: Any) -> None:
@@ -27,10 +27,9 @@ def initialize_early(cache: Cache, config: Any, batch_size: int, dtype: torch.dt
         site = config_from_dict(values)
         if isinstance(site, GateSWAConfig):
             bounded_layer(cache, site)
-        sizes = kind_of(site).cached
         layer: Any = cache.layers[site.layer_idx]
-        if sizes is not None and not layer.is_initialized:
-            heads, *widths = sizes(site)
+        if site.cached is not None and not layer.is_initialized:
+            heads, *widths = site.cached
             empty = (torch.zeros((batch_size, heads, 0, width), dtype=dtype, device=device) for width in widths)
             layer.lazy_initialization(*empty)
 

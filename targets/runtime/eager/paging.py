@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from attnedit.compiler.compatibility.paged import GROUPS, keeps_softcap, pages_by_index, passes_arguments_on
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import SiteConfig
-from attnedit.targets.attention.kinds import kind_of
 from attnedit.targets.attention.module import attention_modules
 
 FULL, SLIDING = GROUPS
@@ -40,7 +39,7 @@ def paged_config(model: PreTrainedModel) -> Any:
     if any(not list(attention_modules(graph)) for graph in graphs):
         raise _refusal("a rewrite of your own may cache anything")
     if closed := next((module for module in modules if not module.pages), None):
-        raise _refusal(f"{kind_of(closed.config).title} does not read pages")
+        raise _refusal(f"{type(closed).__name__} does not read pages")
     if unknown := sorted(set(kinds) - set(GROUPS)):
         raise _refusal(f"it has layers of {', '.join(unknown)}")
     if not passes_arguments_on(model):
@@ -66,10 +65,9 @@ def paged_config(model: PreTrainedModel) -> Any:
 
 def _values(config: SiteConfig) -> int:
     """Values that one layer caches per token."""
-    cached = kind_of(config).cached
-    if cached is None:
-        raise _refusal(f"{kind_of(config).title} does not say what it caches")
-    heads, key, value = cached(config)
+    if config.cached is None:
+        raise _refusal(f"{type(config).__name__} does not say what it caches")
+    heads, key, value = config.cached
     return heads * (key + value)
 
 
