@@ -102,7 +102,7 @@ def test_configurations_that_do_not_fit_are_refused() -> None:
         mla_graph(qwen3, normed[0], random_config(normed[0], folded=True))
     with pytest.raises(UsageError, match="no module"):
         splice(share_copy(model), {"model.layers.7.self_attn": shared_rewrite("llama").get_submodule(sites[0].name)})
-    with pytest.raises(UsageError, match="no latent attention"):
+    with pytest.raises(UsageError, match="no multi-head latent attention"):
         to_attnedit(share_copy(model), {sites[0].name: random_config(sites[0])})
 
 
