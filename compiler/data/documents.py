@@ -246,12 +246,12 @@ def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -
 
     if not tokenizer.chat_template:
         raise UsageError(f"{where} is a chat, and the tokenizer has no chat template; give plain texts")
-    messages = [_with_role(message, where) for message in messages]
     if others := parts_of_chats({"messages": messages}):
         raise UsageError(
             f"{where} holds a part of type {others[0]!r}, not text alone; images calibrate the closed form of "
             "vision-language models, nothing else: give text"
         )
+    messages = [_with_role(message, where) for message in messages]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (TemplateError, LookupError, TypeError, AttributeError, ValueError) as error:
@@ -263,7 +263,7 @@ def parts_of_chats(record: object) -> list[str]:
     messages = record.get("messages") if isinstance(record, Mapping) else None
     contents = [message.get("content") for message in messages or () if isinstance(message, Mapping)]
     parts = itertools.chain.from_iterable(content for content in contents if isinstance(content, list))
-    return [str(part.get("type")) for part in parts if isinstance(part, Mapping) and part.get("type") != "text"]
+    return [str(part.get("type")) for part in parts if isinstance(part, Mapping) and part.get("type", "text") != "text"]
 
 
 def _with_role(message: Any, where: str) -> Any:

@@ -158,7 +158,7 @@ def test_json_is_read_as_records(records: object, expected: str, mark: str, tmp_
 
 
 @pytest.mark.parametrize(
-    ("content", "found"), [(None, "null"), (3, "a int"), ([{"type": "image", "url": "x"}], "a list"), (["x"], "a list")]
+    ("content", "found"), [(None, "null"), (3, "a int"), ([{"words": "x"}], "a list"), (["x"], "a list")]
 )
 def test_a_message_without_text_is_refused(content: object, found: str, tmp_path: Path) -> None:
     """Templates would write whatever it is as Python prints it."""
