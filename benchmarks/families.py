@@ -1,6 +1,6 @@
 """Every causal language model of transformers through the compiler, and the tables of it in docs/families.md.
 
-    python benchmarks/families.py --rows families.json --output docs/families.md [--only llama,gptj]
+    python benchmarks/families.py --rows docs/data/families.json --output docs/families.md [--only llama,gptj]
 
 Each class of ``AutoModelForCausalLM`` is built with a tiny random configuration, found by program: its defaults, with
 every size that has a usual name made small. Models that take images or sound (``AutoModelForMultimodalLM``) are made
@@ -16,11 +16,9 @@ import importlib
 import json
 import multiprocessing
 import os
-import re
 import resource
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from unittest import mock
 
 import torch
 import transformers
+from families_page import outcome, page
 from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
@@ -41,7 +40,7 @@ import attnedit
 from attnedit.compiler.capture.capture import capture, captured_implementation, graph_module
 from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.graph.anchor import attention_implementation
-from attnedit.compiler.model_io.heads import auto_class, is_multimodal, model_classes
+from attnedit.compiler.model_io.heads import LANGUAGE, auto_class, classes_of, is_multimodal
 from attnedit.compiler.model_io.source_checks import check_config
 from attnedit.targets.runtime.eager import share_copy, splice
 
@@ -279,64 +278,6 @@ def survey(config_class: type[PreTrainedConfig]) -> dict[str, str]:
     return found
 
 
-def outcome(row: dict[str, str]) -> str:
-    """One word for a row."""
-    if "fails" in row:
-        return "fails"
-    if "refused" in row:
-        return "refused"
-    return "converted" if "GateSWA" in row else "latent already"
-
-
-def table(rows: dict[str, dict[str, str]], whole: dict[str, dict[str, str]]) -> str:
-    """Write the page: language models, then models with a text tower."""
-    counts = Counter(outcome(row) for row in rows.values())
-    lines = [
-        "# Families",
-        "",
-        f"Every class of `AutoModelForCausalLM` in transformers {transformers.__version__}, by program, as a tiny",
-        "model with random weights; written by `python benchmarks/families.py --output docs/families.md`.",
-        "",
-        f"{len(rows)} classes: " + ", ".join(f"{count} {word}" for word, count in counts.most_common()) + ".",
-        "",
-        "- sites: attention modules that were found. identity: logits when each is replaced by its own graph;",
-        "  families that write their attention out, past transformers' attention interface, agree to rounding, and",
-        "  so do those that apply attention sinks as a factor on the output (Granite SWA).",
-        "- MLA 1: deviation at the whole budget, of the largest logit. MLA 1/2, GateSWA: generates for a padded batch.",
-        "- positions stay in the keys: what the model does with positions is no rotary embedding that can be taken",
-        "  out, so keys are compressed as they are cached.",
-        "- fails: a small configuration could not be made or run by this program, so nothing is known of the class.",
-        "",
-        "Only softmax attention is converted: state-space and linear-attention layers of hybrids stay as they are.",
-        "Random small configurations of common families are compiled by `tests/api/test_random_configs.py`: 50 in",
-        "`make test-long`, others with `ATTNEDIT_EXAMPLES=500 pytest -m long tests/api/test_random_configs.py`.",
-        "",
-        *_HEAD,
-        *_cells(rows),
-        "",
-        "## Models with a text tower",
-        "",
-        "Classes of `AutoModelForMultimodalLM`, whole, on text: what is converted is the text tower, in place.",
-        "With images, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA and Gemma 3 are held to their sources by",
-        "`tests/test_vision.py` ([guide](user-guide.md#vision-language-models)).",
-        "",
-        *_HEAD,
-        *_cells(whole),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-_HEAD = ("| model | sites | identity | MLA 1 | MLA 1/2 | GateSWA | |", "|---|---|---|---|---|---|---|")
-
-
-def _cells(rows: dict[str, dict[str, str]]) -> Iterator[str]:
-    for name, row in rows.items():
-        reason = row.get("refused") or (f"fails: {row['fails']}" if "fails" in row else row.get("note", ""))
-        reason = re.sub(r"\s+", " ", reason).replace("|", "\\|")
-        cells = [row.get(column, "") for column in ("sites", "identity", "MLA 1", "MLA 1/2", "GateSWA")]
-        yield f"| {' | '.join([name, *cells, reason])} |"
-
-
 def classes() -> dict[str, type[PreTrainedConfig]]:
     """Configuration class of every causal language model and every model with a text tower, by model type."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
@@ -372,14 +313,14 @@ def main() -> None:
     tables: tuple[dict[str, dict[str, str]], ...] = ({}, {})
     for name, config_class in chosen.items():
         if name in kept:
-            known = model_classes(config_class)
+            known = classes_of(LANGUAGE, config_class)
             kind = known[0] if (several := is_whole(config_class)) else known[-1]
             tables[several][f"{kind.__name__} (`{name}`)"] = kept[name]
-    page = table(*tables)
+    text = page(*tables)
     if options.output is None:
-        print(page)
+        print(text)
     else:
-        options.output.write_text(page, encoding="utf-8")
+        options.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Private names of torch: all that the compiler relies on, each held by a test in tests/test_compatibility.py."""
+"""Private names of torch: all that the compiler relies on, each held by test_compatibility.py."""
 
 from __future__ import annotations
 

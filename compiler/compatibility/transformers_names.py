@@ -1,4 +1,4 @@
-"""Private names of transformers: all that the code relies on, each held by a test in tests/test_compatibility.py.
+"""Private names of transformers: all that the code relies on, each held by test_compatibility.py.
 
 Public by spelling, but without a promise: how weights are converted as they are loaded and saved. What generation is
 overridden in stands in `attnedit.compiler.compatibility.live`, which checkpoints with code of their own carry too.
