@@ -31,6 +31,7 @@ REASONS = {
     "use_bidirectional_attention": "Its attention looks both ways under some of its implementations:",
     "DynamicCache": "It keeps a cache class of its own:",
     "torch.export failed": "torch.export cannot trace it, since its control flow depends on data:",
+    "baked in": "It computes in a dtype that its code names, whatever the model's own is:",
     "works for the traced size": "Its graph holds for the traced sizes alone:",
     "a forward on 2 x 11 tokens failed": "It does not run on text alone, or a small configuration does not run at all:",
     "the configuration of": "Its configuration gives a size that no attention can have:",

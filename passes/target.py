@@ -25,6 +25,24 @@ from attnedit.passes.site_sample import take_samples
 from attnedit.targets.attention.kinds import AttentionKind, use_kind
 
 
+class TargetOptions(Protocol):
+    """What a target reads of a compilation's options."""
+
+    @property
+    def alternations(self) -> int:
+        """Rounds of least squares."""
+        ...
+
+    @property
+    def allocation(self) -> Allocation:
+        """How layers share the budget."""
+        ...
+
+    def asked(self, name: str, default: object) -> Any:
+        """A field by its name; what a profile asks for where it is None; or else the default."""
+        ...
+
+
 class Shape(Protocol):
     """What one layer will cache. A dataclass: its text tells one fit from another."""
 
@@ -161,12 +179,11 @@ class AttentionTarget(ABC):
     fit_options: FitOptions = FitOptions()
     allocation: Allocation = "auto"
 
-    def configured(self, options: Any) -> Self:
+    def configured(self, options: TargetOptions) -> Self:
         """A copy that goes by a compilation's options.
 
         Args:
-            options: `attnedit.options.CompileOptions`; `options.asked(name, default)` is a field, or what a profile
-                asks for in its place.
+            options: `attnedit.options.CompileOptions`.
 
         Raises:
             UsageError: they make no sense, whatever the model.

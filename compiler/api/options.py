@@ -270,7 +270,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
         """Whether layers stay as they are by choice, in the result too."""
         return self.planned and self.targets[-1].leaves
 
-    def asked(self, name: str, default: Any) -> Any:
+    def asked(self, name: str, default: object) -> Any:
         """A field; where it is None what the profile or engine asks for in its place, or else a default."""
         forced = {} if self.form is None else {"gate": GATES.get(self.form.profile, (None,))[0], "sinks": "none"}
         forced |= {} if self.engine is None else {"sinks": "none"}

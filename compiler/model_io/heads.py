@@ -95,16 +95,13 @@ def auto_of_config(config: PreTrainedConfig) -> str | None:
 
 
 def has_language_head(model: nn.Module) -> bool:
-    """Whether a model gives logits of next tokens."""
-    return bool(cast(PreTrainedModel, model).can_generate())
+    """Whether a model gives logits of next tokens, as whatever is no model of transformers has to."""
+    return not isinstance(model, PreTrainedModel) or bool(model.can_generate())
 
 
 def runner(model: nn.Module) -> nn.Module:
     """What to run in place of a model to have something for every token: its decoder, where it has no language head."""
-    if not isinstance(model, PreTrainedModel) or has_language_head(model):
-        return model
-    decoder: nn.Module = model.base_model
-    return decoder
+    return model if has_language_head(model) else cast(PreTrainedModel, model).base_model
 
 
 def outputs_of(model: nn.Module, ids: Tensor, **arguments: Any) -> Tensor:

@@ -24,7 +24,7 @@ from attnedit.passes.gateswa.options import (
     full_layers_of,
 )
 from attnedit.passes.sample import LayerSample
-from attnedit.passes.target import AttentionTarget, Claim, Question
+from attnedit.passes.target import AttentionTarget, Claim, Question, TargetOptions
 from attnedit.targets.attention.config import GateSWAConfig
 from attnedit.targets.attention.cost import gateswa_values
 from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
@@ -68,10 +68,10 @@ class WindowTarget(AttentionTarget):
     form: GateSWAOptions = GateSWAOptions()
     full_layers: FullLayers = None
 
-    def configured(self, options: Any) -> Self:
+    def configured(self, options: TargetOptions) -> Self:
         """A copy with the form that is asked for."""
         result = super().configured(options)
-        result.full_layers = options.full_layers
+        result.full_layers = options.asked("full_layers", None)
         result.form = GateSWAOptions(
             window=options.asked("window", DEFAULT_WINDOW),
             gate=options.asked("gate", DEFAULT_GATE),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,14 @@ TARGETS: dict[str, dict[str, Any]] = {
 GREEDY = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0)
 LENGTHS = (3, 17, 1, 26)
 """Of the prompts: shorter and longer than a window, than a page, and than what is read at a time."""
+
+
+@pytest.fixture(autouse=True)
+def _what_is_there_stays() -> Iterator[None]:
+    """`generate_batch` collects garbage again and again, which takes seconds in a process that holds much."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def test_an_unknown_vllm_or_device_is_warned_of(
     assert all(part in text for part, text in zip(warnings, said, strict=True))
     with pytest.raises(UsageError, match=r"^LoRA is not served"):
         check_engine(SimpleNamespace(**{**given, "lora_config": object()}))
-    config.get_text_config = lambda decoder: record()
+    config.get_text_config = lambda decoder: object()  # another configuration, of its text tower
     with pytest.raises(UsageError, match="more than a language model, and attnedit's plugin of vLLM holds one alone"):
         check_engine(SimpleNamespace(**given))
 

@@ -276,7 +276,7 @@ def test_records_that_make_no_sense(change: dict[str, Any] | None, saved_result:
         ("sites", {"model.layers.0.nowhere": {}}),
         ("sites", []),
         ("sites", {"../../x": {}}),
-        ("architecture", "LlamaModel"),
+        ("architecture", "LlamaForQuestionAnswering"),
         ("architecture", "__class__"),
         ("architecture", 3),
         ("format_version", 10**6),

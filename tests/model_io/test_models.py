@@ -18,7 +18,7 @@ from transformers import (
     BertForMaskedLM,
     CLIPConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
+    LlamaForQuestionAnswering,
     PreTrainedTokenizerFast,
     T5Config,
 )
@@ -199,9 +199,8 @@ def test_a_model_of_another_head(tmp_path: Path) -> None:
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=64)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     assert "BertForMaskedLM" in refusal(tmp_path / "bert")
-    config = make_llama().config
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
-    assert "LlamaForSequenceClassification" in refusal(tmp_path / "classifier")
+    LlamaForQuestionAnswering(make_llama().config).save_pretrained(tmp_path / "answers")
+    assert "LlamaForQuestionAnswering" in refusal(tmp_path / "answers")
 
 
 def test_a_model_with_code_of_its_own(copied: Path) -> None:

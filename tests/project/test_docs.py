@@ -119,7 +119,7 @@ def test_the_reference_covers_what_other_pages_import() -> None:
     pages = [page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md")]
     for page in ["README.md", *pages]:
         code = "\n".join(code for language, code in blocks(page) if language == "python")
-        for module, names in re.findall(r"^from (attnedit[\w.]*) import (.+)$", code, re.MULTILINE):
+        for module, names in re.findall(r"^from (attnedit(?:\.[\w.]+)?) import (.+)$", code, re.MULTILINE):
             for name in names.split("#")[0].replace(" ", "").split(","):
                 found = getattr(pkgutil.resolve_name(module), name)
                 assert any(found is each for each in covered) or any(vars(one).get(name) is found for one in modules), (
