@@ -103,13 +103,17 @@ def structure_hash(graph: fx.Graph) -> str:
         return str(networkx.weisfeiler_lehman_graph_hash(flow, node_attr="label", iterations=4))
 
 
+_CALLED = ("/torch/nn/modules/", "/compiler/graph/anchor.py")
+
+
 def where(node: fx.Node) -> str:
     """A node and the source line it was traced from, for messages."""
     trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     files = [line for line in trace if line.startswith("File")]
     if not files:
         return f"node {node.name}"
-    files = [line for line in files if "/torch/nn/modules/" not in line] or files  # who called a layer says more
+    # Who called a layer, or the anchor that stands for the attention, says more.
+    files = [line for line in files if not any(name in line for name in _CALLED)] or files
     parts = files[-1].split('"')
     return f"node {node.name} ({parts[1].rsplit('/', 1)[-1]}:{parts[2].split()[2].rstrip(',')})"
 
