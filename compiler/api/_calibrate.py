@@ -26,7 +26,8 @@ from attnedit.compiler.model_io.devices import device_failures
 from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.model_io.source_checks import model_name
 from attnedit.compiler.progress import stage
-from attnedit.compiler.reporting.report import PipelineStage, Report, StageReport, peak_memory_bytes
+from attnedit.compiler.reporting.records import PipelineStage, StageReport
+from attnedit.compiler.reporting.report import Report, peak_memory_bytes
 from attnedit.options import CalibrateOptions
 from attnedit.passes.calibration.batches import Batches, hold_out, mix
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE

@@ -29,7 +29,8 @@ from attnedit.compiler.execution.verify import (
 )
 from attnedit.compiler.model_io.devices import resolve_device
 from attnedit.compiler.model_io.heads import has_language_head
-from attnedit.compiler.reporting.report import Report, Verification
+from attnedit.compiler.reporting.records import Verification
+from attnedit.compiler.reporting.report import Report
 from attnedit.figures import engine_notes, site_graphs
 from attnedit.options import CompileOptions
 from attnedit.passes.effort import effort_on

@@ -25,7 +25,8 @@ from attnedit.compiler.formats import own_version
 from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
-from attnedit.compiler.reporting.report import LayerReport, Report, kv_fields, peak_memory_bytes
+from attnedit.compiler.reporting.records import LayerReport
+from attnedit.compiler.reporting.report import Report, kv_fields, peak_memory_bytes
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.graft import SiteGraph

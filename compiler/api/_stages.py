@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from attnedit.compiler.progress import Progress, stage
-from attnedit.compiler.reporting.report import PipelineStage, Verification
+from attnedit.compiler.reporting.records import PipelineStage, Verification
 from attnedit.options import OURS, CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.target import AttentionTarget

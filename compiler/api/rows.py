@@ -14,7 +14,8 @@ from attnedit.compiler.capture.sites import left_of
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.formats import own_version
-from attnedit.compiler.reporting.report import LayerReport, Report, RuleReport, kv_fields, peak_memory_bytes
+from attnedit.compiler.reporting.records import LayerReport, RuleReport
+from attnedit.compiler.reporting.report import Report, kv_fields, peak_memory_bytes
 from attnedit.figures import memory_curve
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import SiteConfig

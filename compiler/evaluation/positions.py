@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.evaluation.evaluate import text_windows, window_losses
 from attnedit.compiler.evaluation.intervals import Interval, exponential, interval_of_exponential
 from attnedit.compiler.progress import Progress
-from attnedit.compiler.reporting.report import LossCurve
+from attnedit.compiler.reporting.records import LossCurve
 
 FIRST_RANGE = 1024
 """Tokens in the first range; every further one ends at twice the position."""

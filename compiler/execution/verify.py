@@ -13,7 +13,7 @@ from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.data.sampling import position_ids
 from attnedit.compiler.errors import VerificationError
 from attnedit.compiler.model_io.heads import has_language_head, outputs_of, runner
-from attnedit.compiler.reporting.report import Verification
+from attnedit.compiler.reporting.records import Verification
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest deviation allowed, as a fraction of the largest logit."""

@@ -15,7 +15,7 @@ from attnedit.compiler.capture.sites import AttentionSite, by_reason
 from attnedit.compiler.errors import CaptureError, VerificationError
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.progress import Progress, track
-from attnedit.compiler.reporting.report import RuleReport, Verification
+from attnedit.compiler.reporting.records import RuleReport, Verification
 from attnedit.compiler.rewriting.apply import Applied, Batches, Outcome, apply, trace_patterns
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel

@@ -1,0 +1,189 @@
+"""What a report is made of: rows of layers, rules, checks and stages, and curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from attnedit.compiler.reporting.graph_svg import GraphSketch
+
+
+class LayerReport(BaseModel):
+    """One attention site, before and after.
+
+    Attributes:
+        layer: cache slot.
+        name: fully qualified name of the attention module.
+        kind: what it became (``"mla"``, ``"gateswa"``, or the names of the rewrites that it went through), or
+            ``"source"`` where it was left as it is.
+        kv_lora_rank: latent size; None where there is none.
+        qk_rope_head_dim: rotary values in the cache; None where there is no latent.
+        sliding_window: tokens a query sees, of a layer that got a window.
+        figures: others that the kind of attention shows, by name.
+        loss_increase: KL divergence in nats per token from the source of the model with this layer alone rewritten;
+            None if not measured.
+        values_before: cached values per token of the source.
+        values_after: the same of the result.
+        energy_kept: share of the weighted second moment that the latent keeps, 0 to 1; None if not measured.
+        output_error: relative squared error of the attention output on calibration data; None if not measured.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    layer: int
+    name: str
+    kind: str
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    sliding_window: int | None = None
+    figures: dict[str, Any] = Field(default_factory=dict)
+    loss_increase: float | None = None
+    values_before: float
+    values_after: float
+    energy_kept: float | None = None
+    output_error: float | None = None
+
+
+class Verification(BaseModel):
+    """One promise of a rewrite, held on real numbers.
+
+    Attributes:
+        what: what was compared.
+        contract: ``"exact"``, ``"close(...)"`` or ``"learned"``.
+        error: largest deviation as a fraction of the largest value; None for ``"learned"``.
+        tolerance: what was allowed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    what: str
+    contract: str
+    error: float | None = None
+    tolerance: float | None = None
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f", error {self.error:.1e}"
+        allowed = "" if self.tolerance is None else f" (allowed {self.tolerance:.1e})"
+        return f"{self.what}: {self.contract}{error}{allowed}"
+
+
+class RuleReport(BaseModel):
+    """What one rewrite, or one pass of our own, did.
+
+    Attributes:
+        name: of the rewrite.
+        place: file and line of its pattern; empty for a pass of our own.
+        contract: what it promises.
+        matched: places where it could apply.
+        rewritten: of those, how many it changed.
+        rejected: of the others, how many by reason.
+        nearest_miss: where nothing matched: the place that came closest, and what differs there.
+        seconds: spent on matching, rewriting, fitting and verifying.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    place: str = ""
+    contract: str
+    matched: int
+    rewritten: int
+    rejected: dict[str, int] = Field(default_factory=dict)
+    nearest_miss: str | None = None
+    seconds: float
+
+
+class PipelineStage(BaseModel):
+    """One stage of a compilation; ``attnedit compile --explain`` says what each does.
+
+    Attributes:
+        name: of the stage.
+        did: what it did, in a line.
+        seconds: it took.
+        checked: what it held to be so, with the figures found.
+    """
+
+    name: str
+    did: str = ""
+    seconds: float = 0.0
+    checked: list[str] = Field(default_factory=list)
+
+
+class StageReport(BaseModel):
+    """One stage of training.
+
+    Attributes:
+        name: "fit" (with the group of layers where there are several) or "distill".
+        steps: done, those skipped too.
+        tokens: seen.
+        seconds: spent.
+        learning_rate: the highest, relative to the size of each weight; None in reports that did not say.
+        before, best, best_step: held-out loss before the first step, the lowest, and after which step that was.
+        skipped: steps whose loss or gradient was broken.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    steps: int
+    tokens: int
+    seconds: float
+    learning_rate: float | None = None
+    before: float
+    best: float
+    best_step: int
+    skipped: int = 0
+
+
+class LossCurve(BaseModel):
+    """Mean loss of tokens by their position in long windows, of source and result.
+
+    Attributes:
+        data: what the windows are, and what they were used for.
+        windows: how many.
+        ends: position after the last token of each range, ascending; the first range begins with the second token.
+        source: mean negative log-likelihood in nats of the source in each range.
+        result: of the result.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    windows: int
+    ends: list[int]
+    source: list[float]
+    result: list[float]
+
+
+class KVCurve(BaseModel):
+    """Memory of the cache of one sequence, by the cost model.
+
+    Attributes:
+        lengths: tokens of context, ascending.
+        before: bytes of the source's cache at each.
+        after: of the result's.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    lengths: list[int]
+    before: list[float]
+    after: list[float]
+
+
+class SiteGraphs(BaseModel):
+    """The graph of an attention module before and after, of all layers that are alike.
+
+    Attributes:
+        kind: what the attention became.
+        layers: those that have these graphs, but for their sizes.
+        before, after: of the first of them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    layers: list[int]
+    before: GraphSketch
+    after: GraphSketch
