@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, StaticCache
 
 from attnedit.targets.attention import MLA, GateSWA, GateSWAConfig
-from attnedit.targets.attention.gateswa_layers import bounded_layer
-from attnedit.targets.attention.latent_decode import latent_decode
+from attnedit.targets.attention.gateswa.layers import bounded_layer
+from attnedit.targets.attention.mla.decode import latent_decode
 
 Calls = list[Callable[[], object]]
 BACKENDS = {"default": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}

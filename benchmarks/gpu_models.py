@@ -20,8 +20,8 @@ from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.targets.attention import MLAConfig
-from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.gateswa.graph import gateswa_config, gateswa_graph
+from attnedit.targets.attention.mla.graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 from attnedit.targets.runtime.eager.cache import bind_cache
 

@@ -22,7 +22,8 @@ from attnedit.passes.mla.budget import Allocation, by_loss, least_values, plan
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import take_samples
-from attnedit.targets.attention.kinds import AttentionKind, use_kind
+from attnedit.targets.attention.kind import AttentionKind
+from attnedit.targets.attention.kinds import use_kind
 
 
 class TargetOptions(Protocol):

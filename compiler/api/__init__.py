@@ -32,7 +32,7 @@ from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.compiler.rewriting.rewrite import Match, Reject, Rewrite, close, exact, learned, least_squares
 from attnedit.passes.target import AttentionTarget
 from attnedit.result import CompileResult, load
-from attnedit.targets.attention.kinds import AttentionKind
+from attnedit.targets.attention.kind import AttentionKind
 
 __all__ = [
     "AttentionKind",

@@ -39,7 +39,8 @@ from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.target import AttentionTarget
 from attnedit.planning import first_of
 from attnedit.result import CompileResult
-from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfig, config_of, lower, pure
+from attnedit.targets.attention.rewritten.config import RewrittenConfig
+from attnedit.targets.attention.rewritten.graph import KV_CACHE_MODULE, config_of, lower, pure
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.eager.classes import source_sites
 

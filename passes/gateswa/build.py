@@ -10,8 +10,8 @@ from torch import fx, nn
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.passes.gateswa.fit import WindowFit
 from attnedit.passes.site_sample import output_weight
-from attnedit.targets.attention.config import GateSWAConfig
-from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE, doubled, gateswa_graph
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE, doubled, gateswa_graph
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.solve import ridge_regression
-from attnedit.targets.attention.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the source's weights, as a fraction of the mean diagonal of its Gram matrix:

@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import Gate, GateSWAConfig
-from attnedit.targets.attention.gateswa_graph import gateswa_config
+from attnedit.targets.attention.gateswa.config import Gate, GateSWAConfig
+from attnedit.targets.attention.gateswa.graph import gateswa_config
 
 DEFAULT_WINDOW = 128
 DEFAULT_SINKS = "logit,value,keep:4"

@@ -25,9 +25,9 @@ from attnedit.passes.gateswa.options import (
 )
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.target import AttentionTarget, Claim, Question, TargetOptions
-from attnedit.targets.attention.config import GateSWAConfig
-from attnedit.targets.attention.cost import gateswa_values
-from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.cost import gateswa_values
+from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
 from attnedit.targets.attention.kinds import KINDS
 
 

@@ -17,8 +17,9 @@ from attnedit.passes.mla.linear import LinearSite
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.site_sample import output_weight
 from attnedit.passes.solve import thin
-from attnedit.targets.attention.mla import MLA, MLAConfig
-from attnedit.targets.attention.mla_graph import QUERY_MODULE, mla_graph, without_bias
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.graph import QUERY_MODULE, mla_graph, without_bias
+from attnedit.targets.attention.mla.module import MLA
 
 
 def exact_factors(site: AttentionSite, shape: Shape, weight: Tensor) -> Factors:

@@ -18,7 +18,7 @@ from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import output_weight
 from attnedit.passes.target import AttentionTarget, Claim, Question, SiteFit, SiteWork
 from attnedit.targets.attention.kinds import KINDS
-from attnedit.targets.attention.mla_graph import MLA_MODULE
+from attnedit.targets.attention.mla.graph import MLA_MODULE
 
 LINEAR = 1e-6
 """Energy that a linear map misses by rounding alone."""

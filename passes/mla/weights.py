@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnedit.passes.sample import Chunk, LayerSample
-from attnedit.targets.attention.mla import rotate
+from attnedit.targets.attention.mla.module import rotate
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ One multiply-add is 2 FLOPs. Norms, rope and softmax are left out: they are smal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import sympy
-
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
 
 BATCH = sympy.Symbol("batch", integer=True, positive=True)
 LENGTH = sympy.Symbol("length", integer=True, positive=True)
@@ -72,33 +71,6 @@ def attention_values(num_key_value_heads: int, head_dim: int, v_head_dim: int) -
     return num_key_value_heads * (head_dim + v_head_dim)
 
 
-def mla_values(config: MLAConfig) -> int:
-    """Cached values per token of latent attention: the latent and both parts of each slot.
-
-    Args:
-        config: the shape.
-
-    Returns:
-        Values per token and layer.
-    """
-    return config.kv_lora_rank + config.qk_rope_head_dim
-
-
-def gateswa_values(config: GateSWAConfig) -> int:
-    """Cached values per token that the window or the sinks keep: those of the source.
-
-    Args:
-        config: the shape.
-
-    Returns:
-        Values per kept token and layer.
-
-    >>> gateswa_values(GateSWAConfig(0, 9, 3, 64, 64, 576, 128, 0.125))
-    384
-    """
-    return attention_values(config.num_key_value_heads, config.head_dim, config.v_head_dim)
-
-
 def attention_cost(
     hidden_size: int,
     num_attention_heads: int,
@@ -129,57 +101,6 @@ def attention_cost(
     return cached_cost(attention_values(num_key_value_heads, head_dim, v_head_dim), window, parameters, per_key)
 
 
-def mla_cost(config: MLAConfig, hidden_size: int, source_key_value_size: int | None = None) -> AttentionCost:
-    """Cost of latent attention, decoding absorbed (`attnedit.targets.attention.mla`).
-
-    Args:
-        config: the shape.
-        hidden_size: width of the residual stream.
-        source_key_value_size: outputs of the source's key and value projections, which stay where the
-            configuration is not folded; ``config.input_size`` unless told.
-
-    Returns:
-        Expressions of sympy over ``batch``, ``length`` and ``dtype_bytes``.
-
-    >>> config = MLAConfig(0, 9, 64, 64, 160, tuple(range(16)), 64, 384, 0.125)
-    >>> str(mla_cost(config, 576).kv_bytes)
-    '192*batch*dtype_bytes*length'
-    """
-    heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
-    parameters = hidden_size * heads * (config.head_dim + config.v_head_dim)
-    if not config.folded:
-        parameters += hidden_size * (source_key_value_size or config.input_size)
-    parameters += (config.input_size + config.kv_bias) * (rank + rope)
-    parameters += heads * (rank * (config.qk_nope_head_dim + config.v_head_dim) + rope * config.head_dim)
-    sinks = heads if config.sinks else 0
-    scored = rank if config.qk_nope_head_dim else 0
-    return cached_cost(mla_values(config), config.window, parameters, heads * (scored + rope + rank), sinks)
-
-
-def gateswa_cost(config: GateSWAConfig) -> AttentionCost:
-    """Cost of gated sliding-window attention; it caches ``min(sliding_window + sink_tokens, length)`` tokens.
-
-    Args:
-        config: the shape.
-
-    Returns:
-        Expressions of sympy over ``batch``, ``length`` and ``dtype_bytes``.
-
-    >>> config = GateSWAConfig(0, 9, 3, 64, 64, 576, 128, 0.125, gate="head", sink_tokens=4)
-    >>> gateswa_cost(config).cached_values
-    384*batch*Min(132, length)
-    """
-    heads, size = config.num_attention_heads, config.v_head_dim
-    source = attention_cost(
-        config.hidden_size, heads, config.num_key_value_heads, config.head_dim, size, config.cached_tokens
-    )
-    gates = {"head": heads, "element": heads * size, "none": 0}[config.gate]
-    products = source.parameters + gates * config.hidden_size
-    others = gates * config.gate_bias + heads * (config.sink_logit + config.sinks)
-    others += config.num_key_value_heads * size * config.sink_value
-    return cached_cost(gateswa_values(config), config.cached_tokens, products, heads * (config.head_dim + size), others)
-
-
 def cached_cost(values: int, window: int | None, products: int, per_key: int, others: int = 0) -> AttentionCost:
     """Put together the cost of an attention from what it caches and multiplies.
 
@@ -200,3 +121,10 @@ def cached_cost(values: int, window: int | None, products: int, per_key: int, ot
     cached = values * BATCH * slots
     flops = 2 * BATCH * (products + per_key * slots)
     return AttentionCost(values, cached, cached * DTYPE_BYTES, sympy.expand(flops), products + others)
+
+
+def __getattr__(name: str) -> Any:
+    """Where 0.1 documented names that stand in the folders of their kinds now."""
+    if name in {"gateswa_cost", "gateswa_values", "mla_cost", "mla_values"}:
+        return getattr(import_module(str(__package__)), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

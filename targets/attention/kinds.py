@@ -1,4 +1,4 @@
-"""The kinds of attention that a rewritten layer can have: how each is named, built, counted and lowered.
+"""The kinds of attention that a rewritten layer can have, by name.
 
 Ours are in `KINDS`. A package adds one by registering, under the entry points `attnedit.targets`, a target whose kind
 has the entry point's name; a saved result names the kind, and never a module.
@@ -6,91 +6,21 @@ has the entry point's name; a saved result names the kind, and never a module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from importlib import import_module
+from collections.abc import Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.rewriting.registry import TARGETS, load, registered
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig, SiteConfig
-from attnedit.targets.attention.cost import AttentionCost, gateswa_cost, mla_cost
-from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE, gateswa_graph
-from attnedit.targets.attention.mla_graph import MLA_MODULE, mla_graph
-from attnedit.targets.attention.rewritten import KV_CACHE_MODULE, RewrittenConfig, rewritten_graph
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.gateswa.kind import GATESWA_KIND
+from attnedit.targets.attention.kind import AttentionKind
+from attnedit.targets.attention.mla.graph import MLA_MODULE
+from attnedit.targets.attention.mla.kind import MLA_KIND
+from attnedit.targets.attention.rewritten.kind import REWRITTEN_KIND
 
-_RUNTIME = "attnedit.targets.runtime"
-
-
-@dataclass(frozen=True)
-class AttentionKind:
-    """One kind of attention.
-
-    Attributes:
-        name: in config.json, and of the child module in the graph of a rewritten layer.
-        title: what people call it, in messages and on model cards.
-        config: its configuration class.
-        graph: builds the graph of one attention module with the new module in it, ``graph(model, site, config)``;
-            see `attnedit.targets.attention.site_graph.replace_attention`.
-        cost: what a configuration costs (`attnedit.targets.attention.cost`); None where nobody can say.
-        figures: fields and properties of the configuration that a report shows for each layer.
-        lowerings: by runtime ("onnx", "npu"), ``module:name`` of the class that takes the module's place in an export;
-            made from the module. A runtime without one traces the module itself, if it can.
-    """
-
-    name: str
-    title: str
-    config: type[SiteConfig]
-    graph: Callable[[nn.Module, AttentionSite, Any], fx.GraphModule]
-    cost: Callable[[Any], AttentionCost] | None = None
-    figures: tuple[str, ...] = ()
-    lowerings: Mapping[str, str] = field(default_factory=dict)
-
-    def lowering(self, runtime: str) -> Any:
-        """The class that takes the module's place in exports to a runtime; None where there is none."""
-        if runtime not in self.lowerings:
-            return None
-        module, _, name = self.lowerings[runtime].partition(":")
-        return getattr(import_module(module), name)
-
-    def figures_of(self, config: SiteConfig) -> dict[str, Any]:
-        """What a report shows of a configuration, by name."""
-        return {name: getattr(config, name) for name in self.figures}
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        AttentionKind(
-            MLA_MODULE,
-            "multi-head latent attention (MLA)",
-            MLAConfig,
-            mla_graph,
-            lambda config: mla_cost(config, config.input_size),
-            figures=("kv_lora_rank", "qk_rope_head_dim"),
-            lowerings={
-                "onnx": f"{_RUNTIME}.onnx.attention:LatentAttention",
-                "npu": f"{_RUNTIME}.npu.latent:LatentAttention",
-            },
-        ),
-        AttentionKind(
-            GATESWA_MODULE,
-            "gated sliding-window attention (GateSWA)",
-            GateSWAConfig,
-            gateswa_graph,
-            gateswa_cost,
-            figures=("sliding_window",),
-            lowerings={
-                "onnx": f"{_RUNTIME}.onnx.attention:WindowAttention",
-                "npu": f"{_RUNTIME}.npu.attention:WindowAttention",
-            },
-        ),
-        AttentionKind(KV_CACHE_MODULE, "rewritten attention", RewrittenConfig, rewritten_graph),
-    )
-}
+KINDS = {kind.name: kind for kind in (MLA_KIND, GATESWA_KIND, REWRITTEN_KIND)}
 _OTHERS: dict[str, AttentionKind] = {}
 """Of other packages, that were used so far."""
 

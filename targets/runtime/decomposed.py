@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.gateswa.module import GateSWA
 from attnedit.targets.attention.kinds import kind_of
-from attnedit.targets.attention.mla import MLA
+from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.attention.module import AttentionModule, attention_modules
 
 # Half of the lowest number: a logit added to it stays finite, and a row that sees nothing stays defined.

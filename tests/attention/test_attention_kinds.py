@@ -18,6 +18,8 @@ from project import ROOT
 from transformers import PreTrainedModel
 
 import attnedit
+from attnedit.targets.attention import config, cost
+from attnedit.targets.attention.kinds import KINDS
 from attnedit.testing import check_decode, check_exact, check_saved, deviation, logits, refused, same_weights, tokens
 
 FOLDER = ROOT / "examples" / "grouped_latent_attention"
@@ -230,3 +232,10 @@ def test_a_kind_has_a_name_of_its_own() -> None:
     target.kind = dataclasses.replace(KIND, name="gla2")
     result = attnedit.compile(build("llama"), target, kv_budget=1.0)
     assert "no package registers grouped latent attention (GLA) as 'gla2'" in " ".join(result.report.notes)
+
+
+def test_names_of_earlier_versions_are_found_where_they_were() -> None:
+    assert config.MLAConfig is KINDS["mla"].config
+    assert cost.gateswa_values(KINDS["gateswa"].config(0, 9, 3, 64, 64, 576, 128, 0.125)) == 384
+    with pytest.raises(AttributeError, match="no attribute 'Unknown'"):
+        config.Unknown  # noqa: B018

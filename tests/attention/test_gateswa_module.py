@@ -26,8 +26,8 @@ from transformers import DynamicCache
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention import GateSWA, GateSWAConfig, attention_cost, gateswa_cost
-from attnedit.targets.attention.gateswa_cache import GateSWALayer
-from attnedit.targets.attention.gateswa_documents import EMPTY
+from attnedit.targets.attention.gateswa.cache import GateSWALayer
+from attnedit.targets.attention.gateswa.documents import EMPTY
 
 
 @settings(max_examples=150, deadline=None)

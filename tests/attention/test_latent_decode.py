@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnedit.targets.attention.latent_decode import choose_blocks, choose_splits, decodes_fused
+from attnedit.targets.attention.mla.decode import choose_blocks, choose_splits, decodes_fused
 
 HOPPER = 232448  # bytes of shared memory
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform")

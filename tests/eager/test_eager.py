@@ -11,7 +11,7 @@ from transformers import (
 
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.targets.attention import MLA, MLAConfig, mla_values
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.mla.graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice
 
 pytestmark = pytest.mark.usefixtures("no_grad")

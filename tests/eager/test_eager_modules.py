@@ -22,7 +22,7 @@ from transformers import (
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention import MLAConfig
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.mla.graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 
 pytestmark = pytest.mark.usefixtures("no_grad")

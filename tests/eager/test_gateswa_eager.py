@@ -26,8 +26,8 @@ from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention import GateSWA
-from attnedit.targets.attention.gateswa_cache import GateSWALayer
-from attnedit.targets.attention.gateswa_graph import doubled, gateswa_config, gateswa_graph
+from attnedit.targets.attention.gateswa.cache import GateSWALayer
+from attnedit.targets.attention.gateswa.graph import doubled, gateswa_config, gateswa_graph
 from attnedit.targets.runtime.eager import bounded_cache, share_copy, splice, to_attnedit
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -30,9 +30,9 @@ from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluation.evaluate import kv_usage
 from attnedit.targets.attention import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.gateswa_cache import GateSWALayer
-from attnedit.targets.attention.gateswa_graph import doubled, gateswa_config, gateswa_graph
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.gateswa.cache import GateSWALayer
+from attnedit.targets.attention.gateswa.graph import doubled, gateswa_config, gateswa_graph
+from attnedit.targets.attention.mla.graph import mla_graph
 from attnedit.targets.runtime.eager import load_model, save, share_copy, splice, to_attnedit
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -29,7 +29,7 @@ from transformers import (
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.targets.attention import MLAConfig
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.mla.graph import mla_graph
 from attnedit.targets.runtime.eager import (
     AttneditConfig,
     attnedit_classes,

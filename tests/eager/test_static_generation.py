@@ -12,7 +12,7 @@ from transformers import StaticCache
 from transformers.generation import CompileConfig
 
 from attnedit.compiler.compatibility.caches import with_cache
-from attnedit.targets.attention.gateswa_ring import RingLayer
+from attnedit.targets.attention.gateswa.ring import RingLayer
 from attnedit.targets.runtime.eager.cache import bind_cache
 
 graphs: list[torch.fx.GraphModule] = []

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel
 from vllm_models import save_random
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.runtime.eager import load_model
 from attnedit.targets.runtime.vllm import Settings, check
 from attnedit.targets.runtime.vllm.decoder import (

@@ -32,8 +32,8 @@ def test_a_remote_checkpoint_is_ours_too(tmp_path: Path) -> None:
 
 
 def test_remote_code_needs_nothing_of_ours() -> None:
-    modules = copied_modules(["attnedit.targets.attention.mla", "attnedit.targets.attention.gateswa"])
-    assert {"attnedit_mla", "attnedit_gateswa", "attnedit_parts"} <= set(modules)
+    modules = copied_modules(["attnedit.targets.attention.mla.module", "attnedit.targets.attention.gateswa.module"])
+    assert {"attnedit_targets_attention_mla_module", "attnedit_targets_runtime_hf_parts"} <= set(modules)
     for text in modules.values():
         assert "from attnedit." not in text.replace("from attnedit.targets.runtime.hf import", "")
         assert "import attnedit" not in text

@@ -17,7 +17,7 @@ from attnedit.passes.mla.least_squares import logit_target
 from attnedit.passes.mla.weights import Factors, output_error
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.solve import cholesky, inverse_root, second_moment, spectrum
-from attnedit.targets.attention.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
 
 LARGE = 1000.0
 SHAPE = Shape(rank=8, slots=3, fold=2)

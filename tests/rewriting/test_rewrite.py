@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import attnedit
 from attnedit.compiler.capture.capture import graph_module
 from attnedit.compiler.graph import provenance
-from attnedit.targets.attention.rewritten import KVCache
+from attnedit.targets.attention.rewritten.graph import KVCache
 from attnedit.targets.runtime.eager.classes import source_sites
 from attnedit.testing import check_decode, check_exact, check_saved
 

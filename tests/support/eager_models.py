@@ -22,7 +22,7 @@ from transformers import (
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.targets.attention import MLA, MLAConfig
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.mla.graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.targets.attention import GateSWA
-from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
+from attnedit.targets.attention.gateswa.graph import gateswa_config, gateswa_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 
 WINDOW = 3  # below every window of the families

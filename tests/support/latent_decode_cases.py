@@ -10,8 +10,9 @@ import sys
 import torch
 from torch import Tensor
 
-from attnedit.targets.attention.latent_decode import choose_blocks, decodes_fused, latent_decode, run_kernels
-from attnedit.targets.attention.mla import MLA, MLAConfig
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.decode import choose_blocks, decodes_fused, latent_decode, run_kernels
+from attnedit.targets.attention.mla.module import MLA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter of triton 3.9 takes bfloat16 for integers.

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attnedit.targets.attention import MLAConfig
-from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.gateswa.graph import gateswa_config, gateswa_graph
+from attnedit.targets.attention.mla.graph import mla_graph
 from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit
 
 TARGETS = ["mla", "gateswa", "gateswa+mla", "gateswa+source"]

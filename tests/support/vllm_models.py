@@ -14,8 +14,8 @@ from torch import fx, nn
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.targets.attention import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.gateswa_graph import gateswa_config, gateswa_graph
-from attnedit.targets.attention.mla_graph import mla_graph
+from attnedit.targets.attention.gateswa.graph import gateswa_config, gateswa_graph
+from attnedit.targets.attention.mla.graph import mla_graph
 from attnedit.targets.runtime.eager import save, share_copy, splice, to_attnedit
 
 SIZES = {

@@ -8,8 +8,8 @@ from torch import fx, nn
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.targets.attention.cost import AttentionCost, cached_cost
-from attnedit.targets.attention.kinds import AttentionKind
-from attnedit.targets.attention.mla_graph import latent_inputs
+from attnedit.targets.attention.kind import AttentionKind
+from attnedit.targets.attention.mla.graph import latent_inputs
 from attnedit.targets.attention.site_graph import AnchorCall, check_facts, replace_attention, weights_like
 from attnedit_gla.config import GroupedLatentConfig
 from attnedit_gla.module import GroupedLatent

@@ -42,8 +42,8 @@ from attnedit.compiler.model_io.models import forget_quantised_storage
 from attnedit.compiler.model_io.remote_code import class_references, own_class
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, config_to_dict, kind_of
-from attnedit.targets.attention.kv_cache import Attend
 from attnedit.targets.attention.module import attention_modules
+from attnedit.targets.attention.rewritten.module import Attend
 from attnedit.targets.runtime.eager.cache import BoundedGeneration
 from attnedit.targets.runtime.eager.conversions import register_conversions
 from attnedit.targets.runtime.eager.skeleton import sites_of_source

@@ -8,8 +8,8 @@ import torch
 from transformers import Cache
 
 from attnedit.compiler.compatibility.live import before_early_initialization
-from attnedit.targets.attention.config import GateSWAConfig
-from attnedit.targets.attention.gateswa_layers import bounded_layer
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.layers import bounded_layer
 from attnedit.targets.attention.kinds import config_from_dict
 
 

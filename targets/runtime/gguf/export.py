@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
 from attnedit.compiler.progress import Progress, stage
-from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
-from attnedit.targets.attention.mla_graph import MLA_MODULE
+from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
+from attnedit.targets.attention.mla.graph import MLA_MODULE
 from attnedit.targets.runtime.check import check_model
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
+from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
 from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.gguf.form import HEAD, Form, common_keys, decoder_tensors, named, plain_theta
 from attnedit.targets.runtime.hf.gateswa import Layer, check_plain, common_window, gate_weight, windowed_layers

@@ -16,8 +16,8 @@ from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
 from attnedit.compiler.progress import Progress, stage
-from attnedit.targets.attention.mla_graph import MLA_MODULE
-from attnedit.targets.attention.rewritten import KV_CACHE_MODULE
+from attnedit.targets.attention.mla.graph import MLA_MODULE
+from attnedit.targets.attention.rewritten.graph import KV_CACHE_MODULE
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_sites
 from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, TRIED, VLLM, check_checkpoint, export_profile

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite, Projection
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import GateSWAConfig
-from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
 from attnedit.targets.attention.kinds import configs_in, kind_of
 from attnedit.targets.runtime.eager.classes import source_config, source_sites
 from attnedit.targets.runtime.hf.native import OTHER, Native, decoder_config, neutral_norm, refuse_half

@@ -15,9 +15,9 @@ from attnedit.compiler.capture.rope import rope_angles
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.graph.surgery import cut
-from attnedit.targets.attention.config import MLAConfig
-from attnedit.targets.attention.mla import MLA
-from attnedit.targets.attention.mla_graph import MLA_MODULE, QUERY_MODULE
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.graph import MLA_MODULE, QUERY_MODULE
+from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.runtime.eager.classes import source_sites
 from attnedit.targets.runtime.hf.native import OTHER
 

@@ -46,9 +46,9 @@ import torch  # noqa: F401
 from torch import device  # noqa: F401
 from transformers import {config}, {model}
 
-from .attnedit_cache import BoundedGeneration
-from .attnedit_conversions import register_conversions
-from .attnedit_parts import GraphAttention, put_attention_in
+from .{cache} import BoundedGeneration
+from .{conversions} import register_conversions
+from .{parts} import GraphAttention, put_attention_in
 {imports}
 
 
@@ -98,7 +98,7 @@ def write_remote(model: PreTrainedModel, directory: Path) -> None:
     for kind in kinds:
         if getattr(transformers, kind.__name__, None) is not kind:
             raise UsageError(f"{kind.__name__} is not one of transformers' own classes, so the code cannot import it")
-    names = {"config": source_config, "model": source_model}
+    names = {"config": source_config, "model": source_model, **{_last(root): _file_name(root) for root in ROOTS}}
     graphs = _graphs(model)
     tables = {f"{site}.{name}": value for site, graph in graphs.items() for name, value in _tables(graph).items()}
     model.save_pretrained(directory, state_dict={**model.state_dict(), **tables})
@@ -186,10 +186,14 @@ def _relative(match: re.Match[str]) -> str:
     return match[0].replace(match[1], f".{_file_name(match[1])}")
 
 
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
 def _file_name(module: str) -> str:
-    """Ours by the last part of their names, which are all different; others by all of it."""
-    own = module.startswith("attnedit.")
-    return f"attnedit_{module.rpartition('.')[2] if own else module.replace('.', '_')}"
+    """What a checkpoint calls the copy of a module; all of ours begin with the same word."""
+    own = "" if module.startswith("attnedit.") else "attnedit_"
+    return own + module.replace(".", "_")
 
 
 def _graphs(model: PreTrainedModel) -> dict[str, fx.GraphModule]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from attnedit.targets.attention.gateswa import GateSWA
+from attnedit.targets.attention.gateswa.module import GateSWA
 from attnedit.targets.attention.module import AttentionModule
 from attnedit.targets.runtime.decomposed import (
     Virtual,

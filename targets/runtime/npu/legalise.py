@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from attnedit.compiler.capture.sites import AttentionSite
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.runtime.npu.limits import (
     ALIGNMENT,
     BLOCK,

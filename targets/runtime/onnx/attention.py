@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.mla import MLA, rotate
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.module import MLA, rotate
 from attnedit.targets.runtime.decomposed import (
     AbsorbedAttention,
     Virtual,

@@ -18,8 +18,9 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.mla import rotate
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.module import rotate
 from attnedit.targets.runtime.vllm.decoder import ServedConfig
 from attnedit.targets.runtime.vllm.latent_backend import LatentBackend
 

@@ -19,10 +19,11 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.transformers_names import attention_of as implementation_of
 from attnedit.compiler.compatibility.transformers_names import set_implementations
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig
-from attnedit.targets.attention.gateswa_graph import GATESWA_MODULE
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
 from attnedit.targets.attention.kinds import config_from_dict, kind_of
-from attnedit.targets.attention.mla_graph import MLA_MODULE
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.graph import MLA_MODULE
 from attnedit.targets.attention.site_graph import AnchorCall, anchor_arguments, replace_attention
 from attnedit.targets.runtime.eager.classes import attnedit_classes, sites_of_class, source_config_class
 from attnedit.targets.runtime.eager.splice import splice

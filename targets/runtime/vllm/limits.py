@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import GateSWAConfig, MLAConfig, SiteConfig
+from attnedit.targets.attention.config import SiteConfig
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.kinds import config_from_dict, kind_of
+from attnedit.targets.attention.mla.config import MLAConfig
 
 TESTED = ("0.32",)
 """Releases of vLLM that the tests ran with."""

@@ -10,7 +10,7 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM, Tra
 from vllm.model_executor.models.transformers.utils import replace_linear_class
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.config import MLAConfig
+from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.runtime.vllm.attention import ServedLatent, ServedWindow, by_heads
 from attnedit.targets.runtime.vllm.decoder import (
     Placed,

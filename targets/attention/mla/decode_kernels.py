@@ -2,7 +2,7 @@
 
 Method: Flash-Decoding (split softmax, https://crfm.stanford.edu/2023/10/12/flashdecoding.html) over an absorbed
 latent (DeepSeek-V2, arXiv 2405.04434): logits and output are products with the same tile of the cache, so a tile is
-read once for all heads. Imported by `attnedit.targets.attention.latent_decode` only, as triton is not everywhere.
+read once for all heads. Imported by `attnedit.targets.attention.mla.decode` only, as triton is not everywhere.
 """
 
 # triton compiles these functions from their source: no annotations but constexpr.

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.gateswa_documents import EMPTY
+from attnedit.targets.attention.gateswa.documents import EMPTY
 
 
 @dataclass(frozen=True)

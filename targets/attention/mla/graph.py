@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.targets.attention.mla import MLA, MLAConfig
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.attention.site_graph import AnchorCall, check_facts, replace_attention, weights_like
 
 MLA_MODULE = "mla"

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from attnedit.compiler.compatibility.live import keep_in_place
-from attnedit.targets.attention.gateswa_cache import Sinks
-from attnedit.targets.attention.gateswa_documents import EMPTY
+from attnedit.targets.attention.gateswa.cache import Sinks
+from attnedit.targets.attention.gateswa.documents import EMPTY
 
 
 class RingLayer(StaticLayer):

@@ -10,8 +10,6 @@ import copy
 import json
 import operator
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -29,8 +27,8 @@ from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.graft import CACHE_OP, SiteGraph
 from attnedit.compiler.rewriting.pattern import ANCHOR_OP, Pattern
 from attnedit.compiler.rewriting.rewrite import Rewrite, options_of, rewrite_from
-from attnedit.targets.attention.config import SiteConfig
-from attnedit.targets.attention.kv_cache import Attend, DenseMask, KVCache
+from attnedit.targets.attention.rewritten.config import RewrittenConfig
+from attnedit.targets.attention.rewritten.module import Attend, DenseMask, KVCache
 from attnedit.targets.attention.site_graph import checked_cache
 
 KV_CACHE_MODULE = "kv_cache"
@@ -41,40 +39,6 @@ LOWERING = "attnedit.lower"
 # With the class, which keeps its id from being given to another.
 _PATTERNS: OrderedDict[tuple[int, str, str], tuple[type[Rewrite], Pattern]] = OrderedDict()
 _PATTERNS_KEPT = 32
-
-
-@dataclass(frozen=True)
-class RewrittenConfig(SiteConfig):
-    """What was done to the graph of one attention module; plain JSON values only.
-
-    Attributes:
-        layer_idx: the layer of the cache that this attention writes.
-        rewrites: in order: "rewrite" (``module:Class``), "options" (its fields), and "decisions" (of every match in
-            turn, whether it was rewritten).
-
-    Raises:
-        UsageError: an entry has another form.
-
-    >>> entry = {"rewrite": "package.module:Gate", "options": {}, "decisions": [True]}
-    >>> config = RewrittenConfig(0, (entry,))
-    >>> RewrittenConfig.from_dict(config.to_dict()) == config
-    True
-    """
-
-    layer_idx: int
-    rewrites: tuple[Mapping[str, Any], ...]
-
-    def __post_init__(self) -> None:
-        """Refuse what `attnedit.rewrite` would not have written."""
-        object.__setattr__(self, "rewrites", tuple(self.rewrites))
-        forms: dict[str, type] = {"rewrite": str, "options": dict, "decisions": list}
-        for entry in self.rewrites:
-            if not (
-                isinstance(entry, Mapping)
-                and set(entry) == set(forms)
-                and all(isinstance(entry[name], form) for name, form in forms.items())
-            ):
-                raise UsageError(f"RewrittenConfig of layer {self.layer_idx}: {entry!r} describes no rewrite")
 
 
 def lower(root: fx.GraphModule, site: AttentionSite, model_config: Any, config: RewrittenConfig) -> fx.GraphModule:

@@ -19,9 +19,9 @@ from attnedit.compiler.compatibility.live import is_plain_linear, recorded_atten
 from attnedit.compiler.compatibility.paged import PagedLayers
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.masks import causal, shown
-from attnedit.targets.attention.config import MLAConfig
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
-from attnedit.targets.attention.latent_decode import decodes_fused, latent_decode
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.decode import decodes_fused, latent_decode
 from attnedit.targets.attention.module import AttentionModule, upcast
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]

@@ -20,12 +20,12 @@ from attnedit.compiler.compatibility.live import recorded_attention
 from attnedit.compiler.compatibility.paged import PagedLayers
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.masks import hidden_value, masked, shown
-from attnedit.targets.attention.config import GateSWAConfig
-from attnedit.targets.attention.gateswa_cache import GateSWALayer, Sinks
-from attnedit.targets.attention.gateswa_documents import Documents
-from attnedit.targets.attention.gateswa_layers import bounded_layer
-from attnedit.targets.attention.gateswa_ring import RingLayer
-from attnedit.targets.attention.gateswa_view import View
+from attnedit.targets.attention.gateswa.cache import GateSWALayer, Sinks
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.documents import Documents
+from attnedit.targets.attention.gateswa.layers import bounded_layer
+from attnedit.targets.attention.gateswa.ring import RingLayer
+from attnedit.targets.attention.gateswa.view import View
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 from attnedit.targets.attention.module import AttentionModule
 
@@ -120,7 +120,7 @@ class GateSWA(AttentionModule):
                 add to the logits, or a padding mask [B, >= S] of the new and cached tokens. It need not know of the
                 window. Where ``config.source_window`` is None it covers every token so far.
             past_key_values: a transformers cache. An empty dynamic layer in it gives way to a bounded one
-                (`attnedit.targets.attention.gateswa_cache`); any other keeps what it keeps, and is masked. Or its
+                (`attnedit.targets.attention.gateswa.cache`); any other keeps what it keeps, and is masked. Or its
                 pages, which say what is seen in place of the mask.
             sinks: [H], the source's own sink logits, where ``config.sinks``.
 
@@ -238,7 +238,7 @@ class GateSWA(AttentionModule):
         window = self.config.sliding_window
         recorded = recorded_attention()
         if recorded is not None or not self.blocks or torch.compiler.is_compiling():
-            mask = self._bias(view, 0, length, 0, columns)
+            mask = view.mask(self.config, 0, length, 0, columns)
             return self._attend_block(query, view.keys, view.values, mask, sinks, None if recorded is None else view)
         size = min(max(window, MIN_BLOCK), MAX_BLOCK)
         out = []
@@ -247,54 +247,9 @@ class GateSWA(AttentionModule):
             low = max(0, view.before + first - window + 1)
             high = min(columns, view.before + last)
             keys, values = (_cut(x, slots, low, high) for x in (view.keys, view.values))
-            mask = self._bias(view, first, last, low, high)
+            mask = view.mask(self.config, first, last, low, high)
             out.append(self._attend_block(query[:, :, first:last], keys, values, mask, sinks))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
-
-    def _bias(self, view: View, first: int, last: int, low: int, high: int) -> Tensor:
-        """Mask of queries first..last over slots and columns low..high.
-
-        Returns:
-            [B or 1, 1 or H, last - first, n + high - low], bool or floats to add.
-        """
-        config, device = self.config, view.keys.device
-        position = torch.arange(first, last, device=device) + view.past
-        columns = view.columns[low:high]
-        behind = position[:, None] - columns
-        near = ((behind >= 0) & (behind < config.sliding_window))[None, None]
-        if view.near is not None:
-            rows = view.near[:, :, first:last]
-            index = columns.clamp(max=rows.shape[-1] - 1)
-            near = _restrict(near, rows.index_select(-1, index) if view.by_position else rows[..., low:high])
-        if not config.sink_tokens:
-            return near
-        if view.documents is not None and not view.slots.shape[1]:
-            return self._with_kept(view, near, behind, first, last, low, high)
-        # A sink inside the window is among the columns, so its slot shows only once it has left.
-        far = (position[:, None] - view.slots[:, None, None, :]) >= config.sliding_window
-        if view.documents is not None:
-            far = far & view.documents.same(first, last, view.slots)
-        if view.far is not None and config.source_window is None:
-            rows = view.far[:, :, first:last].expand(far.shape[0], -1, -1, -1)
-            index = view.slots.clamp(max=rows.shape[-1] - 1)[:, None, None]
-            far = _restrict(far, rows.gather(-1, index.expand(-1, *rows.shape[1:3], -1)))
-        if far.dtype != near.dtype:
-            far = _restrict(far, near.new_zeros(()))
-        shape = torch.broadcast_shapes(far.shape[:3], near.shape[:3])
-        return torch.cat((far.expand(*shape, -1), near.expand(*shape, -1)), dim=-1)
-
-    def _with_kept(
-        self, view: View, near: Tensor, behind: Tensor, first: int, last: int, low: int, high: int
-    ) -> Tensor:
-        """A mask `near` over columns, with each document's kept tokens in it where they stand; see `_bias`."""
-        if view.documents is None or view.near is None:
-            raise AssertionError("documents are read off a mask")
-        columns = view.columns[low:high].expand(view.documents.start.shape[0], -1)
-        kept = view.documents.kept[:, None, None, low:high] & view.documents.same(first, last, columns)
-        kept = kept & (behind >= self.config.sliding_window)
-        if self.config.source_window is None:
-            return _restrict(kept | (behind < self.config.sliding_window) & (behind >= 0), view.near[:, :, first:last])
-        return near | kept if near.dtype == torch.bool else torch.where(kept, 0.0, near)
 
     def _attend_block(
         self,
@@ -381,13 +336,6 @@ class GateSWA(AttentionModule):
 def _real(mask: Tensor) -> Tensor:
     """Say which keys of a mask [B, 1 or H, T, S] some query sees, bool [B, S]: all but padding and the future."""
     return shown(mask).any(dim=1).any(dim=1)
-
-
-def _restrict(visible: Tensor, mask: Tensor) -> Tensor:
-    """Hide more: a bool mask and another one, bool or additive; the result is of the latter's kind."""
-    if mask.dtype == torch.bool:
-        return visible & mask
-    return torch.where(visible, mask, hidden_value(mask))
 
 
 def _at(x: Tensor, positions: Tensor) -> Tensor:

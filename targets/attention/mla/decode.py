@@ -176,7 +176,7 @@ def run_kernels(
     splits: int | None = None,
 ) -> Tensor:
     """Run `latent_decode` in the given blocks and number of splits (chosen where None)."""
-    from attnedit.targets.attention.latent_decode_kernels import attend_split, sum_splits
+    from attnedit.targets.attention.mla.decode_kernels import attend_split, sum_splits
 
     batch, heads = latent.shape[0], _heads(query, query_rope)
     keys, rank = latent.shape[1:]

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from attnedit.targets.attention.config import GateSWAConfig
-from attnedit.targets.attention.gateswa_cache import GateSWALayer
-from attnedit.targets.attention.gateswa_ring import RingLayer
+from attnedit.targets.attention.gateswa.cache import GateSWALayer
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.ring import RingLayer
 
 
 def bounded_layer(cache: Any, config: GateSWAConfig) -> GateSWALayer | RingLayer | None:

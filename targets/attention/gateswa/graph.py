@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import CaptureError
-from attnedit.targets.attention.gateswa import GateSWA, GateSWAConfig
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.module import GateSWA
 from attnedit.targets.attention.site_graph import (
     AnchorCall,
     anchor_arguments,

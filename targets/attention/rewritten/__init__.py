@@ -1,0 +1,1 @@
+"""Ordinary attention whose graph rewrites have edited."""
