@@ -14,7 +14,7 @@ from attnedit.compiler.progress import Progress, track
 from attnedit.passes.effort import effort_on
 from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.layer_loss import loss_increases, measured_rows
-from attnedit.passes.target import AttentionTarget, Claim, SiteFit, SiteWork
+from attnedit.passes.target import AnyTarget, Claim, SiteFit, SiteWork
 
 FIT_TOKENS = 16_384
 """Calibration tokens of each length for the quick fits whose losses are measured; at least two windows."""
@@ -41,7 +41,7 @@ class Layers:
 
 
 def fit_layers(
-    target: AttentionTarget,
+    target: AnyTarget,
     source: PreTrainedModel,
     result: PreTrainedModel,
     sites: list[AttentionSite],
@@ -98,7 +98,7 @@ def fit_layers(
 
 
 def single_losses(
-    target: AttentionTarget,
+    target: AnyTarget,
     source: PreTrainedModel,
     result: PreTrainedModel,
     sites: list[AttentionSite],

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
 
 from torch import Tensor, fx
 from transformers import PreTrainedModel
@@ -44,6 +44,15 @@ class TargetOptions(Protocol):
         ...
 
 
+class SiteFitted(Protocol):
+    """Weights of one site: a dataclass, `energy_kept` among its fields where that is known."""
+
+    @property
+    def output_error(self) -> float | None:
+        """Relative squared error of the attention output on what it was fitted on."""
+        ...
+
+
 class Shape(Protocol):
     """What one layer will cache. A dataclass: its text tells one fit from another."""
 
@@ -56,6 +65,10 @@ class Shape(Protocol):
     def exact(self) -> bool:
         """Whether nothing is lost, so that no data is needed."""
         ...
+
+
+S = TypeVar("S", bound=Shape)
+F = TypeVar("F", bound=SiteFitted)
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class SiteFit:
     details: Any = None
 
 
-class AttentionTarget(ABC):
+class AttentionTarget(ABC, Generic[S, F]):
     """What attention becomes, chosen for all sites under one budget, and fitted site by site on sampled activations.
 
     A package registers an instance under the entry points `attnedit.targets`. A subclass needs `shape`, `fit` and
@@ -186,6 +199,9 @@ class AttentionTarget(ABC):
         Args:
             options: `attnedit.options.CompileOptions`.
 
+        Returns:
+            A target of the same class.
+
         Raises:
             UsageError: they make no sense, whatever the model.
         """
@@ -205,23 +221,59 @@ class AttentionTarget(ABC):
         return result
 
     def check(self, site: AttentionSite) -> Reject | None:
-        """Look closer at a site: None to change it, `Reject` to leave it as it is."""
+        """Look closer at a site.
+
+        Args:
+            site: that could change.
+
+        Returns:
+            None to change it, `Reject` with the reason to leave it as it is.
+        """
         return None
 
     def notes(self, chosen: list[AttentionSite]) -> list[str]:
-        """What the user should know before any data is read."""
+        """What the user should know before any data is read.
+
+        Args:
+            chosen: sites that change.
+
+        Returns:
+            Lines of the report.
+        """
         return []
 
     def fitted_notes(self, fits: Mapping[str, SiteFit]) -> list[str]:
-        """What the user should know of the fits, by the site's name."""
+        """What the user should know of the fits.
+
+        Args:
+            fits: by the site's name.
+
+        Returns:
+            Lines of the report.
+        """
         return []
 
     def least(self, site: AttentionSite) -> int:
-        """The smallest cache that a site can have, in values per token."""
+        """The smallest cache that a site can have.
+
+        Args:
+            site: that changes.
+
+        Returns:
+            Values per token.
+        """
         return least_values(site)
 
     def shape(self, site: AttentionSite, values: int) -> Shape:
-        """What a site may cache within so many values per token; the exact shape where everything fits."""
+        """What a site may cache.
+
+        Args:
+            site: that changes.
+            values: cached per token at most.
+
+        Returns:
+            The shape; an exact one where everything fits.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no shape()")
 
     def plan(self, question: Question) -> Claim:
@@ -270,8 +322,12 @@ class AttentionTarget(ABC):
                 "to it; give longer ones"
             )
 
-    def fit_site(self, work: SiteWork, shape: Any) -> SiteFit:
+    def fit_site(self, work: SiteWork, shape: S) -> SiteFit:
         """Fit and build one site's new attention on what its module is called with.
+
+        Args:
+            work: the site, with its model and data.
+            shape: what it will cache.
 
         Raises:
             CaptureError: the site cannot be rewritten.
@@ -279,7 +335,7 @@ class AttentionTarget(ABC):
         if shape.exact:
             return SiteFit(self.build(work.result, work.site, shape, None))
 
-        def make() -> Any:
+        def make() -> F:
             return self.fit(work.samples(self.queries or self.fit_options.output_queries), shape)
 
         made_from = (
@@ -289,20 +345,20 @@ class AttentionTarget(ABC):
         graph = self.build(work.result, work.site, shape, fit)
         return SiteFit(graph, getattr(fit, "energy_kept", None), fit.output_error)
 
-    def _made_from(self, work: SiteWork, shape: Any) -> str:
-        return digest(*work.windows, given_digest(), shape, self.fit_options, work.seed)
-
     @abstractmethod
-    def fit(self, samples: Sequence[LayerSample], shape: Any) -> Any:
+    def fit(self, samples: Sequence[LayerSample], shape: S) -> F:
         """Weights of one site: a dataclass with `output_error`, and `energy_kept` where that is known.
 
         Args:
             samples: of the site, one for each length of windows.
             shape: what it caches.
+
+        Returns:
+            What `build` takes.
         """
 
     @abstractmethod
-    def build(self, model: PreTrainedModel, site: AttentionSite, shape: Any, fit: Any) -> fx.GraphModule:
+    def build(self, model: PreTrainedModel, site: AttentionSite, shape: S, fit: F | None) -> fx.GraphModule:
         """The site's graph with its new attention, weights included.
 
         Args:
@@ -310,4 +366,11 @@ class AttentionTarget(ABC):
             site: the attention site.
             shape: what it caches.
             fit: from `fit`; None of an exact shape.
+
+        Returns:
+            What `attnedit.targets.attention.site_graph.replace_attention` makes.
         """
+
+
+AnyTarget: TypeAlias = AttentionTarget[Any, Any]
+"""Whatever its shapes and fits."""

@@ -136,7 +136,7 @@ class CheckpointSource(Source):
         self._sites = _capture(self.model, self.name)
         return self._sites
 
-    def ready(self, plan: Plan, exact: bool) -> None:
+    def ready(self, plan: Plan) -> None:
         """Refuse what takes passes through the whole model."""
         if self.device.type != "cpu":
             _place_buffers(self.model, self.device)
@@ -145,7 +145,7 @@ class CheckpointSource(Source):
                 "choosing the full layers by measured loss takes passes through the whole model, which is read layer "
                 "by layer here; name them: full_layers 'every:4', or indices"
             )
-        if self.options.calibration is None and not exact:
+        if self.options.calibration is None and plan.needs_data:
             raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
 
     def reading(self, result: PreTrainedModel | None = None) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from attnedit._calibrate import START_DIRECTORY, check_length, train
 from attnedit._pipeline import Source, on_device, run, with_recipe
-from attnedit._rewrite import rewrite_live
+from attnedit._rewrite import RewriteSource
 from attnedit._stages import Log
 from attnedit.arguments import CompileArguments, check_known, shown
 from attnedit.compiler.capture.capture import capture, graph_module
@@ -101,9 +101,7 @@ def compile_live(model: PreTrainedModel, options: CompileOptions, name: str | No
 )
 def _one_shot(model: PreTrainedModel, options: CompileOptions, kept: KeptFits | None = None) -> CompileResult:
     """`compile_live` without training."""
-    if not options.planned:
-        return rewrite_live(model, options)
-    source = LiveSource(model, options, kept)
+    source: Source = LiveSource(model, options, kept) if options.planned else RewriteSource(model, options)
     result, report = run(source, options)
     return CompileResult(result, report, options.tokenizer, processor=options.processor)
 
@@ -129,7 +127,7 @@ class LiveSource(Source):
         """Its attention sites."""
         return capture(self.model)
 
-    def ready(self, plan: Plan, exact: bool) -> None:
+    def ready(self, plan: Plan) -> None:
         """Make the model that becomes the result."""
         self.result = self.model if self._options.in_place else share_copy(self.model)
 

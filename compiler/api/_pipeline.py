@@ -1,4 +1,4 @@
-"""The pipeline of targets with a budget, the same for a live model and for a checkpoint that is read layer by layer."""
+"""The one pipeline: for targets and for rewrites, on a live model and on a checkpoint that is read layer by layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from attnedit._stages import Log, said
 from attnedit.compiler.capture.capture import as_captured
 from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.lengths import record_lengths
-from attnedit.compiler.evaluation.evaluate import kv_usage
+from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.evaluation.positions import loss_curve
 from attnedit.compiler.execution.model_inputs import giving
 from attnedit.compiler.execution.verify import (
@@ -29,7 +30,6 @@ from attnedit.compiler.execution.verify import (
 )
 from attnedit.compiler.model_io.devices import resolve_device
 from attnedit.compiler.model_io.heads import has_language_head
-from attnedit.compiler.reporting.records import Verification
 from attnedit.compiler.reporting.report import Report
 from attnedit.figures import engine_notes, site_graphs
 from attnedit.options import CompileOptions
@@ -65,9 +65,17 @@ class Source(ABC):
     def capture(self) -> list[AttentionSite]:
         """Its attention sites."""
 
+    def plan(self, sites: list[AttentionSite], before: KVUsage, options: CompileOptions) -> Plan:
+        """What is to become of the sites."""
+        return plan_sites(self.model, sites, before, options)
+
     @abstractmethod
-    def ready(self, plan: Plan, exact: bool) -> None:
+    def ready(self, plan: Plan) -> None:
         """Refuse a plan that cannot be done here, before data is read."""
+
+    def data(self, options: CompileOptions) -> CalibrationWindows:
+        """Windows of calibration data."""
+        return calibration_windows(self.model, options)
 
     @abstractmethod
     def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
@@ -92,15 +100,14 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
         with log("capture", bar=True) as entry:
             sites = source.capture()
             implementation.enter_context(as_captured(model, sites))
-            plan = plan_sites(model, sites, kv_usage(model), options)
-            claims = plan.claims()
+            plan = source.plan(sites, kv_usage(model), options)
             entry.did = f"{len(sites)} attention sites, {len(plan.chosen)} of them to change"
-        exact = all(shape.exact for _, claim in claims for shape in claim.shapes.values())
-        source.ready(plan, exact)
+            exact = plan.exact
+        source.ready(plan)
         data = windows = None
-        if not exact:
+        if plan.needs_data:
             with log("data") as entry:
-                data = calibration_windows(model, options)
+                data = source.data(options)
                 entry.did = f"{data} windows, {data.tokens:,} tokens"
             windows = data.parts
             plan.notes.extend(data.notes)
@@ -109,7 +116,7 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
                 plan.notes.append("tokens of an image see each other both ways; fits take them as looking back only")
         fitted = source.fit(plan, windows, log)
         configs = {site.name: config_of(fitted.graphs[site.name]) for site in plan.chosen if site.name in fitted.graphs}
-        held = max(target.cached_tokens for target in plan.targets)
+        held = max((target.cached_tokens for target in plan.targets), default=0)
         ids = check_tokens(windows, model, held, source.device)
         expected, own_error = None, 0.0
         if options.verify:
@@ -124,18 +131,19 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
             if options.form is not None:
                 check_form(result, options.form)
             entry.did = f"{len(configs)} sites"
-        checks, curve = list[Verification](), None
+        checks, curve = list(fitted.checks), None
         losses = has_language_head(model) and not source.few_passes
         if options.verify:
             with log("verify", bar=True) as entry, source.reading(result):
-                if expected is not None:
-                    checks.append(same_logits(expected, result, ids))
-                checks.append(same_decode(result, ids, own=own_error, few_passes=source.few_passes))
-                worth = options.alternations > 1 and result is not model and losses
+                held_to = [] if expected is None else [same_logits(expected, result, ids)]
+                few = source.few_passes
+                held_to.append(same_decode(result, ids, fitted.rounding, own=own_error, few_passes=few))
+                worth = plan.targets and options.alternations > 1 and result is not model and losses
                 if windows is not None and worth and data is not None and not data.inputs.by_ids:
                     rows = windows[0][: effort_on(model).measured_long]
                     curve = loss_curve(model, result, rows, FITTED, options.progress)
-                entry.did, entry.checked = f"{ids.shape[1]} tokens", [said(check) for check in checks]
+                entry.did, entry.checked = f"{ids.shape[1]} tokens", [said(check) for check in held_to]
+                checks += held_to
     finally:
         implementation.close()
         set_modes(model, modes)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnedit._calibrate import calibration_name
-from attnedit._pipeline import evaluating, on_device, set_modes
+from attnedit._pipeline import Source, on_device, run
 from attnedit._stages import Log, said
 from attnedit.arguments import CompileArguments, check_known, shown
-from attnedit.compiler.capture.capture import as_captured, capture, graph_module
-from attnedit.compiler.capture.sites import left_of
+from attnedit.compiler.capture.capture import capture, graph_module
+from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.token_windows import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
-from attnedit.compiler.execution.verify import LENGTH, check_tokens, logits_of, same_decode, same_logits
-from attnedit.compiler.formats import own_version
+from attnedit.compiler.evaluation.evaluate import KVUsage
+from attnedit.compiler.execution.verify import LENGTH, check_tokens
 from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
-from attnedit.compiler.reporting.records import LayerReport
-from attnedit.compiler.reporting.report import Report, kv_fields, peak_memory_bytes
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.graft import SiteGraph
@@ -37,11 +35,12 @@ from attnedit.options import TARGETS as OWN_TARGETS
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.target import AttentionTarget
-from attnedit.planning import first_of
+from attnedit.planning import LATENT_ALREADY, REASONS, Plan, first_of
 from attnedit.result import CompileResult
+from attnedit.rows import Fitted
 from attnedit.targets.attention.rewritten.config import RewrittenConfig
 from attnedit.targets.attention.rewritten.graph import KV_CACHE_MODULE, config_of, lower, pure
-from attnedit.targets.runtime.eager import share_copy, splice, to_attnedit, use_captured_implementation
+from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.classes import source_sites
 
 
@@ -81,85 +80,116 @@ def rewrite(
 
 def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResult:
     """`rewrite` with options that are checked."""
-    chosen, in_place, progress = resolve(cast("str | Target", options.target)), options.in_place, options.progress
-    limit, dump = Fuel(options.fuel), Dump(options.dump_graphs)
-    name = model_name(model)
-    _check_source(model, name)
-    if options.calibration is None and any(one.fit is not None for one in chosen):
-        need_language_head(model, SAMPLING, "give calibration text")
-    model = on_device(model, options)
-    log = Log(progress)
-    modes = evaluating(model)
-    used: list[Tensor] = []
+    source = RewriteSource(model, options)
+    result, report = run(source, options)
+    return CompileResult(result, report, options.tokenizer, processor=options.processor)
 
-    def windows() -> Tensor:
-        if not used:
-            wanted: dict[str, Any] = {"tokens": options.calibration_tokens, "seed": options.seed, "progress": progress}
-            used.append(token_windows(options.calibration, options.tokenizer, model, **wanted))
-        return used[0]
 
-    implementation = contextlib.ExitStack()
-    try:
-        before = kv_usage(model)
-        with log("capture", bar=True) as entry:
-            records, left = _records(model)
-            entry.did = f"{len(records)} attention sites"
-            sites = [record.site for record in records]
-            implementation.enter_context(as_captured(model, sites))
-        result = model if in_place else share_copy(model)
-        needs_data = any(one.fit is not None for one in chosen)
-        prompt = _prompt(model, windows() if needs_data else None) if options.verify else None
-        inputs = Inputs(model, prompt, windows)
-        given: dict[str, Any] = {"fuel": limit, "dump": dump, "partial": options.partial, "progress": progress}
+@dataclass(frozen=True)
+class RewritePlan(Plan):
+    """What rewrites are to do to the attention sites of a model.
+
+    Attributes:
+        rewrites: in order.
+    """
+
+    rewrites: tuple[Rewrite, ...] = ()
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether every contract is."""
+        return all(one.contract.kind == "exact" for one in self.rewrites)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a rewrite is fitted."""
+        return any(one.fit is not None for one in self.rewrites)
+
+    @property
+    def target_name(self) -> str:
+        """The rewrites by their classes."""
+        return "+".join(one.name for one in self.rewrites)
+
+    @property
+    def budget_asked(self) -> None:
+        """Rewrites have none."""
+
+
+class RewriteSource(Source):
+    """A live model whose graphs rewrites edit; see `attnedit._pipeline.Source`."""
+
+    def __init__(self, model: PreTrainedModel, options: CompileOptions) -> None:
+        self._rewrites = tuple(resolve(cast("str | Target", options.target)))
+        self._limit, self._dump = Fuel(options.fuel), Dump(options.dump_graphs)
+        self._options = options
+        self.name = model_name(model)
+        _check_source(model, self.name)
+        if options.calibration is None and any(one.fit is not None for one in self._rewrites):
+            need_language_head(model, SAMPLING, "give calibration text")
+        self.model = self.result = on_device(model, options)
+
+    def capture(self) -> list[AttentionSite]:
+        """Its attention sites, with what earlier rewrites did to them."""
+        sites, self._records = _records(self.model)
+        return sites
+
+    def plan(self, sites: list[AttentionSite], before: KVUsage, options: CompileOptions) -> RewritePlan:
+        """Every site is there for every rewrite."""
+        chosen = [record.site for record in self._records]
+        latent = len(sites) - len(chosen)
+        notes = [f"{latent} {REASONS[LATENT_ALREADY]}"] if latent else []
+        return RewritePlan(sites, chosen, before, options, (), notes, rewrites=self._rewrites)
+
+    def data(self, options: CompileOptions) -> CalibrationWindows:
+        """Windows of one length: an author's fit may hold attention of all pairs of tokens."""
+        windows = token_windows(
+            options.calibration,
+            options.tokenizer,
+            self.model,
+            tokens=options.calibration_tokens,
+            window=options.calibration_length,
+            seed=options.seed,
+            progress=options.progress,
+        )
+        return CalibrationWindows([windows])
+
+    def ready(self, plan: Plan) -> None:
+        """Make the model that becomes the result."""
+        self.result = self.model if self._options.in_place else share_copy(self.model)
+
+    def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
+        """Rewrite by rewrite, each over every site, and held to its contract."""
+        options, records = self._options, self._records
+        prompt = _prompt(self.model, windows) if options.verify else None
         with log("rewrite") as entry:
-            rules, checks = run_pipeline(chosen, records, inputs, **given)
+            rules, checks = run_pipeline(
+                self._rewrites,
+                records,
+                Inputs(self.model, prompt, windows),
+                fuel=self._limit,
+                dump=self._dump,
+                partial=options.partial,
+                progress=options.progress,
+            )
             entry.did = ", ".join(f"{rule.name}: {rule.rewritten} of {rule.matched} matches" for rule in rules)
             entry.checked = [said(check) for check in checks]
         changed = [record for record in records if record.entries]
-        expected = None
-        if prompt is not None and all(r.contract.kind == "exact" for r in chosen):
-            expected = logits_of(model, prompt)
-        configs = {r.site.name: RewrittenConfig(r.site.layer_idx, tuple(r.entries)) for r in changed}
         graphs = {}
         for record in changed:
             place = record.site.name
-            module = result.get_submodule(place)
-            graphs[place] = lower(_own(record, result), record.site, config_of(result, module), configs[place])
-        splice(result, graphs)
-        result = to_attnedit(result, configs)
-        after = kv_usage(result)
-        if prompt is not None:
-            with log("verify", bar=True) as entry:
-                before_checks = len(checks)
-                if expected is not None:
-                    checks.append(same_logits(expected, result, prompt))
-                rounding = max(one.contract.atol + one.contract.rtol for one in chosen)
-                checks.append(same_decode(result, check_tokens(used or None, model), rounding))
-                entry.checked = [said(check) for check in checks[before_checks:]]
-    finally:
-        implementation.close()
-        set_modes(model, modes)
-    set_modes(result, modes)
-    use_captured_implementation(result, sites)
-    report = Report(
-        attnedit_version=own_version(),
-        source=name,
-        target="+".join(r.name for r in chosen),
-        sites_matched=len(records),
-        sites_rewritten=sum(record.changed for record in records),
-        layers=[_row(record, before, after) for record in records],
-        rules=rules,
-        verification=checks,
-        calibration=calibration_name(options.calibration) if used else "",
-        calibration_tokens=used[0].numel() if used else 0,
-        seconds=log.seconds,
-        pipeline=log.entries,
-        peak_memory_bytes=peak_memory_bytes(),
-        notes=[*limit.note(), *_import_notes(chosen)],
-        left=left,
-        **kv_fields(before, after),
-    )
-    return CompileResult(result, report, options.tokenizer, processor=options.processor)
+            model_config = config_of(self.result, self.result.get_submodule(place))
+            config = RewrittenConfig(record.site.layer_idx, tuple(record.entries))
+            graphs[place] = lower(_own(record, self.result), record.site, model_config, config)
+        return Fitted(
+            graphs,
+            output_error={record.site.name: record.error for record in changed if record.error is not None},
+            notes=[*self._limit.note(), *_import_notes(self._rewrites)],
+            rules=rules,
+            kinds={record.site.name: _names(record) for record in changed},
+            earlier=frozenset(record.site.name for record in changed if not record.changed),
+            checks=checks,
+            rounding=max(one.contract.atol + one.contract.rtol for one in self._rewrites),
+        )
 
 
 def resolve(rewrites: Rewrite | Target | str | Sequence[Rewrite | str]) -> list[Rewrite]:
@@ -217,8 +247,8 @@ def _check_source(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _records(model: PreTrainedModel) -> tuple[list[SiteRecord], dict[str, str]]:
-    """The sites of a model as pure graphs, with what earlier rewrites did to them; what is no site."""
+def _records(model: PreTrainedModel) -> tuple[list[AttentionSite], list[SiteRecord]]:
+    """The sites of a model, and those to rewrite as pure graphs, with what earlier rewrites did to them."""
     earlier = getattr(model.config, "attnedit", None)
     sites = capture(model) if earlier is None else list(source_sites(model).values())
     records = []
@@ -234,7 +264,7 @@ def _records(model: PreTrainedModel) -> tuple[list[SiteRecord], dict[str, str]]:
             records.append(SiteRecord(SiteGraph(site, module, root), copy.deepcopy(values["rewrites"])))
     if not records:
         raise CaptureError(f"all {len(sites)} attention sites are multi-head latent attention already")
-    return records, left_of(sites)
+    return sites, records
 
 
 def _own(record: SiteRecord, result: PreTrainedModel) -> torch.fx.GraphModule:
@@ -252,26 +282,17 @@ def _own(record: SiteRecord, result: PreTrainedModel) -> torch.fx.GraphModule:
     return copy.deepcopy(root, memo)
 
 
-def _prompt(model: PreTrainedModel, windows: Tensor | None) -> Tensor:
+def _prompt(model: PreTrainedModel, windows: list[Tensor] | None) -> Tensor:
     """Two rows of tokens [2, T], of the calibration data where there is some."""
-    ids = check_tokens(None if windows is None else [windows], model)
+    ids = check_tokens(windows, model)
     return torch.cat((ids, ids.roll(LENGTH // 3, 1)))
 
 
-def _row(record: SiteRecord, before: KVUsage, after: KVUsage) -> LayerReport:
-    site = record.site
-    names = [entry["rewrite"].rpartition(":")[2].rpartition(".")[2] for entry in record.entries]
-    return LayerReport(
-        layer=site.layer_idx,
-        name=site.name,
-        kind="+".join(names) or "source",
-        values_before=before.per_layer[site.layer_idx],
-        values_after=after.per_layer[site.layer_idx],
-        output_error=record.error,
-    )
+def _names(record: SiteRecord) -> str:
+    return "+".join(entry["rewrite"].rpartition(":")[2].rpartition(".")[2] for entry in record.entries)
 
 
-def _import_notes(rewrites: list[Rewrite]) -> list[str]:
+def _import_notes(rewrites: Sequence[Rewrite]) -> list[str]:
     homeless = [
         r.name for r in rewrites if r.identity.startswith(("__main__:", "builtins:")) or "<locals>" in r.identity
     ]

@@ -12,7 +12,7 @@ from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.reporting.records import PipelineStage, Verification
 from attnedit.options import OURS, CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
-from attnedit.passes.target import AttentionTarget
+from attnedit.passes.target import AnyTarget
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ STAGES = (
     Stage("capture", "find attention by running it, read facts off its graph, plan what each site becomes", PLANNING),
     Stage("data", "cut calibration windows", DATA, lambda options, parts: options.planned),
     Stage("rewrite", "apply rewrites", ("partial", *EDITING, *DATA), lambda options, parts: not options.planned),
-    Stage("lower", "put the new attention in place", ("in_place", *EDITING), lambda options, parts: options.planned),
+    Stage("lower", "put the new attention in place", ("in_place", *EDITING)),
     Stage("verify", "hold the result to its contract", ("verify",), lambda options, parts: options.verify),
     Stage("train", "fit by gradient steps, then distil", TRAINING, lambda options, parts: options.steps > 0),
 )
@@ -91,7 +91,7 @@ def _fitting(options: CompileOptions, parts: bool) -> list[Stage]:
     return found
 
 
-def _own(target: AttentionTarget) -> tuple[str, ...]:
+def _own(target: AnyTarget) -> tuple[str, ...]:
     """Options that a target reads as it fits."""
     others = {*PLANNING, *DATA, "allocation"}
     return tuple(name for name in CompileOptions.model_fields if name in target.reads and name not in others)

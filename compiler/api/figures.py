@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.capture import graph_module
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.compiler.reporting.graph_svg import sketch
 from attnedit.compiler.reporting.records import KVCurve, SiteGraphs
 from attnedit.planning import Plan
@@ -21,8 +22,10 @@ CURVE_POINTS = 32
 """Of memory against the length of the context."""
 
 
-def memory_curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, SiteConfig]) -> KVCurve:
-    """Memory of one sequence up to the model's context."""
+def memory_curve(
+    model: PreTrainedModel, plan: Plan, configs: Mapping[str, SiteConfig], after_usage: KVUsage
+) -> KVCurve:
+    """Memory of one sequence up to the model's context; where no cost is known, in proportion to what was measured."""
     hidden_size = int(model.config.get_text_config(decoder=True).hidden_size)
     before, after = [], []
     for site in plan.sites:
@@ -32,7 +35,8 @@ def memory_curve(model: PreTrainedModel, plan: Plan, configs: Mapping[str, SiteC
         before.append(values)
         config = configs.get(site.name)
         cost = None if config is None else kind_of(config).cost
-        after.append(values if cost is None else cost(config).cached_values)
+        share = after_usage.per_layer[site.layer_idx] / own if own else 1.0
+        after.append(values * share if cost is None else cost(config).cached_values)
     lengths = sorted({max(1, plan.before.length * step // CURVE_POINTS) for step in range(1, CURVE_POINTS + 1)})
     totals = [sum(values) * model.dtype.itemsize for values in (before, after)]
     curves = [[float(total.subs({BATCH: 1, LENGTH: length})) for length in lengths] for total in totals]

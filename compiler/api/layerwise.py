@@ -24,7 +24,7 @@ from attnedit.compiler.execution.stream import AttentionInputs, Stream, decoder_
 from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, weights_of
 from attnedit.compiler.progress import Progress, silent
-from attnedit.passes.target import AttentionTarget, SiteWork
+from attnedit.passes.target import AnyTarget, SiteWork
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, config_of, config_to_dict
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard
@@ -101,7 +101,7 @@ class Job:
         seed: of the sampled queries.
     """
 
-    changes: Mapping[str, tuple[AttentionTarget, Any]]
+    changes: Mapping[str, tuple[AnyTarget, Any]]
     windows: list[Tensor] | None
     seed: int
 

@@ -31,10 +31,10 @@ from attnedit.passes.gateswa.target import WindowTarget
 from attnedit.passes.mla.budget import Allocation
 from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.target import LatentTarget
-from attnedit.passes.target import AttentionTarget
+from attnedit.passes.target import AnyTarget, AttentionTarget
 from attnedit.targets.runtime.hf.towards import GATES, Form, form_for
 
-OURS: dict[str, tuple[AttentionTarget, ...]] = {
+OURS: dict[str, tuple[AnyTarget, ...]] = {
     "mla": (LatentTarget(),),
     "gateswa": (WindowTarget(),),
     "gateswa+mla": (WindowTarget(), LatentTarget()),
@@ -73,7 +73,7 @@ class DataOptions(Options):
 class AttentionOptions(DataOptions):
     """What attention becomes, in closed form: what decides a result that is not trained."""
 
-    target: str | InstanceOf[Target] | InstanceOf[AttentionTarget] = "mla"
+    target: str | InstanceOf[Target] | InstanceOf[AttentionTarget] = "mla"  # type: ignore[type-arg]
     """What attention becomes: mla, gateswa or gateswa+mla, or targets and passes of other packages.
 
     "mla" is latent attention; "gateswa" a sliding window in most layers; with "gateswa+mla" the layers without window
@@ -230,7 +230,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
         return self.target if isinstance(self.target, str) else self.target.name
 
     @cached_property
-    def targets(self) -> tuple[AttentionTarget, ...]:
+    def targets(self) -> tuple[AnyTarget, ...]:
         """What plans over all sites under one budget, in order; none where the target is made of rewrites.
 
         Raises:
@@ -256,7 +256,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
         return ()
 
     @cached_property
-    def configured(self) -> tuple[AttentionTarget, ...]:
+    def configured(self) -> tuple[AnyTarget, ...]:
         """The same, each set to these options."""
         return tuple(target.configured(self) for target in self.targets)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.rewriting.registry import TARGETS, registered
 from attnedit.options import CalibrateOptions, CompileOptions
 from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values
-from attnedit.passes.target import AttentionTarget, Claim, Question
+from attnedit.passes.target import AnyTarget, Claim, Question
 from attnedit.targets.attention.kinds import KINDS
 from attnedit.targets.runtime.engines import stock_rank
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
@@ -54,9 +54,24 @@ class Plan:
     chosen: list[AttentionSite]
     before: KVUsage
     options: CompileOptions
-    targets: tuple[AttentionTarget, ...]
+    targets: tuple[AnyTarget, ...]
     notes: list[str] = field(default_factory=list)
     rejected: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether nothing is to be lost."""
+        return all(shape.exact for _, claim in self.claims() for shape in claim.shapes.values())
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether something is fitted."""
+        return not self.exact
+
+    @property
+    def target_name(self) -> str:
+        """What the attention becomes."""
+        return self.options.target_name
 
     @property
     def budget_asked(self) -> float | None:
@@ -65,7 +80,7 @@ class Plan:
         default = None if asked.kernel_dims else self.targets[0].default_budget
         return default if asked.kv_budget is None else asked.kv_budget
 
-    def question(self, target: AttentionTarget, left: list[AttentionSite], changed: Mapping[int, float]) -> Question:
+    def question(self, target: AnyTarget, left: list[AttentionSite], changed: Mapping[int, float]) -> Question:
         """What a target plans by.
 
         Args:
@@ -77,7 +92,7 @@ class Plan:
         last = target is self.targets[-1]
         return Question(self.sites, left, before, self.before.length, self.options.kv_budget, changed, last)
 
-    def claims(self) -> list[tuple[AttentionTarget, Claim]]:
+    def claims(self) -> list[tuple[AnyTarget, Claim]]:
         """What each target will do; where a loss must be measured to say which layers one leaves, the first are taken.
 
         Raises:
@@ -171,7 +186,7 @@ def calibration_windows(model: PreTrainedModel, options: CompileOptions) -> Cali
 
 
 def choose_sites(
-    sites: list[AttentionSite], targets: Sequence[AttentionTarget] = ()
+    sites: list[AttentionSite], targets: Sequence[AnyTarget] = ()
 ) -> tuple[list[AttentionSite], list[str], dict[str, int]]:
     """Which sites are converted, what the user should know of the others, and how many of these by reason.
 
@@ -195,7 +210,7 @@ def choose_sites(
     return full or able, notes, rejected
 
 
-def _refusal(site: AttentionSite, targets: Sequence[AttentionTarget]) -> str | None:
+def _refusal(site: AttentionSite, targets: Sequence[AnyTarget]) -> str | None:
     """Why a site stays as it is, whatever the others are."""
     if site.already_mla:
         return LATENT_ALREADY

@@ -14,7 +14,7 @@ from attnedit.compiler.capture.sites import left_of
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.formats import own_version
-from attnedit.compiler.reporting.records import LayerReport, RuleReport
+from attnedit.compiler.reporting.records import LayerReport, RuleReport, Verification
 from attnedit.compiler.reporting.report import Report, kv_fields, peak_memory_bytes
 from attnedit.figures import memory_curve
 from attnedit.planning import Plan
@@ -33,16 +33,26 @@ class Fitted:
         energy_kept, output_error, loss_increase: where measured; see `LayerReport`.
         full: layers that keep no window, where others got one.
         notes: what the user should know.
+        rules: of rewrites; those of targets follow from `matched` and `spent`.
+        kinds: what the report calls the new attention, where that is not its kind's name.
+        earlier: names of the sites that changed before, and not now.
+        checks: contracts that were held while fitting.
+        rounding: what decoding may be off by; see `same_decode`.
     """
 
     graphs: dict[str, fx.GraphModule]
-    matched: Mapping[str, Collection[str]]
-    spent: Mapping[str, float]
-    energy_kept: Mapping[str, float]
-    output_error: Mapping[str, float]
+    matched: Mapping[str, Collection[str]] = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict)
+    energy_kept: Mapping[str, float] = field(default_factory=dict)
+    output_error: Mapping[str, float] = field(default_factory=dict)
     loss_increase: Mapping[str, float] = field(default_factory=dict)
     full: list[int] | None = None
     notes: list[str] = field(default_factory=list)
+    rules: list[RuleReport] = field(default_factory=list)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    earlier: frozenset[str] = frozenset()
+    checks: list[Verification] = field(default_factory=list)
+    rounding: float = 0.0
 
 
 def compile_report(
@@ -64,7 +74,6 @@ def compile_report(
         **facts: the other fields of `Report`.
     """
     after, options = kv_usage(result), plan.options
-    measured = {name: getattr(fitted, name) for name in ("energy_kept", "output_error", "loss_increase")}
     rules = [
         RuleReport(
             name=target.name,
@@ -77,12 +86,13 @@ def compile_report(
         for target in plan.targets
         if fitted.matched.get(target.name)
     ]
+    rules += fitted.rules
     return Report(
         attnedit_version=own_version(),
-        target=options.target_name,
+        target=plan.target_name,
         sites_matched=len(plan.sites),
-        sites_rewritten=len(configs),
-        layers=_layers(plan, configs, after, measured),
+        sites_rewritten=len(configs.keys() - fitted.earlier),
+        layers=_layers(plan, configs, after, fitted),
         rules=rules,
         calibration="" if windows is None else calibration_name(options.calibration),
         calibration_tokens=0 if windows is None else windows.tokens,
@@ -92,17 +102,16 @@ def compile_report(
         full_layers=fitted.full,
         left=left_of(plan.sites),
         peak_memory_bytes=peak_memory_bytes(),
-        kv_curve=memory_curve(result, plan, configs),
+        kv_curve=memory_curve(result, plan, configs, after),
         **kv_fields(plan.before, after),
         **facts,
     )
 
 
-def _layers(
-    plan: Plan, configs: Mapping[str, SiteConfig], after: KVUsage, measured: Mapping[str, Mapping[str, float]]
-) -> list[LayerReport]:
+def _layers(plan: Plan, configs: Mapping[str, SiteConfig], after: KVUsage, fitted: Fitted) -> list[LayerReport]:
     """One row per site."""
     rows = []
+    measured = {name: getattr(fitted, name) for name in ("energy_kept", "output_error", "loss_increase")}
     for site in plan.sites:
         config = configs.get(site.name)
         kind = None if config is None else kind_of(config)
@@ -114,7 +123,7 @@ def _layers(
             LayerReport(
                 layer=site.layer_idx,
                 name=site.name,
-                kind="source" if kind is None else kind.name,
+                kind="source" if kind is None else fitted.kinds.get(site.name, kind.name),
                 figures=figures,
                 values_before=plan.before.per_layer[site.layer_idx],
                 values_after=after.per_layer[site.layer_idx],

@@ -212,6 +212,12 @@ def left_of(sites: Sequence[AttentionSite]) -> dict[str, str]:
 def by_reason(problems: Iterable[tuple[str, str]]) -> list[str]:
     """A line for each reason, with the modules it holds for.
 
+    Args:
+        problems: names of modules, and of each a reason.
+
+    Returns:
+        Lines for people, in the order of the reasons.
+
     >>> by_reason([("h.0.attn", "(A): no"), ("h.1.attn", "(A): no"), ("h.2.attn", "(B): never")])
     ['h.0.attn, h.1.attn (A): no', 'h.2.attn (B): never']
     """

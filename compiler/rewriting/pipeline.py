@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -75,12 +75,12 @@ class Inputs:
     Attributes:
         model: the live source, in eval mode.
         prompt: token ids [B, T] on which contracts are held; None to hold none.
-        windows: calibration token ids [N, T], for rewrites with `fit`; made when the first asks for them.
+        windows: calibration token ids [N, T] of each length T, for rewrites with `fit`; None where none has one.
     """
 
     model: PreTrainedModel
     prompt: Tensor | None
-    windows: Callable[[], Tensor]
+    windows: Sequence[Tensor] | None
 
 
 def run_pipeline(
@@ -184,7 +184,7 @@ def _fit(
             run_fit(rewrite, done.match, Batches(done, kept))
 
     sites = [record.site for record in records if record.site.name in applied]
-    stream(inputs.model, sites, [inputs.windows()], visit, progress=progress, stage=f"fit {rewrite.name}")
+    stream(inputs.model, sites, inputs.windows or (), visit, progress=progress, stage=f"fit {rewrite.name}")
 
 
 def _verify(

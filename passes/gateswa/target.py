@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Self
 
 from torch import Tensor, fx
 from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class WindowShape:
     exact = False
 
 
-class WindowTarget(AttentionTarget):
+class WindowTarget(AttentionTarget[WindowShape, WindowFit]):
     """A window in most layers; see docs/method.md.
 
     Attributes:
@@ -114,6 +114,10 @@ class WindowTarget(AttentionTarget):
         """Sinks and output projection in closed form."""
         return fit_window(samples, shape.config)
 
-    def build(self, model: PreTrainedModel, site: AttentionSite, shape: WindowShape, fit: Any) -> fx.GraphModule:
+    def build(
+        self, model: PreTrainedModel, site: AttentionSite, shape: WindowShape, fit: WindowFit | None
+    ) -> fx.GraphModule:
         """The graph with its weights."""
-        return build(model, site, shape.config, cast(WindowFit, fit))
+        if fit is None:
+            raise AssertionError("a window always loses something")
+        return build(model, site, shape.config, fit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 from torch import fx
 from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ LINEAR = 1e-6
 """Energy that a linear map misses by rounding alone."""
 
 
-class LatentTarget(AttentionTarget):
+class LatentTarget(AttentionTarget[Shape, Fit]):
     """Latent attention in every layer; see docs/method.md.
 
     Attributes:
@@ -98,7 +98,7 @@ class LatentTarget(AttentionTarget):
         """Closed form and refits."""
         return fit_layer(samples, shape, self.fit_options)
 
-    def build(self, model: PreTrainedModel, site: AttentionSite, shape: Shape, fit: Any) -> fx.GraphModule:
+    def build(self, model: PreTrainedModel, site: AttentionSite, shape: Shape, fit: Fit | None) -> fx.GraphModule:
         """The graph with its weights."""
         if fit is None:
             return build(model, site, shape, exact_factors(site, shape, output_weight(model, site)[0]))

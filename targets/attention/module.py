@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.masks import causal, masked
@@ -50,11 +51,19 @@ class AttentionModule(nn.Module):
     def reset_parameters(self) -> None:
         """Give the weights the values that they have when they are made."""
 
-    def bind_cache(self, cache: Any) -> None:
-        """Put a layer of its own into a transformers cache before the first tokens; one that does is not traced."""
+    def bind_cache(self, cache: Cache) -> None:
+        """Put a layer of its own into a cache before the first tokens; one that does is not traced.
+
+        Args:
+            cache: of transformers.
+        """
 
     def constants_as_tensors(self, wanted: bool) -> None:
-        """Hold constants that differ between layers as tensors, so that one compilation serves all; undo if not."""
+        """Hold constants that differ between layers as tensors, so that one compilation serves all.
+
+        Args:
+            wanted: False to hold them as numbers again.
+        """
 
     def visible(
         self,
@@ -118,7 +127,7 @@ class AttentionModule(nn.Module):
             weights = torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
         return F.dropout(weights, self.attention_dropout) if self.training and self.attention_dropout else weights
 
-    def no_mask(self, mask: Any) -> UsageError:
+    def no_mask(self, mask: object) -> UsageError:
         """What to raise for a mask of no known form."""
         form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         return UsageError(

@@ -43,11 +43,11 @@ def _idle(case: str) -> list[str]:
 
 def test_rewrites_have_stages_too() -> None:
     result = attnedit.rewrite(tiny_model(), EXAMPLES["HeadGate"]()())
-    assert [entry.name for entry in result.report.pipeline] == ["capture", "rewrite", "verify"]
+    assert [entry.name for entry in result.report.pipeline] == ["capture", "rewrite", "lower", "verify"]
     assert "HeadGate: 2 of 2 matches" in result.report.pipeline[1].did
     target = attnedit.Target("gated", (EXAMPLES["HeadGate"]()(),))
     announced = [each["stage"] for each in stages_of(CompileOptions.of(target=target))]
-    assert announced == ["load", "capture", "rewrite", "verify"]
+    assert announced == ["load", "capture", "rewrite", "lower", "verify"]
 
 
 def test_every_option_is_shown_with_its_value() -> None:

@@ -58,7 +58,7 @@ class GroupedFit:
     output_error: float
 
 
-class GroupedLatentTarget(AttentionTarget):
+class GroupedLatentTarget(AttentionTarget[GroupedShape, GroupedFit]):
     """Grouped latent attention in every layer.
 
     Args:

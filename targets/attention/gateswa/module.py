@@ -90,7 +90,7 @@ class GateSWA(AttentionModule):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def bind_cache(self, cache: Any) -> None:
+    def bind_cache(self, cache: Cache) -> None:
         """Give the cache the bounded layer of this window in place of an empty one."""
         bounded_layer(cache, self.config)
 
