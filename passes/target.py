@@ -273,6 +273,9 @@ class AttentionTarget(ABC, Generic[S, F]):
 
         Returns:
             The shape; an exact one where everything fits.
+
+        Raises:
+            NotImplementedError: the target has a `plan` of its own.
         """
         raise NotImplementedError(f"{type(self).__name__} has no shape()")
 

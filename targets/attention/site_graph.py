@@ -83,7 +83,15 @@ def replace_attention(
 
 
 def weights_like(model: nn.Module, site: AttentionSite) -> dict[str, Any]:
-    """Device and dtype of the site's output projection, as keyword arguments of a module."""
+    """Device and dtype for the weights of a site's new module.
+
+    Args:
+        model: the live model that ``site`` was captured from.
+        site: the attention site.
+
+    Returns:
+        Those of its output projection, as keyword arguments of a module.
+    """
     like = next(model.get_submodule(f"{site.name}.{site.o_proj.module}").parameters())
     return {"device": like.device, "dtype": like.dtype}
 
