@@ -38,8 +38,9 @@ from transformers import AttentionInterface, Cache, PreTrainedModel, Qwen3Config
 import attnedit
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.model_io.models import load_source
+from attnedit.passes.budget import source_values
 from attnedit.passes.mla.assemble import build
-from attnedit.passes.mla.budget import Shape, source_values
+from attnedit.passes.mla.shapes import Shape
 from attnedit.passes.mla.weights import Factors
 from attnedit.targets.runtime.check import cases
 from attnedit.targets.runtime.eager import share_copy, splice

@@ -16,10 +16,10 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.model_inputs import given_digest
 from attnedit.compiler.execution.stream import AttentionInputs
 from attnedit.compiler.rewriting.rewrite import Reject
+from attnedit.passes.budget import Allocation, by_loss, least_values, plan
 from attnedit.passes.effort import queries_for
+from attnedit.passes.fit_options import FitOptions
 from attnedit.passes.kept_fits import KeptFits, digest
-from attnedit.passes.mla.budget import Allocation, by_loss, least_values, plan
-from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import take_samples
 from attnedit.targets.attention.kind import AttentionKind

@@ -18,9 +18,9 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.processors import Processor
 from attnedit.compiler.progress import Progress
 from attnedit.options import CompileOptions
+from attnedit.passes.budget import Allocation
 from attnedit.passes.calibration.options import Rule, Train
 from attnedit.passes.gateswa.options import FullLayers
-from attnedit.passes.mla.budget import Allocation
 
 P = ParamSpec("P")
 R = TypeVar("R")

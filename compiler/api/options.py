@@ -26,10 +26,10 @@ from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.compiler.rewriting.registry import PASSES as REGISTERED_PASSES
 from attnedit.compiler.rewriting.registry import TARGETS as REGISTERED_TARGETS
 from attnedit.compiler.rewriting.registry import load, names_of, registered
+from attnedit.passes.budget import Allocation
 from attnedit.passes.calibration.options import CalibrationOptions
+from attnedit.passes.fit_options import FitOptions
 from attnedit.passes.gateswa.target import WindowTarget
-from attnedit.passes.mla.budget import Allocation
-from attnedit.passes.mla.fit import FitOptions
 from attnedit.passes.mla.target import LatentTarget
 from attnedit.passes.target import AnyTarget, AttentionTarget
 from attnedit.targets.runtime.hf.towards import GATES, Form, form_for

@@ -19,7 +19,8 @@ from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.rewriting.registry import TARGETS, registered
 from attnedit.options import CalibrateOptions, CompileOptions
-from attnedit.passes.mla.budget import Shape, common_shapes, fixed_shapes, least_values
+from attnedit.passes.budget import least_values
+from attnedit.passes.mla.shapes import Shape, common_shapes, fixed_shapes
 from attnedit.passes.target import AnyTarget, Claim, Question
 from attnedit.targets.attention.kinds import KINDS
 from attnedit.targets.runtime.engines import stock_rank

@@ -12,8 +12,8 @@ from attnedit.compiler.capture.capture import graph_module
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.graph.dataflow import sources
 from attnedit.compiler.graph.surgery import cut
-from attnedit.passes.mla.budget import Shape
 from attnedit.passes.mla.linear import LinearSite
+from attnedit.passes.mla.shapes import Shape
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.site_sample import output_weight
 from attnedit.passes.solve import thin

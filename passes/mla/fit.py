@@ -8,58 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.passes.mla.budget import Shape
+from attnedit.compiler.errors import AttneditError
+from attnedit.passes.fit_options import FitOptions
 from attnedit.passes.mla.initialise import Split, analytic, mix_components
 from attnedit.passes.mla.least_squares import logit_target, refit_latent, refit_output, refit_query
+from attnedit.passes.mla.shapes import Shape
 from attnedit.passes.mla.weights import Factors
 from attnedit.passes.sample import LayerSample
 
 ROUNDING = 1e-6
 """Of the output's relative squared error, which is a difference of float32 sums."""
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How much work the closed-form fit may do (docs/notebook/2026-11-closed-form.md has what each buys).
-
-    Attributes:
-        alternations: rounds of query-side and latent-side least squares, each followed by the output side's.
-        latent_side: without it, a round is the query side and the output side only.
-        iterations: conjugate-gradient steps of each of the first two; few regularise where queries are few.
-        output_queries: sampled queries, over all calibration sequences, of the output regression; see
-            `attnedit.passes.site_sample.sampled_queries`.
-        logit_queries: sampled queries of the logits' least squares.
-        exact_stream: whether hidden states are computed in the model's own dtype; else in bfloat16 where the
-            processor multiplies that faster.
-    """
-
-    alternations: int = 2
-    latent_side: bool = True
-    iterations: int = 8
-    output_queries: int = 16384
-    logit_queries: int = 16384
-    exact_stream: bool = True
-
-    @classmethod
-    def of(cls, alternations: int) -> FitOptions:
-        """Settings for a number of alternations; up to one is the quick job, on few queries, without the latent side.
-
-        Raises:
-            UsageError: the number is negative.
-        """
-        if alternations < 0:
-            raise UsageError(f"alternations must not be negative, got {alternations}")
-        if alternations > 1:
-            return cls(alternations)
-        return cls(
-            alternations, latent_side=False, iterations=3, output_queries=8192, logit_queries=2048, exact_stream=False
-        )
-
-    @property
-    def logit_share(self) -> float:
-        """Of the output regression's queries, those that the logits' least squares take."""
-        return min(1.0, self.logit_queries / self.output_queries)
 
 
 @dataclass(frozen=True)

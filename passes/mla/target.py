@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.passes.mla.assemble import build, exact_factors
-from attnedit.passes.mla.budget import Shape, shape_for
 from attnedit.passes.mla.fit import Fit, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
+from attnedit.passes.mla.shapes import Shape, shape_for
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import output_weight
 from attnedit.passes.target import AttentionTarget, Claim, Question, SiteFit, SiteWork

@@ -24,8 +24,9 @@ from transformers import (
 import attnedit
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.execution.verify import TOLERANCE
+from attnedit.passes.budget import plan, source_values
 from attnedit.passes.layers import fit_layers, single_losses
-from attnedit.passes.mla.budget import plan, source_values
+from attnedit.passes.mla.shapes import shape_for
 from attnedit.passes.mla.target import LatentTarget
 from attnedit.passes.repeats import with_repeats
 from attnedit.passes.target import Claim
@@ -162,7 +163,7 @@ def test_the_measured_loss_is_that_of_the_layer_alone_on_windows_half_of_which_r
     model, data = build("qwen3"), tokens(12, 24, seed=3)
     sites = capture(model)
     before = {site.layer_idx: float(source_values(site)) for site in sites}
-    shapes = plan(sites, before, sites, 0.25)
+    shapes = plan(sites, before, sites, 0.25, shape=shape_for)
     result = share_copy(model)
     target, claim = LatentTarget(), Claim(shapes)
     found = single_losses(target, model, result, sites, claim, [data], seed=4)

@@ -10,10 +10,11 @@ import torch
 from layer_samples import layer_sample
 from torch import Tensor
 
+from attnedit.passes.fit_options import FitOptions
 from attnedit.passes.gateswa.fit import fit_window
-from attnedit.passes.mla.budget import Shape
-from attnedit.passes.mla.fit import FitOptions, fit_layer
+from attnedit.passes.mla.fit import fit_layer
 from attnedit.passes.mla.least_squares import logit_target
+from attnedit.passes.mla.shapes import Shape
 from attnedit.passes.mla.weights import Factors, output_error
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.solve import cholesky, inverse_root, second_moment, spectrum

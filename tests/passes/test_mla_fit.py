@@ -15,9 +15,9 @@ from torch import Tensor
 
 from attnedit.compiler.errors import UsageError
 from attnedit.passes import sample as sample_module
+from attnedit.passes.fit_options import FitOptions
 from attnedit.passes.mla import least_squares
-from attnedit.passes.mla.budget import Shape
-from attnedit.passes.mla.fit import FitOptions, fit_layer
+from attnedit.passes.mla.fit import fit_layer
 from attnedit.passes.mla.initialise import Split, analytic, expected_rotation, mix_components
 from attnedit.passes.mla.least_squares import (
     OUTPUT_RIDGE,
@@ -28,6 +28,7 @@ from attnedit.passes.mla.least_squares import (
     refit_output,
     refit_query,
 )
+from attnedit.passes.mla.shapes import Shape
 from attnedit.passes.mla.weights import Factors, latent_reads, output_error
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import LONG_WORK, SHORT_WORK, _positions, sampled_queries

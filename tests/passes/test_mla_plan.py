@@ -20,18 +20,9 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.graph.surgery import cut
+from attnedit.passes.budget import EXPONENT, allocate, by_loss, least_values, plan, source_values
 from attnedit.passes.mla.assemble import exact_factors, kv_as_affine
-from attnedit.passes.mla.budget import (
-    EXPONENT,
-    Shape,
-    allocate,
-    by_loss,
-    exact_shape,
-    least_values,
-    plan,
-    shape_for,
-    source_values,
-)
+from attnedit.passes.mla.shapes import Shape, exact_shape, shape_for
 from attnedit.passes.mla.weights import output_error
 from attnedit.passes.site_sample import output_weight, take_samples
 
@@ -59,14 +50,14 @@ def test_the_budget_is_met_to_one_value(
     total = budget * width * len(every)
     costs = losses and {site.name: losses[site.layer_idx] for site in every[kept:]}
     try:
-        shapes = plan(every, before, every[kept:], budget, losses=costs)
+        shapes = plan(every, before, every[kept:], budget, losses=costs, shape=shape_for)
     except UsageError as error:
         assert total < kept * width + layers * least_values(sites[0])
         found = re.search(r"need ([0-9.]+)", str(error))
         assert found
         smallest = float(found[1])
         assert smallest > budget
-        shapes = plan(every, before, every[kept:], smallest, losses=costs)
+        shapes = plan(every, before, every[kept:], smallest, losses=costs, shape=shape_for)
         total = smallest * width * len(every)
     used = kept * width + sum(shape.values for shape in shapes.values())
     assert used <= total + 1e-6
@@ -96,8 +87,8 @@ def test_no_shares_of_whole_steps_cost_less(sites: list[AttentionSite], losses: 
 def test_equal_losses_are_even_shares(sites: list[AttentionSite]) -> None:
     every = [dataclasses.replace(sites[0], name=str(i), layer_idx=i) for i in range(5)]
     before = {i: float(source_values(sites[0])) for i in range(5)}
-    shares = plan(every, before, every, 0.5, losses={site.name: 0.3 for site in every})
-    assert shares == plan(every, before, every, 0.5)
+    shares = plan(every, before, every, 0.5, losses={site.name: 0.3 for site in every}, shape=shape_for)
+    assert shares == plan(every, before, every, 0.5, shape=shape_for)
 
 
 @given(values=st.integers(3, 40))
@@ -112,7 +103,7 @@ def test_a_shape_holds_what_it_was_given(sites: list[AttentionSite], values: int
 @pytest.mark.parametrize("budget", [0.0, -0.5, 1.5])
 def test_a_budget_is_a_fraction(sites: list[AttentionSite], budget: float) -> None:
     with pytest.raises(UsageError, match="above 0 and at most 1"):
-        plan(sites, {0: 32.0, 1: 32.0}, sites, budget)
+        plan(sites, {0: 32.0, 1: 32.0}, sites, budget, shape=shape_for)
 
 
 @pytest.mark.parametrize("family", LINEAR)

@@ -16,9 +16,9 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.rewriting.rewrite import Reject
 from attnedit.passes.mla.assemble import exact_factors, folded, split_output, with_output
-from attnedit.passes.mla.budget import shape_for
 from attnedit.passes.mla.fit import refine
 from attnedit.passes.mla.initialise import Split, analytic, mix_components
+from attnedit.passes.mla.shapes import shape_for
 from attnedit.passes.mla.weights import Factors, output_error
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import output_weight
