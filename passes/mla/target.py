@@ -10,7 +10,7 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
-from attnedit.passes.mla.assemble import build, exact_factors
+from attnedit.passes.mla.build import build, exact_factors
 from attnedit.passes.mla.fit import Fit, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
 from attnedit.passes.mla.shapes import Shape, shape_for
