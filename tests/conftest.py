@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ importlib.import_module("setuptools")
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+# Graphs are many small objects, and looking for garbage among them takes an eighth of the time.
+gc.set_threshold(200_000, 50, 1000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         values = parameters.params.values() if parameters else ()
         for family in [value for value in values if isinstance(value, str) and value in FAMILIES][:1]:
             item.add_marker(pytest.mark.xdist_group(family))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

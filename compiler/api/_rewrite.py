@@ -147,7 +147,6 @@ class RewriteSource(Source):
             options.tokenizer,
             self.model,
             tokens=options.calibration_tokens,
-            window=options.calibration_length,
             seed=options.seed,
             progress=options.progress,
         )

@@ -29,6 +29,7 @@ from attnedit.compiler.compatibility.torch_names import (
     TorchDynamoException,
     forward_hooks,
     pytree,
+    without_fake_cache,
 )
 from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD
 from attnedit.compiler.errors import CaptureError
@@ -194,7 +195,7 @@ def export_program(
     program: torch.export.ExportedProgram
     try:
         # With gradients on, the no_grad regions of rotary embeddings would become higher-order ops.
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), without_fake_cache(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch's own copy of it
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})

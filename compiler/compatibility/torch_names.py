@@ -39,6 +39,7 @@ __all__ = [
     "schema_of",
     "share_class",
     "temporary_buffers",
+    "without_fake_cache",
 ]
 
 GUARDS = "_guards_fn"
@@ -71,6 +72,12 @@ def is_compiled(module: nn.Module) -> bool:
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """What runs after a module's forward."""
     return list(module._forward_hooks.values())
+
+
+def without_fake_cache() -> contextlib.AbstractContextManager[Any]:
+    """Inside the block shapes of symbolic sizes are computed anew for each op, which is faster than looking them up."""
+    patched: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    return patched
 
 
 def compiler_limits(**limits: int) -> contextlib.AbstractContextManager[Any]:

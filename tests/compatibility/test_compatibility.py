@@ -16,6 +16,7 @@ from families import build
 from project import MODULES, ROOT
 from tiny_llama import make_llama
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
 
@@ -283,6 +284,13 @@ def test_compiler_limits_hold_inside_the_block() -> None:
     with torch_names.compiler_limits(recompile_limit=before + 1, accumulated_recompile_limit=1000):
         assert torch._dynamo.config.recompile_limit == before + 1
     assert torch._dynamo.config.recompile_limit == before
+
+
+def test_fake_tensors_are_made_without_a_cache_inside_the_block() -> None:
+    assert FakeTensorMode().cache_enabled
+    with torch_names.without_fake_cache():
+        assert not FakeTensorMode().cache_enabled
+    assert FakeTensorMode().cache_enabled
 
 
 def exported() -> torch.export.ExportedProgram:
