@@ -49,6 +49,23 @@ def test_tiny_training(saved_llama: Path, text_file: Path, tmp_path: Path, monke
     assert "MLA1_2-start: failed, see MLA1_2-start.log" in failed
 
 
+@pytest.mark.long
+def test_growth(tmp_path: Path) -> None:
+    results, image = tmp_path / "growth.json", tmp_path / "growth.svg"
+    table = run("growth.py", "decode", "--points", "2", "--json", results, "--plot", image)
+    rows = json.loads(results.read_text())
+    assert [(row["target"], row["axis"]) for row in rows] == [
+        (target, axis) for axis in ("length", "batch") for target in ("source", "mla", "gateswa")
+    ]
+    sizes = {(row["target"], row["axis"]): row["MiB exponent"] for row in rows}
+    # From 512 to 2,048 tokens: a window of 512 in half of the layers.
+    assert sizes["source", "length"] == pytest.approx(1, abs=0.05)
+    assert sizes["mla", "length"] == pytest.approx(1, abs=0.05)
+    assert sizes["gateswa", "length"] == pytest.approx(0.66, abs=0.1)
+    assert len([line for line in table.splitlines() if line.startswith("| decode")]) == 6
+    assert image.stat().st_size > 1000
+
+
 def test_paragraphs_of_documents(tmp_path: Path) -> None:
     long = "Words that are many, and on\n  several lines. " * 4
     (tmp_path / "one.txt").write_text(f"Heading\n\n{long}\n \nshort\n\n{long}", encoding="utf-8")
