@@ -212,6 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", choices=[*AXES, []], help="all unless given")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--axis", choices=sorted({axis for axes in AXES.values() for axis in axes}), help="only this one"
+    )
     parser.add_argument("--points", type=int, help="only so many of each axis, the smallest")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -222,7 +225,7 @@ def main() -> None:
         return
     rows = []
     for what in options.what or AXES:
-        for axis in AXES[what]:
+        for axis in AXES[what] if options.axis is None else AXES[what].keys() & {options.axis}:
             for target in TARGETS.get(what, BOTH):
                 rows.append(series(what, axis, target, options.device, options.points))
                 print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
