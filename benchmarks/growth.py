@@ -210,6 +210,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     """Measure all series asked for, print the table, write JSON and plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # argparse holds the empty list, too, against the choices.
     parser.add_argument("what", nargs="*", choices=[*AXES, []], help="all unless given")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(

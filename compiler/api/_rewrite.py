@@ -75,14 +75,9 @@ def rewrite(
         if options.get(name) is not None:
             raise UsageError(f"{name} is for training: give the rewrites to attnedit.compile as a Target")
     target = Target("+".join(one.name for one in chosen), tuple(chosen))
-    return rewrite_live(model, CompileOptions.of(target=target, **options))
-
-
-def rewrite_live(model: PreTrainedModel, options: CompileOptions) -> CompileResult:
-    """`rewrite` with options that are checked."""
-    source = RewriteSource(model, options)
-    result, report = run(source, options)
-    return CompileResult(result, report, options.tokenizer, processor=options.processor)
+    checked = CompileOptions.of(target=target, **options)
+    result, report = run(RewriteSource(model, checked), checked)
+    return CompileResult(result, report, checked.tokenizer, processor=checked.processor)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class DataOptions(Options):
 class AttentionOptions(DataOptions):
     """What attention becomes, in closed form: what decides a result that is not trained."""
 
-    target: str | InstanceOf[Target] | InstanceOf[AttentionTarget] = "mla"  # type: ignore[type-arg]
+    target: str | InstanceOf[Target] | InstanceOf[AttentionTarget] = "mla"  # type: ignore[type-arg]  # of any shape
     """What attention becomes: mla, gateswa or gateswa+mla, or targets and passes of other packages.
 
     "mla" is latent attention; "gateswa" a sliding window in most layers; with "gateswa+mla" the layers without window

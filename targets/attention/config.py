@@ -21,8 +21,9 @@ class SiteConfig:
 
     @property
     def edges(self) -> tuple[int, ...]:
-        """Lengths at which what a query sees begins to change, such as a window; checks go around them."""
-        return ()
+        """Lengths at which what a query sees begins to change, such as a field `window`; checks go around them."""
+        window: int | None = getattr(self, "window", None)
+        return () if window is None else (window,)
 
     @property
     def cached(self) -> tuple[int, int, int] | None:

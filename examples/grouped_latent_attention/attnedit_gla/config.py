@@ -53,11 +53,6 @@ class GroupedLatentConfig(SiteConfig):
             raise UsageError(f"{where}: {self.num_attention_heads} heads do not divide into {len(self.ranks)} groups")
 
     @property
-    def edges(self) -> tuple[int, ...]:
-        """The window, if the source has one."""
-        return () if self.window is None else (self.window,)
-
-    @property
     def latent_groups(self) -> int:
         """Groups of query heads, each with a latent of its own."""
         return len(self.ranks)

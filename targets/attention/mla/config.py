@@ -77,11 +77,6 @@ class MLAConfig(SiteConfig):
             raise UsageError(f"{where}: window must be at least 1, got {self.window}")
 
     @property
-    def edges(self) -> tuple[int, ...]:
-        """The window, if the source has one."""
-        return () if self.window is None else (self.window,)
-
-    @property
     def num_slots(self) -> int:
         """Rotary slots s: complex key components, shared by all heads, that keep their rotation."""
         return len(self.rope_columns)
