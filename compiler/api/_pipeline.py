@@ -15,6 +15,7 @@ from attnedit._stages import Log, said
 from attnedit.compiler.capture.capture import as_captured
 from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.compatibility.transformers_names import repeated_heads
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.lengths import record_lengths
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
@@ -86,6 +87,7 @@ class Source(ABC):
         return nullcontext()
 
 
+@repeated_heads()
 def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Report]:
     """Rewrite a source; what is left is to train, or to write what is no weight.
 

@@ -6,11 +6,13 @@ overridden in stands in `attnedit.compiler.compatibility.live`, which checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -20,7 +22,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.initialization import guard_torch_init_functions
+from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import import_utils
 
 __all__ = [
     "ATTENTION_FIELD",
@@ -32,6 +36,7 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "apply_gate",
+    "as_if_not_capturing",
     "attention_of",
     "conversions_of",
     "convert_and_load_state_dict_in_model",
@@ -42,6 +47,7 @@ __all__ = [
     "ignored_on_save",
     "records_attention",
     "rename_source_key",
+    "repeated_heads",
     "revert_weight_conversion",
     "set_conversions",
     "set_implementations",
@@ -138,3 +144,44 @@ def apply_gate(experts: Any, up: Any) -> Any:
 def has_default_gate(experts: Any) -> bool:
     """Whether that gate is transformers' default, activation(first half) * second half."""
     return getattr(type(experts)._apply_gate, "__name__", "") == "_default_apply_gate"
+
+
+@contextmanager
+def repeated_heads() -> Iterator[None]:
+    """Repeat keys and values for all query heads that share them, in float32 on a CUDA GPU, while inside.
+
+    transformers leaves that to torch, none of whose fused kernels takes shared heads in float32: the logits of all
+    tokens with all tokens are then held, 60 GB for 14 heads and 32,768 tokens.
+    """
+    module: Any = sdpa_attention
+    before = module.use_gqa_in_sdpa
+
+    def shared(mask: Tensor | None, key: Tensor, *others: Any) -> bool:
+        return not (key.is_cuda and key.dtype == torch.float32) and before(mask, key, *others)
+
+    with _replaced(module, "use_gqa_in_sdpa", shared):
+        yield
+
+
+@contextmanager
+def as_if_not_capturing() -> Iterator[None]:
+    """Let models do during the capture of a CUDA graph what they do without one, while inside; no packed documents.
+
+    They would make a mask of all tokens by all tokens, where none is needed, lest it be needed in a replay, and look
+    whether positions start again.
+    """
+    with (
+        _replaced(import_utils, "is_cuda_stream_capturing", lambda: False),
+        _replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

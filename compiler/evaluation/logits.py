@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from attnedit.compiler.compatibility.transformers_names import repeated_heads
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.execution.stream import replaced_forward
 from attnedit.compiler.model_io.source_checks import embedding_weight
@@ -93,7 +94,8 @@ def logits_of_tokens(model: PreTrainedModel, ids: Tensor, wanted: Tensor) -> Ite
 
 def _parts_of_logits(model: PreTrainedModel, ids: Tensor, wanted: Tensor) -> Iterator[Tensor]:
     size = max(1, VALUES // len(embedding_weight(model)))
-    output: Any = None if body(model) is model else body(model)(input_ids=ids, use_cache=False)
+    with repeated_heads():
+        output: Any = None if body(model) is model else body(model)(input_ids=ids, use_cache=False)
     if not _separable(model, output):
         yield from model(input_ids=ids, use_cache=False).logits[:, :-1][wanted].split(size)
         return

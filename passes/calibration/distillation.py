@@ -46,13 +46,15 @@ class Distillation:
         self._student, self._teacher, self._layers = student, teacher, list(layers)
         self._divergence = divergence or summed_divergence
 
-    def losses(self, ids: Tensor, scale: float | None = None, feature_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, ids: Tensor, scale: float | None = None, feature_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compare both models on token ids [B, T].
 
         Args:
             ids: token ids [B, T].
             scale: accumulate gradients of (divergence + feature_weight * features) times this; None for none.
-            feature_weight: see `scale`.
+            feature_weight: see `scale`; a scalar on the device, None for 0.
 
         Returns:
             Mean over positions of KL(teacher || student) in nats, and mean of 1 - cosine over positions and layers;
@@ -80,8 +82,8 @@ class Distillation:
             total = total + divergence.detach()
         if scale is not None:
             ends, gradients = [found.last_hidden_state], [hidden.grad]
-            if self._layers and feature_weight:
-                ends, gradients = [*ends, features], [*gradients, features.new_tensor(feature_weight * scale)]
+            if self._layers and feature_weight is not None:
+                ends, gradients = [*ends, features], [*gradients, feature_weight * scale]
             torch.autograd.backward(ends, gradients)
         return total, features.detach()
 

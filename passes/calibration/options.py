@@ -92,6 +92,10 @@ class CalibrationOptions(Options):
     """Distillation: keep no activations, compute them again."""
     torch_compile: Switch | None = None
     """Training: layers through torch.compile; unless told, on a GPU and for runs long enough."""
+    cuda_graphs: Switch = False
+    """Training: each step's passes as one launch, on one CUDA GPU.
+
+    For small models, whose kernels are shorter than their launches. What cannot be captured is refused."""
 
     @field_validator("short_seq_len")
     @classmethod

@@ -22,6 +22,7 @@ from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.progress import Progress
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
+from attnedit.passes.calibration.cuda_graphs import Losses, Replayed, check_graphs
 from attnedit.passes.calibration.distillation import Distillation, distillation_rate, summed_divergence
 from attnedit.passes.calibration.fitting import (
     HiddenStates,
@@ -85,8 +86,11 @@ def calibrate(
 
     Raises:
         DivergedError: training broke down; the student has its best state.
+        UsageError: options that do not go together, or not with this device.
     """
     _check_shares(options)
+    if options.cuda_graphs:
+        check_graphs(_device(teacher), accumulation=options.accumulation, in_turn=options.memory_limit is not None)
     batches = _even(batches)
     journal = Journal(directory)
     names = [site.name for site in sites]
@@ -185,14 +189,21 @@ def _fit(
             layer_fit = LayerFit(teacher, students, group, hidden)
             held = LayerFit(teacher, students, group)
 
-            def learn(step: int, layer_fit: LayerFit = layer_fit) -> Mapping[str, float]:
-                ids, rows = batches[step], batches.order[step]
-                found = []
-                parts = (processes().share(of_all).chunk(options.accumulation) for of_all in (ids, rows))
-                for part, places in zip(*parts, strict=True):
-                    with mixed_precision(teacher):
-                        share = len(part) / len(rows)
-                        found.append((share, layer_fit.losses(part.to(device), places, share)))
+            parameters = {name: p for site in group for name, p in own[site.name].items()}
+
+            def losses_of(part: Tensor, rows: Tensor, layer_fit: LayerFit = layer_fit) -> Mapping[str, Tensor]:
+                with mixed_precision(teacher):
+                    return layer_fit.losses(part, rows, len(part) / options.batch_size)
+
+            part_losses = Replayed(losses_of, list(parameters.values())) if options.cuda_graphs else losses_of
+
+            def learn(step: int, part_losses: Losses = part_losses) -> Mapping[str, float]:
+                both = batches[step], batches.order[step]
+                parts = (processes().share(of_all).chunk(options.accumulation) for of_all in both)
+                found = [
+                    (len(part) / options.batch_size, part_losses(part.to(device), rows))
+                    for part, rows in zip(*parts, strict=True)
+                ]
                 return _mean(weighted_sum(found))
 
             def evaluate(held: LayerFit = held, group: list[AttentionSite] = group) -> list[float]:
@@ -205,7 +216,7 @@ def _fit(
 
             stage = Stage(
                 name=FIT if len(parts) == 1 else f"{FIT} {number}/{len(parts)}",
-                parameters={name: p for site in group for name, p in own[site.name].items()},
+                parameters=parameters,
                 parts=[list(own[site.name]) for site in group],
                 steps=options.fit_steps,
                 rate=_rate(options.fit_learning_rate, fitting_rate),
@@ -233,16 +244,19 @@ def _distill(
     divergence = torch.compile(summed_divergence, dynamic=False) if compiling else summed_divergence
     step_losses = Distillation(student, teacher, compared, divergence)
 
+    def losses_of(part: Tensor, weight: Tensor) -> Mapping[str, Tensor]:
+        with mixed_precision(teacher):
+            share = len(part) / options.batch_size
+            divergence, features = step_losses.losses(part, share, weight if compared else None)
+        return {"loss": divergence, "features": features} if compared else {"loss": divergence}
+
+    part_losses = Replayed(losses_of, list(learned.values())) if options.cuda_graphs else losses_of
+
     def learn(step: int) -> Mapping[str, float]:
-        rows = batches[options.fit_steps + step]
         # The weak pull on hidden states helps early and only biases later on.
-        weight = options.feature_weight * (1 - step / options.distill_steps)
-        found: list[tuple[float, Mapping[str, Tensor]]] = []
-        for part in processes().share(rows).chunk(options.accumulation):
-            share = len(part) / len(rows)
-            with mixed_precision(teacher):
-                divergence, features = step_losses.losses(part.to(device), share, weight)
-            found.append((share, {"loss": divergence, "features": features} if compared else {"loss": divergence}))
+        weight = torch.tensor(options.feature_weight * (1 - step / options.distill_steps), device=device)
+        parts = processes().share(batches[options.fit_steps + step]).chunk(options.accumulation)
+        found = [(len(part) / options.batch_size, part_losses(part.to(device), weight)) for part in parts]
         return weighted_sum(found)
 
     @torch.no_grad()
@@ -311,7 +325,9 @@ def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[
 def _activation_checkpointing(student: PreTrainedModel, sites: Sequence[AttentionSite], wanted: bool) -> Iterator[None]:
     """Each decoder layer keeps its input alone. Not transformers' own switch, which needs dropout switched on too."""
     layers = list(decoder_layers(student, list(sites))[0]) if wanted else []
-    with replaced_forwards(layers, [partial(checkpoint, layer.forward, use_reentrant=False) for layer in layers]):
+    # Nothing is random here, and a CUDA graph may not read the state of random numbers.
+    forwards = [partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False) for layer in layers]
+    with replaced_forwards(layers, forwards):
         yield
 
 

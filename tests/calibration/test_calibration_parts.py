@@ -192,7 +192,7 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(family: str, monk
         parameter.requires_grad_(False)
     own_memory(chosen)
     names = [site.name.rsplit(".", 1)[0] for site in sites_of(family)]
-    divergence, features = Distillation(student, teacher, names).losses(ids, 1.0, 0.3)
+    divergence, features = Distillation(student, teacher, names).losses(ids, 1.0, torch.tensor(0.3))
     found = {name: p.grad.clone() for name, p in chosen.items() if p.grad is not None}
 
     hidden: dict[str, list[Tensor]] = {"teacher": [], "student": []}
