@@ -20,6 +20,11 @@ from attnedit.passes.sample import LayerSample
 from attnedit.passes.solve import ridge_regression
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 
+FIRST_SHARE = 0.5
+"""Share of the first token of each window in what sink logit and value are chosen by.
+
+Nothing is cut from it, so that a sink can only do it harm, and many models make it the token that all others attend
+to: where its hidden states miss that, every later token is off (docs/notebook/2026-11-windows.md)."""
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the source's weights, as a fraction of the mean diagonal of its Gram matrix:
 this times features per sampled query."""
@@ -60,12 +65,14 @@ class _Heads:
         inside: with the window and kept sinks only [H, M, e].
         logsumexp: of the logits that `inside` sees, the source's own sinks with them [H, M].
         cut: share of the source's attention that the window takes away [H, M].
+        weight: of each query where sinks are fitted [M]; 1, but for the first token of each window.
     """
 
     whole: Tensor
     inside: Tensor
     logsumexp: Tensor
     cut: Tensor
+    weight: Tensor
 
 
 def fit_window(samples: Sequence[LayerSample], config: GateSWAConfig, refit: bool = True) -> WindowFit:
@@ -100,7 +107,10 @@ def _head_outputs(samples: Sequence[LayerSample], config: GateSWAConfig) -> _Hea
         torch.cat([part[name].transpose(0, 1).flatten(1, 2) for part in parts], 1)
         for name in ("whole", "inside", "logsumexp", "cut")
     )
-    return _Heads(whole, inside, logsumexp, cut)
+    first = torch.cat([(sample.positions == 0).repeat(len(sample.query)) for sample in samples])
+    others = (~first).sum() / first.sum().clamp(min=1)
+    weight = torch.where(first, others * FIRST_SHARE / (1 - FIRST_SHARE), 1.0)
+    return _Heads(whole, inside, logsumexp, cut, weight)
 
 
 def _project(sample: LayerSample, heads: Tensor) -> Tensor:
@@ -147,11 +157,11 @@ def _fit_sink(sample: LayerSample, heads: _Heads, with_value: bool) -> tuple[Ten
 
 
 def _best_logit(metric: Tensor, heads: _Heads, value: Tensor) -> Tensor:
-    """The b of each head with the least sum over queries of |W (o_in + s (v - o_in) - o)|^2 [H]."""
+    """The b of each head with the least weighted sum over queries of |W (o_in + s (v - o_in) - o)|^2 [H]."""
     toward = value - heads.inside
     pulled = toward @ metric
-    linear = 2 * ((heads.inside - heads.whole) * pulled).sum(-1)
-    square = (toward * pulled).sum(-1)
+    linear = 2 * ((heads.inside - heads.whole) * pulled).sum(-1) * heads.weight
+    square = (toward * pulled).sum(-1) * heads.weight
     low = heads.logsumexp.amin(1) - 12.0  # a share of 6e-6: none
     high = heads.logsumexp.amax(1) + 12.0
     steps = torch.linspace(0, 1, GRID, device=low.device)
@@ -170,8 +180,8 @@ def _best_logit(metric: Tensor, heads: _Heads, value: Tensor) -> Tensor:
 def _best_value(metric: Tensor, heads: _Heads, share: Tensor, groups: int) -> Tensor:
     """The v of each key/value head with the least error, given its share of the attention [G, e]."""
     wanted = heads.whole - (1 - share)[..., None] * heads.inside
-    amount = share.square().double().sum(1)  # [H]
-    moment = torch.einsum("hm,hme->he", share, wanted).double()
+    amount = (share.square() * heads.weight).double().sum(1)  # [H]
+    moment = torch.einsum("hm,hme->he", share * heads.weight, wanted).double()
     left = (metric.double() * amount[:, None, None]).unflatten(0, (groups, -1)).sum(1)
     right = torch.einsum("hef,hf->he", metric.double(), moment).unflatten(0, (groups, -1)).sum(1)
     ridge = VALUE_RIDGE * left.diagonal(dim1=-2, dim2=-1).mean(-1)

@@ -79,6 +79,14 @@ def error(sample: LayerSample, config: GateSWAConfig, fit: WindowFit) -> float:
     return float((new - old).square().sum() / old.square().sum())
 
 
+def error_of_sinks(sample: LayerSample, config: GateSWAConfig, fit: WindowFit) -> float:
+    """What sinks are chosen by: the first token counts as much as all others together."""
+    new, old = outputs(sample, config, fit)
+    weight = torch.ones(len(sample.positions), dtype=torch.float64)
+    weight[0] = len(weight) - 1
+    return float(((new - old).square().sum((0, 2)) * weight).sum() / old.square().sum())
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     window=st.integers(1, 14),
@@ -116,6 +124,19 @@ def test_each_step_of_the_fit_lowers_the_error() -> None:
     assert all(after < before for before, after in zip(raw, refit, strict=True))
 
 
+def test_a_sink_leaves_the_first_token_of_a_window_alone() -> None:
+    sample = layer_sample(sequences=6, length=24)
+    config = config_for(sample, 3, sink_logit=True, sink_value=True)
+
+    def of_the_first(fit: WindowFit) -> float:
+        new, old = outputs(sample, config, fit)
+        return float((new - old)[:, 0].square().sum() / old[:, 0].square().sum())
+
+    weighed = of_the_first(fit_window([sample], config, refit=False))
+    with mock.patch("attnedit.passes.gateswa.fit.FIRST_SHARE", 1 / 24):  # as any other
+        assert weighed < of_the_first(fit_window([sample], config, refit=False)) / 4
+
+
 @pytest.mark.parametrize("with_value", [False, True])
 def test_no_other_sink_of_a_head_is_better(with_value: bool) -> None:
     """The errors of heads add up in the fit, so each head is checked alone: the others write nothing."""
@@ -127,16 +148,16 @@ def test_no_other_sink_of_a_head_is_better(with_value: bool) -> None:
         weight = sample.output_weight.clone()
         weight[1 - head] = 0
         alone = replace(sample, output_weight=weight)
-        found = error(alone, config, replace(fit, output_weight=None))
+        found = error_of_sinks(alone, config, replace(fit, output_weight=None))
         for step in (-0.5, -0.1, 0.1, 0.5):
             moved = fit.sink_logit.clone()
             moved[head] += step
-            assert error(alone, config, replace(fit, sink_logit=moved)) > found - 1e-4
+            assert error_of_sinks(alone, config, replace(fit, sink_logit=moved)) > found - 1e-4
         if fit.sink_value is not None:
             for direction in torch.randn(4, 6, generator=torch.Generator().manual_seed(0)):
                 other = fit.sink_value.clone()
                 other[head] += 0.1 * direction
-                assert error(alone, config, replace(fit, sink_value=other)) > found - 1e-4
+                assert error_of_sinks(alone, config, replace(fit, sink_value=other)) > found - 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next"])
