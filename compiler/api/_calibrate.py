@@ -27,7 +27,7 @@ from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.model_io.source_checks import model_name
 from attnedit.compiler.progress import stage
 from attnedit.compiler.reporting.records import PipelineStage, StageReport
-from attnedit.compiler.reporting.report import Report, peak_memory_bytes
+from attnedit.compiler.reporting.report import Report, used_memory
 from attnedit.options import CalibrateOptions
 from attnedit.passes.calibration.batches import Batches, hold_out, mix
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
@@ -145,7 +145,7 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
             "pipeline": [*result.report.pipeline, entry],
             "loss_curve": curve,
             "calibration": calibration_name(options.calibration),
-            "peak_memory_bytes": peak_memory_bytes(),
+            **used_memory(),
         }
     )
     files = [] if directory is None else [directory / name for name in (LOG_FILE, PLOT_FILE)]

@@ -15,7 +15,7 @@ from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
 from attnedit.compiler.formats import own_version
 from attnedit.compiler.reporting.records import LayerReport, RuleReport, Verification
-from attnedit.compiler.reporting.report import Report, kv_fields, peak_memory_bytes
+from attnedit.compiler.reporting.report import Report, kv_fields, used_memory
 from attnedit.figures import memory_curve
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import SiteConfig
@@ -101,7 +101,7 @@ def compile_report(
         kv_budget_asked=plan.budget_asked,
         full_layers=fitted.full,
         left=left_of(plan.sites),
-        peak_memory_bytes=peak_memory_bytes(),
+        **used_memory(),
         kv_curve=memory_curve(result, plan, configs, after),
         **kv_fields(plan.before, after),
         **facts,

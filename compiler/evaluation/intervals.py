@@ -1,4 +1,4 @@
-"""How far a mean over a few windows or prompts can be trusted: bootstrap over them."""
+"""How far a mean over a few windows or prompts can be trusted: bootstrap over them, Wilson's formula for shares."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ def percentiles(resampled: Tensor) -> tuple[float, float]:
     ordered, tail = resampled.sort().values, (1 - CONFIDENCE) / 2
     low, high = ordered[[math.floor(tail * len(ordered)), math.ceil((1 - tail) * len(ordered)) - 1]].tolist()
     return low, high
+
+
+def interval_of_share(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of the share of ``count`` independent trials that succeeded (Wilson 1927).
+
+    Of use near 0 and 1, too, where all trials ended alike and a bootstrap would see no doubt.
+
+    >>> interval_of_share(1.0, 20)
+    (0.8388..., 1.0)
+    """
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def interval_of_exponential(values: Tensor, seed: int = 0) -> Interval:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.data.token_windows import position_limit, served_length
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.evaluation.intervals import Interval, interval_of_mean
+from attnedit.compiler.evaluation.intervals import Interval, interval_of_mean, interval_of_share
 from attnedit.compiler.model_io.heads import need_language_head
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, track
@@ -67,7 +67,7 @@ class LengthScore:
     Attributes:
         length: tokens of the whole prompt.
         accuracy: share of prompts in which the right word was the likeliest of `OPTIONS`.
-        interval: its 95 % bootstrap interval over prompts; None for one prompt.
+        interval: its 95 % interval (Wilson's).
         prompts: how many.
         difference: accuracy less that of the model compared with, on the same prompts; None without one.
         difference_interval: 95 % bootstrap interval of the difference over prompts, paired.
@@ -293,7 +293,8 @@ def scores_by_length(found: Sequence[Answer], against: Sequence[Answer] | None =
     rows = []
     for length in dict.fromkeys(answer.length for answer in found):
         hits = _hits(found, length)
-        row = LengthScore(length, float(hits.mean()), interval_of_mean(hits), len(hits))
+        share = float(hits.mean())
+        row = LengthScore(length, share, interval_of_share(share, len(hits)), len(hits))
         if against is not None:
             gain = hits - _hits(against, length)
             row = replace(row, difference=float(gain.mean()), difference_interval=interval_of_mean(gain))

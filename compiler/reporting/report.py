@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from pydantic import BaseModel, Field, field_validator
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -56,6 +57,7 @@ class Report(BaseModel):
         training_length: tokens of the windows that it was trained on; None where it was not.
         seconds: per stage, in order.
         peak_memory_bytes: of the process, at the end.
+        gpu_memory_bytes: tensors of the process on all CUDA GPUs, at most; None where it used none.
         full_layers: layers that kept every token in the cache, where others got a window; None elsewhere.
         pipeline: what each stage did, in order.
         stages: of training.
@@ -90,6 +92,7 @@ class Report(BaseModel):
     training_length: int | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int = 0
+    gpu_memory_bytes: int | None = None
     full_layers: list[int] | None = None
     pipeline: list[PipelineStage] = Field(default_factory=list)
     stages: list[StageReport] = Field(default_factory=list)
@@ -224,8 +227,21 @@ class Report(BaseModel):
             stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
             lines.append(f"seconds    {sum(self.seconds.values()):.1f}: {stages}")
         if self.peak_memory_bytes:
-            lines.append(f"memory     {self.peak_memory_bytes / 2**30:.2f} GiB at most")
+            lines.append(f"memory     {self.memory}")
         return "\n".join([*lines, *(f"note       {note}" for note in self.notes)])
+
+    @property
+    def memory(self) -> str:
+        """What was used at most, in words."""
+        gpu = "" if self.gpu_memory_bytes is None else f", {self.gpu_memory_bytes / 2**30:.2f} GiB on GPUs"
+        return f"{self.peak_memory_bytes / 2**30:.2f} GiB at most{gpu}"
+
+
+def used_memory() -> Mapping[str, Any]:
+    """The fields of `Report` on memory."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else None
+    allocated = None if gpus is None else sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+    return {"peak_memory_bytes": peak_memory_bytes(), "gpu_memory_bytes": allocated}
 
 
 def kv_fields(before: KVUsage, after: KVUsage) -> Mapping[str, Any]:

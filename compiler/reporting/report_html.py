@@ -115,7 +115,7 @@ def _checks(report: Report) -> list[str]:
         lines.append(f"calibrated on {report.calibration_tokens:,} tokens of {report.calibration}")
     if report.seconds:
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
-        lines.append(f"{stages}; {report.peak_memory_bytes / 2**30:.2f} GiB of memory at most")
+        lines.append(f"{stages}; memory: {report.memory}")
     if report.license:
         lines.append(f"licence of the source: {report.license}")
     return lines

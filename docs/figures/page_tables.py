@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from attnedit.compiler.evaluation.intervals import interval_of_share
+
 DOCS = Path(__file__).resolve().parents[1]
 PAGES = ("results.md", "decide.md", "compare.md", "tutorials/train-on-a-gpu.md")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SHOWN = {
-    "MLA 1/2, closed form": "half, twice the queries",
-    "MLA 1/4, closed form": "quarter, three long windows measured",
-    "GateSWA and MLA 1/8, closed form": "eighth by both targets, a sink value and logit beside the kept tokens",
+    "MLA 1/2, closed form": "half, with intervals",
+    "MLA 1/4, closed form": "quarter, with intervals",
+    "GateSWA and MLA 1/8, closed form": "eighth by both targets, the first token weighed",
     "MLA 1/2, trained at 8,192": "half, trained",
-    "MLA 1/4, trained at 8,192": "quarter, trained",
-    "MLA 1/4, trained at 4,096": "quarter, trained, 4,096 tokens a step",
+    "MLA 1/4, trained at 4,096, then 8,192": "quarter, trained at 4,096, then 8,192",
     "GateSWA and MLA 1/8, trained at 8,192": "eighth by both targets, trained",
     "GateSWA and MLA 1/8, trained at 4,096": "eighth by both targets, trained, 4,096 tokens a step",
 }
@@ -44,23 +45,31 @@ def runs() -> dict[str, tuple[list[float], list[float], dict[str, Any]]]:
     found = {}
     for label, name in SHOWN.items():
         run = named[name]
-        ratios = [one / other for one, other in zip(run["perplexity"], source, strict=True)]
+        ratios = run.get("ratio") or [one / other for one, other in zip(run["perplexity"], source, strict=True)]
         found[label] = (ratios, run["found"], run)
     return found
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of ``count`` trials (Wilson 1927): of use near 0 and 1, too."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def with_interval(share: float, count: int = PROMPTS) -> str:
-    """A share of prompts with its interval, in percent."""
-    low, high = (round(100 * end) for end in wilson(share, count))
+def with_interval(share: float | None, count: int = PROMPTS) -> str | None:
+    """A share of prompts with its interval, in percent; None where it was not measured."""
+    if share is None:
+        return None
+    low, high = (round(100 * end) for end in interval_of_share(share, count))
     return f"{100 * share:.0f} ({low}–{high})"
+
+
+def ratios_of(run: dict[str, Any], ratios: list[float]) -> list[str]:
+    """Ratios to the source, with their intervals where the run has them."""
+    intervals = run.get("ratio_interval") or [None] * len(ratios)
+    return [
+        f"{ratio:.3f}" if ends is None else f"{ratio:.3f} ({ends[0]:.2f}–{ends[1]:.2f})"
+        for ratio, ends in zip(ratios, intervals, strict=True)
+    ]
+
+
+def measured(cell: list[float] | None) -> str | None:
+    """A figure with its interval."""
+    return None if cell is None else f"{cell[0]:g} ({cell[1]:g}–{cell[2]:g})"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -79,7 +88,7 @@ def _cell(value: object) -> str:
 
 def quality() -> str:
     """Perplexity by position, ours and TransMLA's, as ratios to the source."""
-    rows = [[name, *(f"{ratio:.3f}" for ratio in ratios)] for name, (ratios, *_) in runs().items()]
+    rows = [[name, *ratios_of(run, ratios)] for name, (ratios, _, run) in runs().items()]
     for run in data("long-context-peers")["runs"]:
         rows.append([f"*{run['name']}, closed form*", *(f"{ratio:.2f}" for ratio in run["ratio"])])
     return table(["", "tokens 0–1k", "1k–2k", "2k–4k", "4k–8k"], rows)
@@ -94,6 +103,38 @@ def found() -> str:
     for run in peers["runs"]:
         rows.append([f"*{run['name']}, closed form*", *(with_interval(one, peers["prompts"]) for one in run["found"])])
     return table(["", "1k", "2k", "4k", "8k"], rows)
+
+
+def qwen() -> str:
+    """The second real model: perplexity by position, and facts found."""
+    figures = data("long-context-qwen")
+    (run,) = figures["runs"]
+    rows = [[_range(*ends), ratio] for ends, ratio in zip(figures["ranges"], ratios_of(run, run["ratio"]), strict=True)]
+    found = dict(zip(figures["lengths"], zip(figures["source"]["found"], run["found"], strict=True), strict=True))
+    for row, (_, end) in zip(rows, figures["ranges"], strict=True):
+        row += [with_interval(share, 20) for share in found.get(end, (None, None))]
+    head = ["tokens", "MLA 1/2, closed form", "found in texts of that length, source, %", "MLA 1/2, %"]
+    return table(head, rows)
+
+
+def _range(first: int, end: int) -> str:
+    return f"{first // 1024}–{end // 1024}k" if first else f"0–{end // 1024}k"
+
+
+def ruler() -> str:
+    """RULER, averages of 13 tasks."""
+    figures = data("ruler-smollm2")
+    lengths = [name if name == "ratio" else f"{name} tokens" for name in figures["columns"] if name != "all"]
+    keep = [index for index, name in enumerate(figures["columns"]) if name != "all"]
+    rows = [[name, *(measured(cells[index]) for index in keep)] for name, cells in figures["average"].items()]
+    return table(["", *lengths], rows)
+
+
+def tasks() -> str:
+    """Short tasks."""
+    figures = data("tasks-smollm2")
+    head = [column.split(" (")[0] for column in figures["columns"]]
+    return table(["", *head], [[name, *map(measured, cells)] for name, cells in figures["figures"].items()])
 
 
 def short_windows() -> str:
@@ -190,7 +231,7 @@ def choices() -> str:
     return table(["cache", "trained", "perplexity, worst range", "found at 4k, %", "at 8k, %"], rows)
 
 
-MADE = [quality, found, short_windows, short_trained, recall_of_windows, throughput]
+MADE = [quality, found, qwen, ruler, tasks, short_windows, short_trained, recall_of_windows, throughput]
 MADE += [one_layer, on_cpu, cost, training_speed, recipes, choices]
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in MADE}
 

@@ -20,7 +20,7 @@ from attnedit.compiler.data.token_windows import text_tokens
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluation import logits as logits_module
 from attnedit.compiler.evaluation.evaluate import text_windows, window_losses
-from attnedit.compiler.evaluation.intervals import interval_of_mean
+from attnedit.compiler.evaluation.intervals import interval_of_mean, interval_of_share
 from attnedit.compiler.evaluation.logits import token_losses
 from attnedit.compiler.evaluation.positions import losses_by_position, perplexity_by_position
 from attnedit.compiler.evaluation.retrieval import Answer, scores_by_length
@@ -94,6 +94,13 @@ def test_by_position_of_two_models(llama: LlamaForCausalLM, text_file: Path) -> 
     rise = window_losses(llama, rows).mean() - window_losses(other, rows).mean()
     assert row.ratio == pytest.approx(float(rise.exp()), rel=1e-5)
     assert (row.end, row.tokens) == (200, 3 * 199)
+
+
+def test_intervals_of_shares_know_doubt_where_all_trials_end_alike() -> None:
+    low, high = interval_of_share(0.5, 100)
+    assert (round(low, 3), round(high, 3)) == (0.404, 0.596)  # as in any table of the score interval
+    assert interval_of_share(1.0, 20) == pytest.approx((0.8389, 1), abs=1e-4)
+    assert interval_of_share(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
 
 
 def test_an_interval_holds_the_mean_as_often_as_it_says() -> None:

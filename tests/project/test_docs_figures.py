@@ -41,12 +41,6 @@ def test_tables_are_those_of_the_figures(made: Any) -> None:
     assert used == set(tables.TABLES)
 
 
-def test_intervals_of_shares(made: Any) -> None:
-    low, high = made("page_tables").wilson(0.5, 100)
-    assert (round(low, 3), round(high, 3)) == (0.404, 0.596)  # as in any table of the score interval
-    assert made("page_tables").wilson(1.0, 40)[1] == 1.0
-
-
 @pytest.mark.parametrize("module", ["charts", "concepts"])
 def test_charts_and_concepts_are_those_of_today(module: str, made: Any) -> None:
     for name, text in getattr(made(module), module)().items():

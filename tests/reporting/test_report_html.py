@@ -24,7 +24,7 @@ import attnedit
 from attnedit.compiler.capture.capture import graph_module
 from attnedit.compiler.evaluation.evaluate import kv_usage
 from attnedit.compiler.reporting.graph_svg import graph_svg
-from attnedit.compiler.reporting.report import Report
+from attnedit.compiler.reporting.report import Report, used_memory
 
 VOID = {"meta", "br", "path", "rect", "use", "img"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -215,3 +215,16 @@ def test_the_loss_over_position_is_that_of_the_windows_it_names() -> None:
     assert again.ends == [64, 100]
     assert "has not seen" in again.data
     assert compile_tiny(model, 0.5, alternations=1).report.loss_curve is None
+
+
+def test_memory_names_what_a_gpu_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert used_memory()["gpu_memory_bytes"] is None or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: (gpu + 1) * 2**30)
+    used = used_memory()
+    assert used["gpu_memory_bytes"] == 3 * 2**30
+    report = half("llama").report.model_copy(update={**used, "peak_memory_bytes": 2**30})
+    assert report.memory == "1.00 GiB at most, 3.00 GiB on GPUs"
+    assert "memory     1.00 GiB at most, 3.00 GiB on GPUs" in str(report)
+    assert report.model_copy(update={"gpu_memory_bytes": None}).memory == "1.00 GiB at most"
