@@ -30,6 +30,7 @@ from attnedit.compiler.reporting.records import PipelineStage, StageReport
 from attnedit.compiler.reporting.report import Report, used_memory
 from attnedit.options import CalibrateOptions
 from attnedit.passes.calibration.batches import Batches, hold_out, mix
+from attnedit.passes.calibration.cuda_graphs import check_graphs
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import share
@@ -93,7 +94,7 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
     names = list(model.config.attnedit["sites"])
     _check_teacher(model, teacher, names)
     check_head(teacher, options)
-    check_length(options, teacher)
+    check_training(options, teacher)
     model.to(next(teacher.parameters()).device)  # type: ignore[arg-type]  # transformers wraps it
     share(model, teacher)
     directory = None if options.run_directory is None else Path(options.run_directory)
@@ -163,17 +164,20 @@ def _kernels(*models: PreTrainedModel) -> AbstractContextManager[None]:
     return training_attention(kind, *models)
 
 
-def check_length(options: CalibrationOptions, model: PreTrainedModel) -> None:
-    """Refuse training windows beyond the context; the default is shortened to it.
+def check_training(options: CalibrationOptions, model: PreTrainedModel) -> None:
+    """Refuse training that cannot be, before anything is computed; the default length is shortened to the context.
 
     Raises:
-        UsageError: they are, and were asked for.
+        UsageError: windows beyond the context were asked for, or CUDA graphs where there can be none.
     """
     context = context_length(model)
     if options.seq_len > context and "seq_len" in options.model_fields_set:
         raise UsageError(
             f"seq_len {options.seq_len} is beyond the model's context of {context} tokens; ask for at most that"
         )
+    if options.cuda_graphs:
+        device = next(model.parameters()).device
+        check_graphs(device, accumulation=options.accumulation, in_turn=options.memory_limit is not None)
 
 
 def training_batches(

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnedit._calibrate import START_DIRECTORY, check_length, train
+from attnedit._calibrate import START_DIRECTORY, check_training, train
 from attnedit._pipeline import Source, on_device, run, with_recipe
 from attnedit._rewrite import RewriteSource
 from attnedit._stages import Log
@@ -77,10 +77,10 @@ def compile_live(model: PreTrainedModel, options: CompileOptions, name: str | No
         return _asked(_one_shot(model, options, kept), options, name)
     model_name(model)  # refuses what is no model
     check_head(model, options)
-    check_length(options, model)
     if options.in_place:
         raise UsageError("in_place leaves no source to learn from; leave it out, or train no steps")
     model = on_device(model, options)
+    check_training(options, model)
     if directory is None:
         if processes().count > 1:
             raise UsageError("several processes meet in a directory; give run_directory")

@@ -85,6 +85,7 @@ class TrainingArguments(TypedDict, total=False):
     memory_limit: int | str | None
     activation_checkpointing: bool
     torch_compile: bool | None
+    cuda_graphs: bool
     run_directory: str | PathLike[str] | None
 
 

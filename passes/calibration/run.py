@@ -22,7 +22,7 @@ from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.progress import Progress
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
-from attnedit.passes.calibration.cuda_graphs import Losses, Replayed, check_graphs
+from attnedit.passes.calibration.cuda_graphs import Losses, Replayed
 from attnedit.passes.calibration.distillation import Distillation, distillation_rate, summed_divergence
 from attnedit.passes.calibration.fitting import (
     HiddenStates,
@@ -86,11 +86,8 @@ def calibrate(
 
     Raises:
         DivergedError: training broke down; the student has its best state.
-        UsageError: options that do not go together, or not with this device.
     """
     _check_shares(options)
-    if options.cuda_graphs:
-        check_graphs(_device(teacher), accumulation=options.accumulation, in_turn=options.memory_limit is not None)
     batches = _even(batches)
     journal = Journal(directory)
     names = [site.name for site in sites]

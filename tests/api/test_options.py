@@ -150,7 +150,9 @@ WHOLE: dict[str, Any] = {
     **dict.fromkeys(("fit_learning_rate", "distill_learning_rate", "feature_weight", "self_generated", "repeats"), 0.5),
     **{"short_seq_len": 9, "short_share": 0.5, "engine": "vllm"},
     **{"distill_optimizer": "muon", "train": "all", "memory_limit": 9, "run_directory": "x"},
-    **dict.fromkeys(("activation_checkpointing", "torch_compile", "in_place", "dequantize", "allow_pickle"), True),
+    **dict.fromkeys(
+        ("activation_checkpointing", "torch_compile", "cuda_graphs", "in_place", "dequantize", "allow_pickle"), True
+    ),
     **{"profile": "youtu", "allocation": "loss", "kernel_dims": True, "partial": True, "fuel": 1, "dump_graphs": "x"},
 }
 

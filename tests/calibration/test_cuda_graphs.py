@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from compiled import tokens
+from compiled import MODULE, source, tokens
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -120,6 +121,15 @@ def test_where_there_can_be_none_says_why(options: dict[str, Any], reason: str) 
     given = {"device": "cpu", "accumulation": 1, "in_turn": False, **options}
     with pytest.raises(UsageError, match=reason):
         check_graphs(torch.device(given.pop("device")), **given)
+
+
+def test_without_a_gpu_they_are_refused_before_anything_is_computed() -> None:
+    options = {"calibration": tokens(4, 16), "distill_steps": 2, "seq_len": 16, "cuda_graphs": True}
+    with (
+        mock.patch.object(MODULE, "capture", side_effect=AssertionError("traced")),
+        pytest.raises(UsageError, match="cuda_graphs are for CUDA GPUs, and the model is on cpu"),
+    ):
+        attnedit.compile(source("llama"), **options)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
