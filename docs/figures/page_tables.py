@@ -21,7 +21,7 @@ BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN = {
     "MLA 1/2, closed form": "half, with intervals",
     "MLA 1/4, closed form": "quarter, with intervals",
-    "GateSWA and MLA 1/8, closed form": "eighth by both targets, the first token weighed",
+    "GateSWA and MLA 1/8, closed form": "eighth by both targets, one window in twelve lost",
     "MLA 1/2, trained at 8,192": "half, trained",
     "MLA 1/4, trained at 4,096, then 8,192": "quarter, trained at 4,096, then 8,192",
     "GateSWA and MLA 1/8, trained at 8,192": "eighth by both targets, trained",
