@@ -188,7 +188,7 @@ def fitting_prompts(
         UsageError: no such texts can be made with this tokenizer.
     """
     room = length
-    for _ in range(5):
+    while 2 * room > length:
         made = generated(task, settings, room, count, seed, tokenizer)
         items = [
             {

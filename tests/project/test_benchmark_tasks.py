@@ -135,6 +135,24 @@ def test_writing_ends_when_all_is_found(module: Any, saved_llama: Path, asked: l
         assert found["prediction"] == before["prediction"][:end]
 
 
+@pytest.mark.parametrize("enough", [192, 60])
+def test_texts_are_made_shorter_until_they_fit(module: Any, monkeypatch: pytest.MonkeyPatch, enough: int) -> None:
+    """Some generators take a token off at a time, and one has to ask often."""
+    ruler: ModuleType = module("ruler")
+
+    def made(_: str, __: Any, room: int, *___: Any) -> list[dict[str, Any]]:
+        return [{"input": "x" * (150 if room < enough else 151), "outputs": ["x"]}]
+
+    monkeypatch.setattr(ruler, "generated", made)
+    monkeypatch.setattr(ruler, "_tokens", lambda _, text: list(text))
+    asked = ("fwe", {"task": "fwe", "tokens_to_generate": 50}, 200, 1, 0, None)
+    if enough > 100:
+        assert [item["tokens"] for item in ruler.fitting_prompts(*asked)] == [150]
+    else:  # half of the length is no text of that length
+        with pytest.raises(UsageError, match="fwe at 200 tokens: the texts do not fit"):
+            ruler.fitting_prompts(*asked)
+
+
 def test_prompts_for_another_model_are_refused(module: Any, saved_llama: Path, asked: list[Any]) -> None:
     ruler: ModuleType = module("ruler")
     source = load_source(str(saved_llama))
