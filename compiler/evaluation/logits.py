@@ -97,7 +97,9 @@ def _parts_of_logits(model: PreTrainedModel, ids: Tensor, wanted: Tensor) -> Ite
     with repeated_heads():
         output: Any = None if body(model) is model else body(model)(input_ids=ids, use_cache=False)
     if not _separable(model, output):
-        yield from model(input_ids=ids, use_cache=False).logits[:, :-1][wanted].split(size)
+        with repeated_heads():
+            logits = model(input_ids=ids, use_cache=False).logits
+        yield from logits[:, :-1][wanted].split(size)
         return
     for hidden in output.last_hidden_state[:, :-1][wanted].split(size):
         yield head(model, output, hidden)

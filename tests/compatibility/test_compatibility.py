@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +17,8 @@ from project import MODULES, ROOT
 from tiny_llama import make_llama
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache, masking_utils
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
-from transformers.integrations import sdpa_attention
-from transformers.utils import import_utils
 
 from attnedit.compiler.compatibility import live, torch_names, transformers_names
 from attnedit.compiler.compatibility.torch_names import pytree
@@ -172,35 +169,6 @@ def test_a_configuration_has_the_fields_of_implementations() -> None:
     assert vars(config)[transformers_names.EXPERTS_FIELD] == "batched_mm"
     setattr(config, transformers_names.ATTENTION_FIELD, "eager")
     assert transformers_names.attention_of(config) == "eager"
-
-
-def test_heads_are_repeated_in_float32_on_a_gpu_alone() -> None:
-    def shared(dtype: torch.dtype, cuda: bool) -> bool:
-        key: Any = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 2, 8, 64))
-        return bool(sdpa_attention.use_gqa_in_sdpa(None, key, key))
-
-    assert shared(torch.float32, True)
-    with transformers_names.repeated_heads():
-        assert not shared(torch.float32, True)
-        assert shared(torch.bfloat16, True)
-        assert shared(torch.float32, False)
-    assert shared(torch.float32, True)
-
-
-def test_a_model_that_is_captured_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    model, masks = make_llama(), []
-    hook = model.model.layers[0].register_forward_pre_hook
-    hook(lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
-    ids = torch.arange(3, 8)[None]
-    assert import_utils.is_tracing()
-    with transformers_names.as_if_not_capturing():
-        assert not import_utils.is_tracing()
-        assert masking_utils.find_packed_sequence_indices(ids) is None
-        model(ids)
-    assert masks == [None]
-    assert import_utils.is_tracing()
-    assert masking_utils.find_packed_sequence_indices(ids) is not None
 
 
 def test_models_say_whether_they_support_sdpa() -> None:
