@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from attnedit.targets.attention.mla.decode import choose_blocks, choose_splits, decodes_fused
+from attnedit.targets.attention.mla.decode import decodes_fused
+from attnedit.targets.attention.mla.decode_sizes import choose_blocks, choose_roles, choose_splits
 
 HOPPER = 232448  # bytes of shared memory
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform")
@@ -62,11 +64,36 @@ def test_no_blocks_for_very_wide_latents() -> None:
     assert choose_blocks(32, 1025, 64, 1 << 30) is None
 
 
+@pytest.mark.parametrize("heads", [1, 9, 32, 128])
+@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (424, 88), (160, 32), (848, 176), (1000, 0)])
+def test_roles_fit(heads: int, rank: int, rope: int) -> None:
+    roles = choose_roles(heads, rank, rope, HOPPER)
+    assert roles is not None
+    assert roles.heads in (16, 32)
+    assert 1 <= roles.tiles <= 4
+    chunks = -(-rank // 64) + -(-rope // 64)
+    assert 2 * chunks * 64 * (roles.tiles * 64 + roles.heads) < HOPPER
+    assert choose_roles(heads, rank, rope, 8192) is None
+
+
+def test_registers_hold_no_wider_latents_by_roles() -> None:
+    assert choose_roles(32, 1025, 0, 1 << 30) is None
+
+
 @pytest.mark.parametrize("programs", [1, 7, 32, 100, 128, 500])
 @pytest.mark.parametrize("keys", [1, 300, 8192, 131072])
-def test_splits_fill_the_processors(programs: int, keys: int) -> None:
-    splits = choose_splits(programs, keys, 264)
-    assert 1 <= splits <= max(1, keys // 128)
-    rounds = programs * splits / 264
+@pytest.mark.parametrize(("places", "tokens"), [(264, 32), (132, 64)])
+def test_splits_fill_the_processors(programs: int, keys: int, places: int, tokens: int) -> None:
+    splits = choose_splits(programs, keys, places, tokens)
+    assert 1 <= splits <= -(-keys // tokens)
     if keys >= 131072:
-        assert rounds / -(-rounds // 1) > 0.9
+        share = math.ceil(keys / splits / tokens) * tokens
+        busy = programs * keys / (math.ceil(programs * splits / places) * share * places)
+        assert busy > 0.9
+
+
+def test_no_part_of_a_short_sequence_is_idle() -> None:
+    # 122 parts would be two tiles for some and none for the rest: no sooner done than 64 parts.
+    assert choose_splits(1, 8192, 132, 64) == 128
+    assert choose_splits(1, 2048, 132, 64) == 32
+    assert choose_splits(32, 32768, 132, 64) == 4

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from attnedit.targets.attention.mla.config import MLAConfig
-from attnedit.targets.attention.mla.decode import choose_blocks, decodes_fused, latent_decode, run_kernels
+from attnedit.targets.attention.mla.decode import decodes_fused, latent_decode, run_kernels
+from attnedit.targets.attention.mla.decode_sizes import Blocks, Roles, choose_blocks, choose_roles
 from attnedit.targets.attention.mla.module import MLA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,6 +20,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
 # batch, heads, cached tokens, latent, rotary values: none a power of two; more heads than a block; one token.
 SHAPES = ((1, 3, 5, 6, 4), (3, 9, 70, 40, 0), (2, 40, 100, 130, 22), (2, 2, 1, 16, 2))
+if DEVICE == "cuda":
+    SHAPES += ((2, 40, 1000, 136, 24), (3, 32, 300, 512, 64), (2, 32, 517, 848, 176), (2, 9, 129, 64, 16))
 MASKS = ("none", "bool", "add", "shared")
 
 
@@ -34,6 +37,15 @@ def reference(query: Tensor | None, rope: Tensor | None, latent: Tensor, slots: 
 def inputs(dtype: torch.dtype, batch: int, heads: int, keys: int, rank: int, rope: int) -> tuple[Tensor, ...]:
     shapes = ((batch, heads, rank), (batch, heads, rope), (batch, keys, rank), (batch, keys, rope))
     return tuple(torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+
+
+def cuts(heads: int, rank: int, rope: int) -> list[Blocks | Roles]:
+    """How the work may be cut: by roles on Hopper only, and where rows are multiples of 16 bytes."""
+    blocks, roles = choose_blocks(heads, rank, rope, 1 << 20), choose_roles(heads, rank, rope, 232448)
+    assert blocks is not None
+    assert roles is not None
+    hopper = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return [blocks, roles] if hopper and rank % 8 == rope % 8 == 0 else [blocks]
 
 
 def kernel_errors() -> dict[str, float]:
@@ -59,13 +71,12 @@ def kernel_errors() -> dict[str, float]:
         arguments = (query, query_rope if rope else None, latent, slots)
         expected = reference(*arguments, hidden)
         seen = ~hidden.all(-1)
-        blocks = choose_blocks(heads, rank, rope, 1 << 20)
-        assert blocks is not None
-        found = run_kernels(*arguments, mask, length, blocks, splits)
-        assert found.isfinite().all()
-        assert kind == "add" or not found[~seen].any()
-        error = (found.double() - expected)[seen].norm() / expected[seen].norm()
-        errors[f"{dtype} {shape} {kind} {full} {splits}"] = float(error)
+        for cut in cuts(heads, rank, rope):
+            found = run_kernels(*arguments, mask, length, cut, splits)
+            assert found.isfinite().all()
+            assert kind == "add" or not found[~seen].any()
+            error = (found.double() - expected)[seen].norm() / expected[seen].norm()
+            errors[f"{type(cut).__name__} {dtype} {shape} {kind} {full} {splits}"] = float(error)
     query, query_rope, latent, slots = inputs(torch.float16, 2, 4, 50, 20, 6)
     expected = reference(None, query_rope, latent, slots, torch.zeros((2, 50), dtype=torch.bool, device=DEVICE))
     # A cache with free places: rows of more columns, sequences of more rows.

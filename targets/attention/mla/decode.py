@@ -1,8 +1,9 @@
-"""One decode step of latent attention in one kernel: when it applies, in what blocks, and the operator itself.
+"""One decode step of latent attention in one kernel: when it applies, which kernel, and the operator itself.
 
 Absorbed attention reads the latent twice in plain torch, once for the logits and once for the output, and its
-logits too. `attnedit::latent_decode` reads it once. Fused kernels of others stop at head sizes of 256, or know one
-latent size only.
+logits too. `attnedit::latent_decode` reads it once: on Hopper in a kernel whose warps have roles, elsewhere, and for
+rows that the copy engine does not take, in one of plain triton. Fused kernels of others stop at head sizes of 256, or
+know one latent size only.
 
 Shapes: B batch, S cached tokens, H heads, r latent, 2s rotary values.
 """
@@ -10,85 +11,18 @@ Shapes: B batch, S cached tokens, H heads, r latent, 2s rotary values.
 from __future__ import annotations
 
 import functools
-import math
-import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "choose_blocks", "choose_splits", "decodes_fused", "latent_decode"]
+from attnedit.targets.attention.mla.decode_sizes import Blocks, Roles, choose_blocks, choose_roles, choose_splits
+from attnedit.targets.attention.triton_support import power, runs_on
 
-MIN_SHARE = 256
-"""Cached tokens below which one split is not divided further."""
-RESERVED = 4096
-"""Bytes of shared memory left to the compiler: reductions, barriers, converted tiles."""
+__all__ = ["decodes_fused", "latent_decode"]
 
-
-@dataclass(frozen=True)
-class Blocks:
-    """How the work of one program is cut.
-
-    Attributes:
-        heads: query heads of one program, a power of two of at least 16.
-        tokens: cached tokens per tile.
-        warps: of one program.
-        stages: tiles in flight.
-        resident: how many programs share one processor.
-    """
-
-    heads: int
-    tokens: int
-    warps: int
-    stages: int
-    resident: int
-
-
-def choose_blocks(heads: int, rank: int, rope: int, shared_memory: int) -> Blocks | None:
-    """Say how a program works, or None where no tile fits into its memory.
-
-    Few warps with many registers each do best: they hold the sum over keys, 64 KiB of floats for 32 heads of 512
-    values (docs/notebook/2026-11-gpu-decode.md).
-
-    Args:
-        heads: H.
-        rank: r.
-        rope: 2 s.
-        shared_memory: bytes that the programs of one processor may have.
-    """
-    block = min(32, _power(heads))
-    held = block * _power(rank)
-    if held > 32 * 1024:
-        return None
-    tokens, warps = (32, 4) if held <= 32 * 512 else (16, 8)
-    columns = _power(rank) + (_power(rope) if rope else 0)
-    reserved = RESERVED if warps == 4 else RESERVED + 2 * block * columns
-    for stages in (3, 2):
-        size = 2 * stages * tokens * columns + reserved
-        if size <= shared_memory:
-            resident = 2 if warps == 4 and 2 * size <= shared_memory else 1
-            return Blocks(block, tokens, warps, stages, resident)
-    return None
-
-
-def choose_splits(programs: int, keys: int, places: int) -> int:
-    """Say into how many parts the sequence is cut, so that the last round of programs leaves few places idle.
-
-    Args:
-        programs: without splits: batch times blocks of heads.
-        keys: S.
-        places: how many programs run at a time.
-    """
-    most = max(1, min(-(-keys // MIN_SHARE), -(-places // programs) * 2))
-
-    def busy(splits: int) -> float:
-        rounds = programs * splits / places
-        return rounds / math.ceil(rounds)
-
-    # Fewest among those within a twentieth of the best: every part costs a start and a sum.
-    best = max(busy(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.95 * best)
+REGISTERS = 160
+"""Of a thread that weighs the latent, in the kernel with roles: sums of half of 1,024 columns, and some more."""
 
 
 def decodes_fused(query: Tensor | None, query_rope: Tensor | None, latent: Tensor, mask: Tensor | None) -> bool:
@@ -112,8 +46,7 @@ def decodes_fused(query: Tensor | None, query_rope: Tensor | None, latent: Tenso
         return False
     rope = 0 if query_rope is None else query_rope.shape[-1]
     return (
-        _runs_on(latent.device)
-        and _blocks(_heads(query, query_rope), latent.shape[-1], rope, latent.device) is not None
+        runs_on(latent.device) and _blocks(_heads(query, query_rope), latent.shape[-1], rope, latent.device) is not None
     )
 
 
@@ -158,11 +91,14 @@ def _launch(
     length: Tensor | None,
 ) -> Tensor:
     rope = 0 if query_rope is None else query_rope.shape[-1]
-    blocks = _blocks(_heads(query, query_rope), latent.shape[-1], rope, latent.device)
-    if blocks is None:
+    sizes = (_heads(query, query_rope), latent.shape[-1], rope, latent.device)
+    latent, slots = _by_rows(latent), _by_rows(slots)
+    cut: Blocks | Roles | None = _roles(*sizes) if _copies(latent) and (not rope or _copies(slots)) else None
+    cut = cut or _blocks(*sizes)
+    if cut is None:
         raise AssertionError("decodes_fused said so")
     with torch.cuda.device_of(latent):  # triton launches on the current device
-        return run_kernels(query, query_rope, latent, slots, mask, length, blocks)
+        return run_kernels(query, query_rope, latent, slots, mask, length, cut)
 
 
 def run_kernels(
@@ -172,61 +108,88 @@ def run_kernels(
     slots: Tensor,
     mask: Tensor | None,
     length: Tensor | None,
-    blocks: Blocks,
+    cut: Blocks | Roles,
     splits: int | None = None,
 ) -> Tensor:
-    """Run `latent_decode` in the given blocks and number of splits (chosen where None)."""
+    """Run `latent_decode` cut in a given way, into a number of parts of the sequence (chosen where None)."""
     from attnedit.targets.attention.mla.decode_kernels import attend_split, sum_splits
 
     batch, heads = latent.shape[0], _heads(query, query_rope)
     keys, rank = latent.shape[1:]
     rope = 0 if query_rope is None else query_rope.shape[-1]
-    query, query_rope = (None if x is None else x.contiguous() for x in (query, query_rope))
+    query, query_rope = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, query_rope))
     latent, slots = _by_rows(latent), _by_rows(slots)
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "add"
     if mask is not None:
         mask = mask.contiguous().view(torch.int8) if kind == "bool" else mask.contiguous()
-    programs = batch * -(-heads // blocks.heads)
+    programs = batch * -(-heads // cut.heads)
     if splits is None:
-        splits = choose_splits(programs, keys, blocks.resident * _processors(latent.device))
+        splits = choose_splits(programs, keys, cut.resident * _processors(latent.device), cut.tokens)
     context = torch.empty((batch, heads, rank), dtype=latent.dtype, device=latent.device)
     parts = context if splits == 1 else context.new_empty((batch, splits, heads, rank), dtype=torch.float32)
     mass = context.new_empty((batch, splits, heads), dtype=torch.float32)
-    attend_split[(programs, splits)](
-        latent if query is None else query,
-        latent if query_rope is None else query_rope,
-        latent,
-        slots,
-        latent if mask is None else mask,
-        latent if length is None else length,
-        parts,
-        mass,
-        keys,
-        heads,
-        splits,
-        0 if mask is None or mask.shape[0] == 1 else mask.shape[1],
-        RANK=rank,
-        ROPE=rope,
-        LATENT_ROW=latent.stride(1),
-        SLOT_ROW=slots.stride(1) if rope else 0,
-        NOPE=query is not None,
-        MASK=kind,
-        LENGTH=length is not None,
-        BLOCK_R=_power(rank),
-        BLOCK_S=_power(rope) if rope else 16,
-        BLOCK_H=blocks.heads,
-        BLOCK_N=blocks.tokens,
-        STAGES=blocks.stages,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )
+    common: dict[str, Any] = {
+        "query": latent if query is None else query,
+        "query_rope": latent if query_rope is None else query_rope,
+        "mask": latent if mask is None else mask,
+        "length": latent if length is None else length,
+        "context": parts,
+        "mass": mass,
+        "keys": keys,
+        "heads": heads,
+        "splits": splits,
+        "mask_row": 0 if mask is None or mask.shape[0] == 1 else mask.shape[1],
+        "query_batch": 0 if query is None else query.stride(0),
+        "query_head": 0 if query is None else query.stride(1),
+        "rope_batch": 0 if query_rope is None else query_rope.stride(0),
+        "rope_head": 0 if query_rope is None else query_rope.stride(1),
+        "RANK": rank,
+        "ROPE": rope,
+        "NOPE": query is not None,
+        "MASK": kind,
+        "LENGTH": length is not None,
+        "BLOCK_H": cut.heads,
+        "BLOCK_N": cut.tokens,
+    }
+    if isinstance(cut, Roles):
+        _attend_in_roles((programs, splits), latent, slots if rope else latent, cut, common)
+    else:
+        attend_split[(programs, splits)](
+            latent=latent,
+            slots=slots,
+            **common,
+            LATENT_ROW=latent.stride(1),
+            SLOT_ROW=slots.stride(1) if rope else 0,
+            BLOCK_R=power(rank),
+            BLOCK_S=power(rope) if rope else 16,
+            STAGES=cut.stages,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
     if splits > 1:
-        many = _power(splits)
+        many = power(splits)
         wide = max(16, min(128, 8192 // many))
         sum_splits[(batch * heads, -(-rank // wide))](
             parts, mass, context, heads, splits, RANK=rank, SPLITS=many, BLOCK_R=wide
         )
     return context
+
+
+def _attend_in_roles(grid: tuple[int, int], latent: Tensor, slots: Tensor, cut: Roles, common: dict[str, Any]) -> None:
+    """Launch the kernel with roles over latent [B, S, r] and slots [B, S, 2s], or the latent again without slots."""
+    from attnedit.targets.attention.mla.decode_hopper import WIDTH, attend_split, described
+
+    attend_split[grid](
+        described(latent, cut.tokens),
+        described(slots, cut.tokens),
+        **common,
+        CR=-(-common["RANK"] // WIDTH.value),
+        CS=-(-common["ROPE"] // WIDTH.value),
+        TILES=cut.tiles,
+        REGISTERS=REGISTERS,
+        num_warps=4,
+        maxnreg=128,
+    )
 
 
 def _by_rows(x: Tensor) -> Tensor:
@@ -235,33 +198,35 @@ def _by_rows(x: Tensor) -> Tensor:
     return x if regular else x.contiguous()
 
 
-def _power(size: int) -> int:
-    """The least power of two that holds a size and that a matrix product takes."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _runs_on(device: torch.device) -> bool:
-    """Whether triton kernels run there: a GPU of NVIDIA's since Hopper, or any processor under triton's interpreter."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    if device.type == "cuda":
-        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return device.type == "cpu" and _interpreted()
+def _copies(x: Tensor) -> bool:
+    """Whether the copy engine takes rows of a tensor [B, S, .]: where they begin is a multiple of 16 bytes."""
+    rows = x.shape[0] * x.shape[1]
+    return x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0 and 0 < rows < 1 << 31
 
 
 @functools.cache
 def _blocks(heads: int, rank: int, rope: int, device: torch.device) -> Blocks | None:
+    return choose_blocks(heads, rank, rope, _shared_memory(device))
+
+
+@functools.cache
+def _roles(heads: int, rank: int, rope: int, device: torch.device) -> Roles | None:
+    """The cut of the kernel with roles: on Hopper, whose matrix unit it is made for, and where triton has gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from attnedit.targets.attention.mla import decode_hopper  # noqa: F401
+    except ImportError:  # gluon is there since triton 3.4, under names that may change
+        return None
+    return choose_roles(heads, rank, rope, _shared_memory(device))
+
+
+def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
-        return choose_blocks(heads, rank, rope, 1 << 20)
+        return 1 << 20
     properties: Any = torch.cuda.get_device_properties(device)  # its type lacks the attribute
-    return choose_blocks(heads, rank, rope, properties.shared_memory_per_block_optin)
+    size: int = properties.shared_memory_per_block_optin
+    return size
 
 
 @functools.cache

@@ -35,6 +35,10 @@ def attend_split(
     heads,
     splits,
     mask_row,
+    query_batch,
+    query_head,
+    rope_batch,
+    rope_head,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     LATENT_ROW: tl.constexpr,
@@ -54,13 +58,15 @@ def attend_split(
     split = tl.program_id(1)
     head = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     column, slot, token = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_N)
-    row = batch * heads + head
     wanted = (head < heads)[:, None] & (column < RANK)[None, :]
     if NOPE:
-        turned = tl.trans(tl.load(query + row[:, None] * RANK + column[None, :], mask=wanted, other=0.0))
+        query += batch.to(tl.int64) * query_batch
+        turned = tl.trans(tl.load(query + head[:, None] * query_head + column[None, :], mask=wanted, other=0.0))
     if ROPE > 0:
         wanted_rope = (head < heads)[:, None] & (slot < ROPE)[None, :]
-        turned_rope = tl.trans(tl.load(query_rope + row[:, None] * ROPE + slot[None, :], mask=wanted_rope, other=0.0))
+        query_rope += batch.to(tl.int64) * rope_batch
+        rows = query_rope + head[:, None] * rope_head
+        turned_rope = tl.trans(tl.load(rows + slot[None, :], mask=wanted_rope, other=0.0))
     filled = keys
     if LENGTH:
         filled = tl.minimum(tl.load(length).to(tl.int32), keys)

@@ -1,0 +1,56 @@
+"""The kernel with roles: that it compiles for Hopper, which needs no GPU; run on one it is in `test_latent_decode`."""
+
+import importlib.util
+import warnings
+
+import pytest
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform")
+HOPPER = 232448  # bytes of shared memory
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope", "mask"), [(32, 512, 64, "none"), (32, 848, 176, "bool"), (9, 96, 0, "add")]
+)
+def test_kernel_with_roles_compiles_for_hopper(heads: int, rank: int, rope: int, mask: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from attnedit.targets.attention.mla.decode import REGISTERS
+    from attnedit.targets.attention.mla.decode_hopper import attend_split
+    from attnedit.targets.attention.mla.decode_sizes import choose_roles
+
+    roles = choose_roles(heads, rank, rope, HOPPER)
+    assert roles is not None
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    constants = {
+        "RANK": rank,
+        "ROPE": rope,
+        "NOPE": True,
+        "MASK": mask,
+        "LENGTH": True,
+        "CR": -(-rank // 64),
+        "CS": -(-rope // 64),
+        "BLOCK_H": roles.heads,
+        "BLOCK_N": roles.tokens,
+        "TILES": roles.tiles,
+        "REGISTERS": REGISTERS,
+    }
+    pointers = {"query": "*bf16", "query_rope": "*bf16", "mask": "*i8", "length": "*i64", "context": "*fp32"}
+    described = dict.fromkeys(("latent", "slots"), f"tensordesc<bf16[64, 64],{layout!r}>")
+    signature = dict.fromkeys(attend_split.arg_names, "i32") | described | pointers | {"mass": "*fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of triton's own defaults
+        made = triton.compile(
+            GluonASTSource(fn=attend_split, signature=signature, constexprs=constants),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": 4, "maxnreg": 128},
+        )
+    assert made.metadata.shared <= HOPPER
+    # Both products on the matrix unit of a warp group, every chunk by the copy engine.
+    assert made.asm["ptx"].count("wgmma.mma_async") >= 4 * (constants["CR"] * 2 + constants["CS"])
+    assert made.asm["ptx"].count("cp.async.bulk.tensor") == constants["CR"] + constants["CS"]
