@@ -1,6 +1,7 @@
 """Decode on one GPU, close to its memory limit: an attention layer, then whole models, source and results side by side.
 
     python benchmarks/gpu_decode.py --out gpu-decode.json
+    python benchmarks/gpu_decode.py --compiled --out gpu-decode-compiled.json
     python benchmarks/gpu_decode.py --plot gpu-decode.json gpu-decode.svg
     python benchmarks/gpu_decode.py --tiny --out tiny.json     # a trial of the program, on a processor
 
@@ -15,6 +16,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -207,6 +209,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-decode.json"))
     parser.add_argument("--seconds", type=float, default=1e9, help="stop when they are over")
+    parser.add_argument(
+        "--compiled", action="store_true", help="only models of four layers, through torch.compile, at small batches"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a processor")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "IMAGE"), help="only draw earlier results")
     options = parser.parse_args()
@@ -215,6 +220,11 @@ def main() -> None:
         return
     shape = TINY if options.tiny else Shape()
     report = Report(options.out, options.seconds, shape.device)
+    if options.compiled:
+        small = Models(replace(shape, layers=4))
+        for length in (2048, 8192) if not options.tiny else shape.lengths[:1]:
+            small.run(report, length, batches=(1, 8, 32), compiled=True)
+        return
     report.values["copy"], report.values["read"] = bandwidth(shape)
     report.add("bandwidth", copy=report.values["copy"], read=report.values["read"])
     first = Layer(shape, report, shape.batches[0], shape.lengths[0])

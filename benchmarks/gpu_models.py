@@ -6,6 +6,7 @@ No weight is fitted: new attention gets random weights through the same graphs a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,9 @@ class Shape:
     vocabulary: int = 151936
     window: int = 128
     sink_tokens: int = 4
-    latents: dict[str, tuple[int, int]] = field(default_factory=lambda: {"512+64": (512, 32), "1/4": (424, 44)})
+    latents: dict[str, tuple[int, int]] = field(
+        default_factory=lambda: {"512+64": (512, 32), "1/4": (424, 44), "1/2": (848, 88)}
+    )
     lengths: tuple[int, ...] = (32768, 8192, 2048, 131072)
     batches: tuple[int, ...] = (32, 1, 128)
     device: str = "cuda"
@@ -88,7 +91,7 @@ TINY = Shape(
     vocabulary=100,
     window=8,
     sink_tokens=2,
-    latents={"512+64": (32, 8), "1/4": (12, 2)},
+    latents={"512+64": (32, 8), "1/4": (12, 2), "1/2": (16, 4)},
     lengths=(64, 40, 20, 80),
     batches=(4, 1),
     device="cpu",
@@ -127,14 +130,20 @@ class Models:
                 setattr(module, name, nn.Parameter(made, requires_grad=False))
         self.sites = capture(self.source)
 
-    def make(self, target: str) -> PreTrainedModel:
-        """The source, or a copy of it with other attention: every fourth layer stays full beside windows."""
+    def make(self, target: str, latent: str | None = None) -> PreTrainedModel:
+        """The source, or a copy of it with other attention: every fourth layer stays full beside windows.
+
+        Args:
+            target: one of `TARGETS`.
+            latent: sizes by their name in the shape; None is the first.
+        """
+        latent = latent or next(iter(self.shape.latents))
         model = share_copy(self.source)
         if target != "source":
             configs: dict[str, Any] = {}
             graphs = {}
             for site in self.sites:
-                made = self._attention(model, site, target)
+                made = self._attention(model, site, target, latent)
                 if made is not None:
                     configs[site.name], graphs[site.name] = made
             splice(model, graphs)
@@ -142,17 +151,19 @@ class Models:
         model.set_attn_implementation("unmasked")
         return model.requires_grad_(False).eval()
 
-    def _attention(self, model: PreTrainedModel, site: AttentionSite, target: str) -> tuple[Any, nn.Module] | None:
+    def _attention(
+        self, model: PreTrainedModel, site: AttentionSite, target: str, latent: str
+    ) -> tuple[Any, nn.Module] | None:
         if target.startswith("GateSWA") and site.layer_idx % 4 != 3:
             window = gateswa_config(site, self.shape.window, sink_tokens=self.shape.sink_tokens)
             return window, gateswa_graph(model, site, window)
         if target == "GateSWA":
             return None
-        latent = self.shape.mla(site.layer_idx, next(iter(self.shape.latents)))
-        return latent, mla_graph(model, site, latent)
+        config = self.shape.mla(site.layer_idx, latent)
+        return config, mla_graph(model, site, config)
 
-    def run(self, report: Report, length: int) -> None:
-        """Every target at one length: the largest batch that fits, and one of eight."""
+    def run(self, report: Report, length: int, batches: Sequence[int] = (), compiled: bool = False) -> None:
+        """Every target at one length: the largest batch that fits, and one of eight; or the given batches."""
         device = self.shape.device
         for target in TARGETS:
             if report.left() < 12:
@@ -160,16 +171,18 @@ class Models:
             model = self.make(target)
             share = bytes_per_sequence(model, length)
             largest = max(1, min(self.shape.most, (free_bytes(device) - self.shape.reserved) // share))
-            for batch in dict.fromkeys((largest, min(8, largest))):
+            for batch in dict.fromkeys(batches or (largest, min(8, largest))):
                 free_bytes(device)
                 peak_gb(device)
                 try:
-                    seconds = step_seconds(model, batch, length)
+                    seconds = step_seconds(model, batch, length, compiled)
                 except RuntimeError as error:  # of memory, most of all
                     print("model", target, length, batch, str(error).splitlines()[0][:120], flush=True)
                     continue
-                case = {"name": target, "length": length, "batch": batch, "ms": 1e3 * seconds}
-                report.add("model", **case, tokens_per_s=batch / seconds, peak_gb=peak_gb(device), cache_mb=share / 1e6)
+                case = {"name": target, "length": length, "batch": batch, "compiled": compiled, "ms": 1e3 * seconds}
+                layer = (seconds - head_seconds(model, batch)) / self.shape.layers
+                case |= {"tokens_per_s": batch / seconds, "layer_us": 1e6 * layer}
+                report.add("model", **case, peak_gb=peak_gb(device), cache_mb=share / 1e6)
             del model
 
 
@@ -189,7 +202,13 @@ def bytes_per_sequence(model: PreTrainedModel, length: int) -> int:
     return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
 
 
-def step_seconds(model: PreTrainedModel, batch: int, length: int) -> float:
+def head_seconds(model: PreTrainedModel, batch: int) -> float:
+    """Median time of the logits of one token of each sequence, from hidden states."""
+    hidden = torch.randn(batch, 1, model.config.hidden_size, device=model.device, dtype=model.dtype)
+    return median_seconds(lambda: model.lm_head(hidden), model.device.type, repeats=7)
+
+
+def step_seconds(model: PreTrainedModel, batch: int, length: int, compiled: bool = False) -> float:
     """Median time of one decode step of a whole batch, logits included; it writes the last token of the cache."""
     cache = full_cache(model, batch, length)
     ids = torch.ones((batch, 1), dtype=torch.long, device=model.device)
@@ -198,6 +217,10 @@ def step_seconds(model: PreTrainedModel, batch: int, length: int) -> float:
     def step() -> None:
         for layer in cache.layers:
             layer.cumulative_length.fill_(length - 1)
-        model(ids, **with_cache(model, cache), position_ids=positions)
+        forward(ids, **with_cache(model, cache), position_ids=positions)
 
+    forward = model
+    if compiled:
+        torch._dynamo.reset()  # or the shapes before count as recompilations, of which there may be few
+        forward = torch.compile(model, dynamic=False)
     return median_seconds(step, model.device.type, repeats=7)

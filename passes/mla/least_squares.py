@@ -35,7 +35,7 @@ from attnedit.passes.solve import (
     spectrum,
     thin,
 )
-from attnedit.targets.attention.mla.module import rotate
+from attnedit.targets.attention.mla.rotary import rotate
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the weights it starts from, as a fraction of the mean diagonal of its Gram

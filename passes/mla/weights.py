@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnedit.passes.sample import Chunk, LayerSample
-from attnedit.targets.attention.mla.module import rotate
+from attnedit.targets.attention.mla.rotary import rotate
 
 
 @dataclass(frozen=True)

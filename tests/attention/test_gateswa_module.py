@@ -90,6 +90,21 @@ def test_blocks_change_nothing(window: int, sink_tokens: int) -> None:
         torch.testing.assert_close(blocked, at_once)
 
 
+@pytest.mark.parametrize("held", [1 << 28, 1 << 14])
+def test_gradients_of_blocks_are_those_of_all_at_once(held: int) -> None:
+    module = make(sliding_window=70, **{**FULL, "sink_tokens": 4})
+    arguments = tuple(x.requires_grad_() for x in inputs(module, 2, 700))
+    found = []
+    with mock.patch("attnedit.targets.attention.gateswa.blocks.HELD_BYTES", held):
+        for blocks in (True, False):
+            module.blocks = blocks
+            out = module(*arguments)
+            wanted = [*arguments, *module.parameters()]
+            found.append([out.detach(), *torch.autograd.grad(out.sin().sum(), wanted)])
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
 def test_memory_of_a_prefill_is_linear() -> None:
     module = make(torch.float32, sliding_window=16, sink_tokens=2)
     peaks = []

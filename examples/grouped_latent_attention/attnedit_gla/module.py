@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnedit.compiler.compatibility.caches import append
 from attnedit.compiler.compatibility.live import is_plain_linear, recorded_attention
 from attnedit.compiler.graph.masks import causal
-from attnedit.targets.attention.mla.module import rotate, slot_table
+from attnedit.targets.attention.mla.rotary import rotate, slot_table
 from attnedit.targets.attention.module import AttentionModule
 from attnedit_gla.config import GroupedLatentConfig
 

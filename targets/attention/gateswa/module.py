@@ -19,15 +19,18 @@ from transformers import Cache
 from attnedit.compiler.compatibility.live import recorded_attention
 from attnedit.compiler.compatibility.paged import PagedLayers
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.graph.masks import hidden_value, masked, shown
+from attnedit.compiler.graph.masks import hidden_value, shown
+from attnedit.targets.attention.gateswa.blocks import attend_in_blocks
 from attnedit.targets.attention.gateswa.cache import GateSWALayer, Sinks
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.dense import attend_densely
 from attnedit.targets.attention.gateswa.documents import Documents
 from attnedit.targets.attention.gateswa.layers import bounded_layer
 from attnedit.targets.attention.gateswa.ring import RingLayer
 from attnedit.targets.attention.gateswa.view import View
-from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
+from attnedit.targets.attention.kernels import kernel_for
 from attnedit.targets.attention.module import AttentionModule
+from attnedit.targets.attention.prefill import one_sink, prefill_attention, prefills_fused
 
 __all__ = ["GateSWA", "GateSWAConfig"]
 
@@ -236,11 +239,16 @@ class GateSWA(AttentionModule):
         length, slots = query.shape[2], view.slots.shape[1]
         columns = view.keys.shape[2] - slots
         window = self.config.sliding_window
+        size = min(max(window, MIN_BLOCK), MAX_BLOCK)
         recorded = recorded_attention()
+        if length > 1 and recorded is None and self._fuses(query, view):
+            if prefills_fused(query, (view.keys, view.values), (query.shape[-1], view.values.shape[-1])):
+                return self._attend_in_kernel(query, view, sinks)
+            if length > size:
+                return attend_in_blocks(query, view, self.config, self._virtual(sinks), size)
         if recorded is not None or not self.blocks or torch.compiler.is_compiling():
             mask = view.mask(self.config, 0, length, 0, columns)
             return self._attend_block(query, view.keys, view.values, mask, sinks, None if recorded is None else view)
-        size = min(max(window, MIN_BLOCK), MAX_BLOCK)
         out = []
         for first in range(0, length, size):
             last = min(first + size, length)
@@ -250,6 +258,37 @@ class GateSWA(AttentionModule):
             mask = view.mask(self.config, first, last, low, high)
             out.append(self._attend_block(query[:, :, first:last], keys, values, mask, sinks))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def _fuses(self, query: Tensor, view: View) -> bool:
+        """Whether all blocks go through one fused kernel: nothing but the window and the sinks says what is seen."""
+        plain = view.near is None and view.far is None and view.documents is None and self.config.softcap is None
+        dropout = self.training and self.attention_dropout
+        traced = not self.blocks or torch.compiler.is_exporting()
+        return plain and not dropout and not traced and kernel_for(query) is None
+
+    def _attend_in_kernel(self, query: Tensor, view: View, sinks: Tensor | None) -> Tensor:
+        """Attend with all queries to a view without masks through the kernel of windows."""
+        config, past = self.config, view.past
+        if not isinstance(past, Tensor):
+            past = torch.full((), past, dtype=torch.long, device=query.device)
+        return prefill_attention(
+            query,
+            view.keys,
+            view.values,
+            past,
+            view.before,
+            config.scale,
+            window=config.sliding_window,
+            slots=view.slots,
+            sink=one_sink(self._virtual(sinks), query.shape[1]),
+        )
+
+    def _virtual(self, sinks: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Logits [H] of keys that are no token, and their values [G, dv]; None is 0."""
+        virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
+        if self.sink_logit is not None:
+            virtual.append((self.sink_logit, self.sink_value))
+        return virtual
 
     def _attend_block(
         self,
@@ -264,48 +303,8 @@ class GateSWA(AttentionModule):
 
         Weights are recorded where `recorded` says of which tokens the keys are.
         """
-        config = self.config
-        batch, heads, length, _ = query.shape
-        groups = config.num_key_value_heads
         dropout = self.attention_dropout if self.training else 0.0
-        kernel = None if dropout or recorded is not None else kernel_for(query, mask)
-        if kernel is not None and config.softcap is None:
-            more: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
-            if self.sink_logit is not None:
-                more.append((self.sink_logit, self.sink_value))
-            given = (query, keys, values, shown(mask))
-            if more:
-                given = with_virtual_keys(*given, config.scale, more)
-            return kernel(*given, config.scale).transpose(1, 2)
-        # The heads of a group stand side by side as more queries: keys and values are read once, not repeated.
-        grouped = (query * config.scale).reshape(batch, groups, -1, config.head_dim)
-        logits = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, length, -1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if config.softcap is not None:
-            logits = config.softcap * torch.tanh(logits / config.softcap)
-        virtual = [logit for logit in (sinks, self.sink_logit) if logit is not None]
-        if virtual and mask.shape[1] > 1 and mask.dtype != torch.bool:
-            # A bias per head may count from either end of the keys, which only a key without bias would notice.
-            mask = mask - mask.amax(-1, keepdim=True)
-        logits = masked(logits, mask)
-        count = logits.shape[-1]
-        if virtual:
-            extra = torch.stack(virtual, dim=-1).to(logits.dtype)[None, :, None]
-            logits = torch.cat((logits, extra.expand(batch, -1, length, -1)), dim=-1)
-        weights = logits.softmax(dim=-1)
-        if dropout:
-            weights = F.dropout(weights, dropout)
-        seen = weights[..., :count].to(values.dtype)
-        if recorded is not None and (collected := recorded_attention()) is not None:
-            seen, values = recorded.by_token(seen, values)
-            collected.append(seen)
-        out = torch.matmul(seen.reshape(batch, groups, -1, seen.shape[-1]), values).view(
-            batch, heads, length, config.v_head_dim
-        )
-        if self.sink_value is not None:
-            value = self.sink_value.repeat_interleave(heads // groups, dim=0)[:, None]
-            out = out + weights[..., -1:].to(out.dtype) * value.to(out.dtype)
-        return out.transpose(1, 2)
+        return attend_densely(query, keys, values, mask, self.config, self._virtual(sinks), dropout, recorded)
 
     def _mask(self, mask: Tensor | None, length: int) -> Tensor | None:
         """Bring every form of mask to None or [B, 1 or H, T, M], bool or float; M columns, the last for the newest."""

@@ -22,16 +22,15 @@ from attnedit.compiler.graph.masks import causal, shown
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.decode import decodes_fused, latent_decode
+from attnedit.targets.attention.mla.paths import choose_path, fused_sizes
+from attnedit.targets.attention.mla.rotary import rotate, slot_table
 from attnedit.targets.attention.module import AttentionModule, upcast
+from attnedit.targets.attention.prefill import MOST_SIZE, prefill_attention, prefills_fused
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
 
-Path = Literal["absorbed", "expanded"]
-
 EXPANDED_BYTES = 1 << 30
 """Queries, keys and values that a prefill holds at a time, roughly: beyond that it goes in blocks of heads."""
-SHORT_QUERY = 64
-"""Longer queries never take the absorbed path: its fp32 logits [B, H, T, S] would no longer be small."""
 
 
 class Cache(Protocol):
@@ -44,22 +43,6 @@ class Cache(Protocol):
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
         """Return the number of tokens seen."""
         ...
-
-
-def choose_path(query_length: int, key_length: int, config: MLAConfig) -> Path:
-    """Say how attention over the latent is computed.
-
-    Both paths compute the same function. Per head and latent, "absorbed" costs ``2 r T`` multiply-adds beyond the
-    rotary part, "expanded" ``(r + T) (d + dv)``, since it first projects every cached latent up. One new token
-    always absorbs; a few do where that is less work and the cache is longer than what is new; a prefill expands,
-    because then a fused attention kernel applies.
-    """
-    if query_length == 1:
-        return "absorbed"
-    if query_length > SHORT_QUERY or 2 * query_length > key_length:
-        return "expanded"
-    rank, size = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
-    return "absorbed" if 2 * rank * query_length < (rank + query_length) * size else "expanded"
 
 
 class MLA(AttentionModule):
@@ -182,16 +165,41 @@ class MLA(AttentionModule):
             if length > 1 and attention_mask is None:
                 # The free places of a static cache come last, and nothing else hides them.
                 latent, slots = (x[:, :, : int(past) + length] for x in (latent, slots))
-        mask = self.visible(attention_mask, length, latent.shape[2], past, query.device, config.window)
-        path = choose_path(length, latent.shape[2], config) if self.path == "auto" else self.path
-        if path == "expanded" and recorded_attention() is None:
+        keys = latent.shape[2]
+        path = choose_path(length, keys, config) if self.path == "auto" else self.path
+        expanded = path == "expanded" and recorded_attention() is None
+        if expanded and attention_mask is None and self._prefills(query, latent, keys):
+            return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], None, kernel=True)
+        mask = self.visible(attention_mask, length, keys, past, query.device, config.window)
+        if expanded:
             return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], mask)
         return self._absorbed(query, query_rope, latent[:, 0], slots[:, 0], mask, past_key_values)
 
+    def _prefills(self, query: Tensor, latent: Tensor, keys: int) -> bool:
+        """Whether new tokens without a mask go through our kernel: torch's take no such window, past or size."""
+        config, length = self.config, query.shape[2]
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        windowed = config.window is not None and config.window < keys
+        if not (windowed or keys > length or nope + rope > MOST_SIZE) or length == 1 or not nope:
+            return False
+        plain = config.softcap is None and self.sinks is None and not (self.training and self.attention_dropout)
+        if not plain or torch.compiler.is_exporting() or kernel_for(query) is not None:
+            return False
+        return prefills_fused(query, (latent,), (nope, config.v_head_dim, *([rope] if rope else [])))
+
     def _expanded(
-        self, query: Tensor, query_rope: Tensor | None, latent: Tensor, slots: Tensor, mask: Tensor | None
+        self,
+        query: Tensor,
+        query_rope: Tensor | None,
+        latent: Tensor,
+        slots: Tensor,
+        mask: Tensor | None,
+        kernel: bool = False,
     ) -> Tensor:
-        """Project the latent up to keys and values, then attend as usual; latent [B, S, r], slots [B, S, 2s]."""
+        """Project the latent up to keys and values, then attend as usual; latent [B, S, r], slots [B, S, 2s].
+
+        Causal through our kernel if `kernel`, whatever the past.
+        """
         config = self.config
         heads, rows = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
         block = heads
@@ -199,7 +207,7 @@ class MLA(AttentionModule):
             size = latent.shape[0] * (2 * latent.shape[1] + query.shape[2]) * (rows + config.qk_rope_head_dim)
             block = max(1, min(heads, EXPANDED_BYTES // (size * latent.element_size())))
         if block == heads:
-            return self._expanded_heads(query, query_rope, self.kv_b_proj(latent), slots, mask)
+            return self._expanded_heads(query, query_rope, self.kv_b_proj(latent), slots, mask, kernel)
         weight = self._up_weight(latent).unflatten(0, (heads, rows))
         parts = []
         for first in range(0, heads, block):
@@ -207,11 +215,17 @@ class MLA(AttentionModule):
             up = F.linear(latent, weight[span].flatten(0, 1))
             rope = None if query_rope is None else query_rope[:, span]
             own = mask if mask is None or mask.shape[1] == 1 else mask[:, span]
-            parts.append(self._expanded_heads(query[:, span], rope, up, slots, own))
+            parts.append(self._expanded_heads(query[:, span], rope, up, slots, own, kernel))
         return torch.cat(parts, dim=2)
 
     def _expanded_heads(
-        self, query: Tensor, query_rope: Tensor | None, up: Tensor, slots: Tensor, mask: Tensor | None
+        self,
+        query: Tensor,
+        query_rope: Tensor | None,
+        up: Tensor,
+        slots: Tensor,
+        mask: Tensor | None,
+        in_kernel: bool = False,
     ) -> Tensor:
         """Attend with some heads h to their keys and values, up [B, S, h (qk_nope_head_dim + dv)]."""
         config = self.config
@@ -219,6 +233,19 @@ class MLA(AttentionModule):
         nope = config.qk_nope_head_dim
         up = up.unflatten(-1, (heads, nope + config.v_head_dim)).transpose(1, 2)
         key, value = up.split([nope, config.v_head_dim], dim=-1)
+        if in_kernel:
+            past = torch.full((), before := key.shape[2] - length, dtype=torch.long, device=key.device)
+            return prefill_attention(
+                query,
+                key,
+                value,
+                past,
+                before,
+                config.scale,
+                window=config.window,
+                query_rope=query_rope,
+                keys_rope=None if query_rope is None else slots,
+            )
         if query_rope is not None:
             rotated = slots.unsqueeze(1).expand(-1, heads, -1, -1)
             query = torch.cat((query, query_rope), dim=-1) if nope else query_rope
@@ -238,10 +265,11 @@ class MLA(AttentionModule):
                 mask = causal(length, key.shape[2], 0, config.window, query.device)
             logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
             return torch.matmul(self.probabilities(logits, mask, self.sinks).to(value.dtype), value).transpose(1, 2)
-        # Fused kernels want one head size for all three, a multiple of eight; padding with zeros is 3 to 4 times
-        # faster than without them (CPU, 1,024 tokens, 96 and 64).
-        size = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8
-        query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
+        size, wide = fused_sizes(query, value.shape[-1], mask)
+        query, key, value = (
+            x if x.shape[-1] == end else F.pad(x, (0, end - x.shape[-1]))
+            for x, end in ((query, size), (key, size), (value, wide))
+        )
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
         out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal, scale=config.scale)
@@ -314,39 +342,3 @@ def _filled(cache: Cache | None, layer: int) -> Tensor | None:
     """Tokens of a static cache that are filled, on the device; None where all that it returns are."""
     seen = None if cache is None else cache.get_seq_length(layer)
     return seen if isinstance(seen, Tensor) else None
-
-
-def slot_table(table: Tensor, columns: tuple[int, ...], like: Tensor) -> Tensor:
-    """Columns of cos or sin, one per slot, [.., T, s] in the dtype of what they turn."""
-    step = columns[1] - columns[0] if len(columns) > 1 else 1
-    stop = columns[0] + step * len(columns)
-    if step > 0 and columns == tuple(range(columns[0], stop, step)):
-        picked = table[..., columns[0] : columns[-1] + 1 : step]
-    else:
-        picked = table.index_select(-1, _index(columns, table.device))
-    return picked.to(like.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [.., 2 s], real parts first, by cos and sin [.., s]."""
-    real, imaginary = x.chunk(2, dim=-1)
-    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
-
-
-_INDICES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-
-
-def _index(columns: tuple[int, ...], device: torch.device) -> Tensor:
-    """Index tensor of the columns, made once per device.
-
-    Not a buffer: a non-persistent one is lost by loading through the meta device, a persistent one would stand in
-    every checkpoint.
-    """
-    key = (columns, device)
-    if key in _INDICES and not torch.compiler.is_compiling():
-        return _INDICES[key]
-    index = torch.tensor(columns, dtype=torch.long, device=device)
-    # Fake tensors of a tracer must not outlive it.
-    if type(index) is Tensor and not torch.compiler.is_compiling():
-        _INDICES[key] = index
-    return index

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnedit.targets.attention.mla.module import MLA, rotate
+from attnedit.targets.attention.mla.module import MLA
+from attnedit.targets.attention.mla.rotary import rotate
 from attnedit.targets.runtime.decomposed import AbsorbedAttention, Virtual, attend
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_step
 from attnedit.targets.runtime.npu.extras import Extras, virtual_keys

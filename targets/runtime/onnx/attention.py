@@ -18,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.mla.config import MLAConfig
-from attnedit.targets.attention.mla.module import MLA, rotate
+from attnedit.targets.attention.mla.module import MLA
+from attnedit.targets.attention.mla.rotary import rotate
 from attnedit.targets.runtime.decomposed import (
     AbsorbedAttention,
     Virtual,

@@ -20,7 +20,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.mla.config import MLAConfig
-from attnedit.targets.attention.mla.module import rotate
+from attnedit.targets.attention.mla.rotary import rotate
 from attnedit.targets.runtime.vllm.decoder import ServedConfig
 from attnedit.targets.runtime.vllm.latent_backend import LatentBackend
 

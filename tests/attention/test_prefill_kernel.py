@@ -1,0 +1,69 @@
+"""The kernel of new tokens, windowed or after a past: on a GPU where there is one, else in triton's interpreter."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnedit.targets.attention.mla.paths import fused_sizes
+from attnedit.targets.attention.prefill import one_sink, prefills_fused
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform")
+
+
+@functools.cache
+def cases() -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    program = Path(__file__).parents[1] / "support" / "prefill_cases.py"
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@needs_triton
+def test_kernel_equals_the_modules_in_float64() -> None:
+    errors = cases()["errors"]
+    assert len(errors) >= 64
+    assert {name: error for name, error in errors.items() if not error < (1e-2 if "bfloat16" in name else 1e-3)} == {}
+
+
+@needs_triton
+def test_the_kernel_ran() -> None:
+    # Every call of more than one token to a window; latents after a past, or under a window.
+    assert cases()["windows"] >= 5 * (4 + 2 * 8)
+    assert cases()["latents"] == 2 * (2 + 3)
+
+
+def test_processors_keep_the_plain_path() -> None:
+    query = torch.zeros((1, 2, 3, 16)).half()
+    assert not prefills_fused(query, (query, query), (16, 16))
+
+
+def test_one_sink_has_the_effect_of_all() -> None:
+    torch.manual_seed(0)
+    logits, weights = torch.randn(2, 4), torch.randn(4, 5)
+    value = torch.randn(2, 3)
+    mass, mean = one_sink([(logits[0], None), (logits[1], value)], 4)
+    assert mass is not None
+    assert mean is not None
+    seen = torch.cat((weights, logits.T), dim=1).softmax(-1)
+    merged = torch.cat((weights, mass[:, None]), dim=1).softmax(-1)
+    torch.testing.assert_close(seen[:, :5], merged[:, :5])
+    torch.testing.assert_close(seen[:, 6:] * value.repeat_interleave(2, dim=0), merged[:, 5:] * mean)
+    assert one_sink([], 4) == (None, None)
+
+
+def test_sizes_of_fused_attention() -> None:
+    query = torch.zeros((1, 2, 3, 90))
+    assert fused_sizes(query, 64, None) == (96, 96)
+    assert fused_sizes(query, 100, None) == (104, 104)

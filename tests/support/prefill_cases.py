@@ -1,0 +1,107 @@
+"""The kernel of `attnedit::prefill_attention` in both kinds of attention against float64; prints JSON. A program.
+
+Triton decides when it is imported whether kernels are interpreted, so that cannot be switched on inside a test.
+"""
+
+import copy
+import itertools
+import json
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from attnedit.targets.attention import MLA, GateSWA, GateSWAConfig, MLAConfig
+from attnedit.targets.attention import prefill as prefill_module
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter of triton 3.9 takes bfloat16 for integers.
+DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "kept": {"sink_tokens": 3},
+    "sink": {"sink_logit": True},
+    "all": {"sink_logit": True, "sink_value": True, "sink_tokens": 2},
+    "source's sinks": {"sink_logit": True, "sink_value": True, "sinks": True},
+}
+LENGTHS = ((3,), (7, 1, 8), (150, 5, 9), (129, 70))
+"""New tokens of calls in a row over one cache: below, at and beyond the window of 7, and over a block of queries."""
+
+
+def gateswa(form: str, dtype: torch.dtype) -> GateSWA:
+    config = GateSWAConfig(
+        layer_idx=0,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        v_head_dim=12,
+        hidden_size=32,
+        sliding_window=7,
+        scale=0.25,
+        gate="none",
+        **{"sink_tokens": 0, **FORMS[form]},
+    )
+    module = GateSWA(config, device=DEVICE, dtype=dtype)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module.requires_grad_(False)
+
+
+def cache_of(kind: str) -> Any:
+    small = LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1)
+    return None if kind == "none" else DynamicCache() if kind == "dynamic" else StaticCache(small, 300)
+
+
+def error(module: nn.Module, calls: list[tuple[Any, ...]], kind: str, prepare: Any) -> float:
+    """Relative error of calls in a row against the same module in float64, which has no kernel."""
+    exact = copy.deepcopy(module).double()
+    caches = cache_of(kind), cache_of(kind)
+    worst = 0.0
+    for arguments in calls:
+        double = tuple(x.double() if isinstance(x, torch.Tensor) else x for x in arguments)
+        found, expected = (
+            part(*prepare(given, cache))
+            for part, given, cache in ((module, arguments, caches[0]), (exact, double, caches[1]))
+        )
+        worst = max(worst, float((found.double() - expected).norm() / expected.norm()))
+    return worst
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    errors: dict[str, float] = {}
+    used = mock.Mock(wraps=prefill_module._launch)
+    normal = lambda dtype, *size: torch.randn(size, device=DEVICE).to(dtype)  # noqa: E731
+    with torch.no_grad(), mock.patch.object(torch.ops.attnedit, "prefill_attention", used):
+        for dtype, form, kind in itertools.product(DTYPES, FORMS, ("none", "dynamic", "static")):
+            module = gateswa(form, dtype)
+            for lengths in LENGTHS:
+                calls = []
+                for length in lengths if kind != "none" else lengths[:1]:
+                    sinks = normal(dtype, 4) if module.config.sinks else None
+                    states = (normal(dtype, 2, 4, length, 16), normal(dtype, 2, 2, length, 16))
+                    calls.append((*states, normal(dtype, 2, 2, length, 12), sinks))
+                errors[f"gateswa {dtype} {form} {kind} {lengths}"] = error(
+                    module, calls, kind, lambda x, cache: (*x[:3], None, None, cache, x[3])
+                )
+        windows = used.call_count
+        for dtype, window, slots in itertools.product(DTYPES, (None, 20), ((0, 2, 3), ())):
+            config = MLAConfig(0, 4, 8, 6, 12, slots, 8, 10, 0.4, window=window)
+            latent = MLA(config, device=DEVICE, dtype=dtype).requires_grad_(False)
+            latent.path = "expanded"
+            calls = []
+            for length in (70, 33, 150):
+                angle = torch.rand(2, length, 5, device=DEVICE)
+                turns = angle.cos().to(dtype), angle.sin().to(dtype)
+                calls.append((normal(dtype, 2, 4, length, 8), normal(dtype, 2, length, 10), *turns))
+            errors[f"mla {dtype} {window} {len(slots)}"] = error(
+                latent, calls, "dynamic", lambda x, cache: (*x, None, cache)
+            )
+    json.dump({"errors": errors, "windows": windows, "latents": used.call_count - windows}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
