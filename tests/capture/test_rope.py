@@ -50,7 +50,8 @@ def test_angles_are_those_of_the_live_model(name: str) -> None:
             continue
         assert measured is not None
         inv_freq, scaling = measured
-        cos, sin = live_angles(model, site, torch.tensor([0, 5]))
+        tables = live_angles(model, site, torch.tensor([0, 5]))
+        cos, sin = sorted(tables, key=lambda table: -float(table[0].abs().max()))  # some models return the sine first
         columns = list(site.rope.columns)
         torch.testing.assert_close(cos[1, columns], scaling * torch.cos(5 * inv_freq), rtol=0, atol=1e-6)
         torch.testing.assert_close(sin[1, columns], scaling * torch.sin(5 * inv_freq), rtol=0, atol=1e-6)

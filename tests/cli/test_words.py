@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Florence2Config, GenerationConfig, StaticCache
 
 import attnedit
+from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 
 
@@ -124,7 +125,7 @@ def test_static_caches_of_other_sizes_are_refused() -> None:
     cache = StaticCache(config=build("llama").config, max_cache_len=16)  # the source's
     cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
     with pytest.raises(UsageError, match="layer 0 was given a cache for 2 heads of 8 values and caches 1 of"):
-        model(tokens(1, 4), past_key_values=cache)
+        model(tokens(1, 4), **with_cache(model, cache))
 
 
 ROPES = {

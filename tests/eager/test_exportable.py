@@ -16,6 +16,7 @@ from transformers.integrations.executorch import (
     TorchExportableModuleWithStaticCache,
 )
 
+from attnedit.compiler.compatibility.caches import cache_parameter, with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.runtime.eager import share_copy
 
@@ -107,9 +108,9 @@ def test_a_static_cache_may_be_made_early(target: str) -> None:
     model = rewritten("llama", target)
     cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
     cache.early_initialization(1, 2, 8, torch.float32, model.device)
-    settings = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": None, "disable_compile": True}
-    generate: Any = model.generate
-    found = generate(PROMPT, attention_mask=torch.ones_like(PROMPT), past_key_values=cache, **settings)
+    settings: dict[str, Any] = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": None}
+    settings |= {"disable_compile": True, str(cache_parameter(model)): cache}
+    found = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **settings)
     assert found[0].tolist() == live(model)
 
 
@@ -118,7 +119,7 @@ def test_a_cache_made_early_for_the_source_is_refused() -> None:
     cache = StaticCache(config=build("llama").config, max_cache_len=CAPACITY)
     cache.early_initialization(1, 2, 8, torch.float32, model.device)
     with pytest.raises(UsageError, match="make it with the rewritten model's configuration"):
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **with_cache(model, cache))
 
 
 def test_kept_sinks_under_a_window_of_the_source_are_refused() -> None:
