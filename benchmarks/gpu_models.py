@@ -74,7 +74,7 @@ class Shape:
             head_dim=self.head_dim,
             v_head_dim=self.head_dim,
             kv_lora_rank=rank,
-            rope_columns=tuple(range(slots)),
+            rope_columns=tuple(slot % (self.head_dim // 2) for slot in range(slots)),
             qk_nope_head_dim=self.head_dim,
             input_size=self.kv_values,
             scale=self.head_dim**-0.5,

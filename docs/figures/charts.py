@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from cells import data
 from drawing import BLUE, FAINT, GREEN, ORANGE, SAND, Drawing, bars, curves
-from page_tables import data, runs
+from page_tables import runs
+from speed_tables import MODELS, model_cases
 
 RANGES = ["0–1k", "1k–2k", "2k–4k", "4k–8k"]
 LENGTHS = ["1k", "2k", "4k", "8k"]
@@ -12,7 +14,7 @@ SHORT = {
     "GateSWA and MLA 1/8, closed form": "both, 1/8",
     "MLA 1/2, closed form": "MLA 1/2",
     "MLA 1/4, trained at 4,096, then 8,192": "MLA 1/4, trained",
-    "MLA 1/2, trained at 8,192": "MLA 1/2, trained",
+    "MLA 1/2, trained at 4,096, then 8,192": "MLA 1/2, trained",
     "GateSWA and MLA 1/8, trained at 8,192": "both, 1/8, trained",
 }
 """What is drawn of the runs shown, by shorter names."""
@@ -53,11 +55,14 @@ def found() -> Drawing:
 def throughput() -> Drawing:
     """Tokens per second of the largest batch that fits."""
     groups: dict[int, list[tuple[str, float, str]]] = {}
-    sources: dict[int, float] = {}
-    for cached, name, _, batch, tokens, *_ in data("speed")["gpu_model"]["rows"]:
-        base = sources.setdefault(cached, tokens)
-        groups.setdefault(cached, []).append((name, tokens / base, f"{tokens / base:.1f}x, batch {batch}"))
-    title = "Tokens per second over the source's, one H100"
+    for cached, named in model_cases().items():
+        base = named["source"][0]["tokens_per_s"]
+        for name in MODELS:
+            if name in named:
+                most = named[name][0]
+                gain = most["tokens_per_s"] / base
+                groups.setdefault(cached, []).append((name, gain, f"{gain:.1f}x, batch {most['batch']}"))
+    title = "Tokens per second over the source's, one H200"
     note = "Qwen3-8B's shape, random weights, the largest batch that fits"
     return bars(title, [(f"{cached:,} cached tokens", rows) for cached, rows in groups.items()], note=note)
 

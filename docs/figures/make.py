@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from cells import DOCS
 from charts import charts
 from concepts import concepts
-from page_tables import DOCS, PAGES, filled
+from page_tables import PAGES, filled
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import attnedit

@@ -6,35 +6,28 @@ all of them anew, and a test holds the pages to the figures.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from attnedit.compiler.evaluation.intervals import interval_of_share
+from cells import DOCS, data, measured, table, with_interval
+from speed_tables import GPU_TABLES
 
-DOCS = Path(__file__).resolve().parents[1]
 PAGES = ("results.md", "decide.md", "compare.md", "tutorials/train-on-a-gpu.md")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SHOWN = {
     "MLA 1/2, closed form": "half, with intervals",
     "MLA 1/4, closed form": "quarter, with intervals",
-    "GateSWA and MLA 1/8, closed form": "eighth by both targets, one window in twelve lost",
-    "MLA 1/2, trained at 8,192": "half, trained",
+    "GateSWA and MLA 1/8, closed form": "eighth by both targets, with intervals",
+    "GateSWA and MLA 1/8 with sink logits only, closed form": "eighth by both targets, sink logits only",
+    "MLA 1/2, trained at 4,096, then 8,192": "half, trained at 4,096, then 8,192",
     "MLA 1/4, trained at 4,096, then 8,192": "quarter, trained at 4,096, then 8,192",
+    "MLA 1/8, trained at 4,096, then 8,192": "eighth of MLA, trained at 4,096, then 8,192",
     "GateSWA and MLA 1/8, trained at 8,192": "eighth by both targets, trained",
     "GateSWA and MLA 1/8, trained at 4,096": "eighth by both targets, trained, 4,096 tokens a step",
 }
 """Which runs the pages show, by the name that they have there."""
-PROMPTS = 40
-NUMBER = re.compile(r"[\d,.]+( \(.*\))?$|not run$")
-
-
-def data(name: str) -> Any:
-    """One file of figures."""
-    return json.loads((DOCS / "data" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def runs() -> dict[str, tuple[list[float], list[float], dict[str, Any]]]:
@@ -50,14 +43,6 @@ def runs() -> dict[str, tuple[list[float], list[float], dict[str, Any]]]:
     return found
 
 
-def with_interval(share: float | None, count: int = PROMPTS) -> str | None:
-    """A share of prompts with its interval, in percent; None where it was not measured."""
-    if share is None:
-        return None
-    low, high = (round(100 * end) for end in interval_of_share(share, count))
-    return f"{100 * share:.0f} ({low}–{high})"
-
-
 def ratios_of(run: dict[str, Any], ratios: list[float]) -> list[str]:
     """Ratios to the source, with their intervals where the run has them."""
     intervals = run.get("ratio_interval") or [None] * len(ratios)
@@ -65,25 +50,6 @@ def ratios_of(run: dict[str, Any], ratios: list[float]) -> list[str]:
         f"{ratio:.3f}" if ends is None else f"{ratio:.3f} ({ends[0]:.2f}–{ends[1]:.2f})"
         for ratio, ends in zip(ratios, intervals, strict=True)
     ]
-
-
-def measured(cell: list[float] | None) -> str | None:
-    """A figure with its interval."""
-    return None if cell is None else f"{cell[0]:g} ({cell[1]:g}–{cell[2]:g})"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Markdown."""
-    lines = [list(map(str, head)), *(list(map(_cell, row)) for row in rows)]
-    columns = zip(*lines[1:], strict=True)
-    lines.insert(1, ["---:" if all(NUMBER.match(cell) for cell in column) else "---" for column in columns])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "not run"
-    return f"{value:,}" if isinstance(value, (int, float)) and value >= 1000 else str(value)
 
 
 def quality() -> str:
@@ -172,25 +138,6 @@ def recall_of_windows() -> str:
     )
 
 
-def throughput() -> str:
-    """Whole models on a GPU."""
-    rows = data("speed")["gpu_model"]["rows"]
-    sources = {row[0]: row for row in rows if row[1] == "source"}
-    cells = []
-    for cached, name, size, batch, tokens, _, eight in rows:
-        gain = f"{tokens / sources[cached][4]:.1f}"
-        cells.append([f"{cached:,} tokens, {name}", size, batch, tokens, gain, eight])
-    head = ["cached", "MB a sequence", "largest batch", "tokens/s", "of the source", "tokens/s, batch 8"]
-    return table(head, cells)
-
-
-def one_layer() -> str:
-    """One layer on a GPU."""
-    rows = data("speed")["gpu_layer"]["rows"]
-    head = ["batch and cached tokens", "source", "MLA 512 + 64", "GateSWA 128"]
-    return table(head, [[f"{batch} x {cached:,}", *rest] for batch, cached, *rest in rows])
-
-
 def on_cpu() -> str:
     """A whole model on two cores with ONNX Runtime."""
     figures = data("speed")["onnx_model"]
@@ -231,8 +178,8 @@ def choices() -> str:
     return table(["cache", "trained", "perplexity, worst range", "found at 4k, %", "at 8k, %"], rows)
 
 
-MADE = [quality, found, qwen, ruler, tasks, short_windows, short_trained, recall_of_windows, throughput]
-MADE += [one_layer, on_cpu, cost, training_speed, recipes, choices]
+MADE = [quality, found, qwen, ruler, tasks, short_windows, short_trained, recall_of_windows]
+MADE += [*GPU_TABLES, on_cpu, cost, training_speed, recipes, choices]
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in MADE}
 
 

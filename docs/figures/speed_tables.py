@@ -1,0 +1,106 @@
+"""Tables of speed on a GPU, made of the raw results of ``benchmarks/gpu_decode.py`` and ``gpu_prefill.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cells import data, table
+
+MODELS = ("source", "MLA", "GateSWA", "GateSWA + MLA")
+PREFILLS = ("source", "MLA 512+64", "MLA 1/4", "MLA 1/2", "GateSWA", "GateSWA + MLA")
+
+
+def layers() -> dict[tuple[int, int], dict[str, float]]:
+    """Microseconds of one layer's forms by batch and cached tokens; "source" is the best of torch's kernels."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for case in data("gpu-decode")["layer"]:
+        times = found.setdefault((case["batch"], case["length"]), {})
+        times[case["name"]] = case["us"]
+        if case["name"].startswith("source"):
+            times["source"] = min(times.get("source", case["us"]), case["us"])
+    return dict(sorted(found.items()))
+
+
+def kernels() -> str:
+    """The kernel of latents against the source's best, with how many times as fast it is."""
+    latents = {"MLA 1/2 (848 + 176)": "1/2", "MLA 512 + 64": "512+64", "MLA 1/4 (424 + 88)": "1/4"}
+    rows = []
+    for (batch, cached), times in layers().items():
+        cells = [f"{batch} x {cached:,}", _us(times.get("source"))]
+        for name in latents.values():
+            own = times.get(f"MLA {name} kernel")
+            cells.append(None if own is None else f"{_us(own)} ({times['source'] / own:.2f})")
+        rows.append(cells)
+    return table(["batch and cached tokens", "source's best", *latents], rows)
+
+
+def one_layer() -> str:
+    """One attention layer with all that surrounds the kernel."""
+    names = {"MLA 512 + 64": "MLA 512+64", "MLA 1/4": "MLA 1/4", "GateSWA 128": "GateSWA 128"}
+    rows = [
+        [f"{batch} x {cached:,}", _us(times.get("source")), *(_us(times.get(name)) for name in names.values())]
+        for (batch, cached), times in layers().items()
+    ]
+    return table(["batch and cached tokens", "source", *names], rows)
+
+
+def model_cases() -> dict[int, dict[str, list[dict[str, Any]]]]:
+    """Whole models by cached tokens and name: the largest batch first, then that of eight."""
+    found: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for case in data("gpu-decode")["model"]:
+        found.setdefault(case["length"], {}).setdefault(case["name"], []).append(case)
+    return dict(sorted(found.items()))
+
+
+def throughput() -> str:
+    """Whole models: tokens per second of the largest batch that fits, and of eight sequences."""
+    rows = []
+    for cached, named in model_cases().items():
+        base = named["source"][0]["tokens_per_s"]
+        for name in MODELS:
+            if name not in named:
+                continue
+            most, *eight = named[name]
+            gain = f"{most['tokens_per_s'] / base:.1f}"
+            few = round(eight[0]["tokens_per_s"]) if eight else None
+            size = round(most["cache_mb"])
+            rows.append([f"{cached:,} tokens, {name}", size, most["batch"], round(most["tokens_per_s"]), gain, few])
+    head = ["cached", "MB a sequence", "largest batch", "tokens/s", "of the source", "tokens/s, batch 8"]
+    return table(head, rows)
+
+
+def small_batches() -> str:
+    """Microseconds of a compiled layer at small batches, without the head."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for case in data("gpu-decode-compiled")["model"]:
+        found.setdefault((case["batch"], case["length"]), {})[case["name"]] = case["layer_us"]
+    rows = []
+    for (batch, cached), times in sorted(found.items()):
+        others = (
+            f"{times[name]:.0f} ({times['source'] / times[name]:.2f})" if name in times else None for name in MODELS[1:]
+        )
+        rows.append([f"{batch} x {cached:,}", round(times["source"]), *others])
+    return table(["batch and cached tokens", *MODELS], rows)
+
+
+def first_token() -> str:
+    """Prefill: milliseconds of four layers, and of the source."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for case in data("gpu-prefill")["prefill"]:
+        found.setdefault((case["length"], case["batch"]), {})[case["name"]] = case["ms"]
+    rows = []
+    for (length, batch), times in sorted(found.items()):
+        others = (
+            f"{times[name]:,.0f} ({times[name] / times['source']:.2f})" if name in times else None
+            for name in PREFILLS[1:]
+        )
+        rows.append([f"{batch} x {length:,}", round(times["source"]), *others])
+    return table(["prompts", *PREFILLS], rows)
+
+
+def _us(time: float | None) -> str | None:
+    return None if time is None else f"{time:,.0f}" if time >= 100 else f"{time:.1f}"
+
+
+GPU_TABLES: list[Callable[[], str]] = [kernels, one_layer, throughput, small_batches, first_token]
