@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnedit.targets.attention.mla.decode import decodes_fused
+from attnedit.targets.attention.mla.decode import _copies, decodes_fused
 from attnedit.targets.attention.mla.decode_sizes import choose_blocks, choose_roles, choose_splits
 
 HOPPER = 232448  # bytes of shared memory
@@ -62,6 +62,16 @@ def test_blocks_fit(heads: int, rank: int, rope: int) -> None:
 
 def test_no_blocks_for_very_wide_latents() -> None:
     assert choose_blocks(32, 1025, 64, 1 << 30) is None
+
+
+def test_what_the_copy_engine_brings() -> None:
+    cache = torch.zeros((2, 128, 24)).half()
+    assert _copies(cache, 64)
+    assert not _copies(cache[..., 1:], 64)  # begins at 2 bytes
+    assert not _copies(torch.zeros((2, 128, 22)).half(), 64)  # rows of 44 bytes
+    assert not _copies(torch.zeros((2, 100, 24)).half(), 64)  # the last tile would reach into the next sequence
+    assert _copies(torch.zeros((1, 100, 24)).half(), 64)
+    assert not _copies(cache[:0], 64)
 
 
 @pytest.mark.parametrize("heads", [1, 9, 32, 128])

@@ -29,6 +29,17 @@ def test_tiny_run_and_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_tiny_prompts(tmp_path: Path) -> None:
+    run("gpu_prefill.py", "--tiny", "--out", tmp_path / "tiny.json")
+    cases = json.loads((tmp_path / "tiny.json").read_text())["prefill"]
+    names = {"source", "MLA 512+64", "MLA 1/4", "MLA 1/2", "GateSWA", "GateSWA + MLA"}
+    assert {(case["name"], case["length"], case["batch"]) for case in cases} == {
+        (name, length, batch) for name in names for length in (20, 40, 64, 80) for batch in (1, 2)
+    }
+    assert all(case["ms"] > 0 for case in cases)
+
+
+@pytest.mark.long
 def test_tiny_training(saved_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples, closed form, training and the table; what is there is not made again."""
     monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path / "samples"))

@@ -2,7 +2,7 @@
 
 Absorbed attention reads the latent twice in plain torch, once for the logits and once for the output, and its
 logits too. `attnedit::latent_decode` reads it once: on Hopper in a kernel whose warps have roles, elsewhere, and for
-rows that the copy engine does not take, in one of plain triton. Fused kernels of others stop at head sizes of 256, or
+caches that the copy engine does not take, in one of plain triton. Fused kernels of others stop at head sizes of 256, or
 know one latent size only.
 
 Shapes: B batch, S cached tokens, H heads, r latent, 2s rotary values.
@@ -63,8 +63,8 @@ def latent_decode(
     Args:
         query: [B, H, r], scaled; None where the latent gives no logits.
         query_rope: [B, H, 2 s], scaled; None without slots.
-        latent: [B, S, r], fp16 or bf16.
-        slots: [B, S, 2 s].
+        latent: [B, S, r], fp16 or bf16; finite also in places that are not filled, which are weighed with 0.
+        slots: [B, S, 2 s], likewise.
         mask: None, bool [B or 1, S] with True where to attend, or floats to add to the logits.
         length: int64, one element on the device: only so many keys are filled. None where all are.
 
@@ -93,8 +93,9 @@ def _launch(
     rope = 0 if query_rope is None else query_rope.shape[-1]
     sizes = (_heads(query, query_rope), latent.shape[-1], rope, latent.device)
     latent, slots = _by_rows(latent), _by_rows(slots)
-    cut: Blocks | Roles | None = _roles(*sizes) if _copies(latent) and (not rope or _copies(slots)) else None
-    cut = cut or _blocks(*sizes)
+    roles = _roles(*sizes)
+    fits = roles is not None and _copies(latent, roles.tokens) and (not rope or _copies(slots, roles.tokens))
+    cut: Blocks | Roles | None = roles if fits else _blocks(*sizes)
     if cut is None:
         raise AssertionError("decodes_fused said so")
     with torch.cuda.device_of(latent):  # triton launches on the current device
@@ -198,10 +199,14 @@ def _by_rows(x: Tensor) -> Tensor:
     return x if regular else x.contiguous()
 
 
-def _copies(x: Tensor) -> bool:
-    """Whether the copy engine takes rows of a tensor [B, S, .]: where they begin is a multiple of 16 bytes."""
-    rows = x.shape[0] * x.shape[1]
-    return x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0 and 0 < rows < 1 << 31
+def _copies(x: Tensor, tokens: int) -> bool:
+    """Whether the copy engine may bring tiles of a tensor [B, S, .]: rows begin at multiples of 16 bytes.
+
+    And no tile reaches into the next sequence: what is not finite there would spoil this one.
+    """
+    batch, keys = x.shape[:2]
+    aligned = x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0
+    return aligned and 0 < batch * keys < 1 << 31 and (batch == 1 or keys % tokens == 0)
 
 
 @functools.cache

@@ -5,7 +5,8 @@ FlashAttention-3 (arXiv 2407.08608). One warp has the copy engine bring the cach
 four warps turn a tile of 64 tokens into weights; twice four warps weigh half of the latent's columns each. A tile is
 read from memory once and from the chip twice, and while one is weighed the next arrives, so that the memory is what
 the step waits for: 4.0 of 4.8 TB/s (docs/notebook/2026-11-gpu-decode.md). Chunks lie in shared memory tile after tile,
-the rotary slots' first. Imported by `attnedit.targets.attention.mla.decode` only: gluon is not everywhere.
+the rotary slots' first. What the copy engine brings beyond the keys of a split has a weight of 0, so it must be
+finite. Imported by `attnedit.targets.attention.mla.decode` only: gluon is not everywhere.
 """
 
 # triton compiles these functions from their source: no annotations but constexpr.
@@ -31,7 +32,7 @@ try:  # a checkpoint with a copy of this file loads without triton: transformers
 except ImportError as error:
     raise ImportError("the kernel of latent attention needs triton") from error
 
-COPY = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before triton 3.7
+COPY = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name in triton 3.6
 LOWEST = gl.constexpr(-1.0e30)
 """Finite, so that a row without any visible key is no infinity less infinity."""
 LOG2E = gl.constexpr(1.4426950408889634)
