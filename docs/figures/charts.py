@@ -5,7 +5,7 @@ from __future__ import annotations
 from cells import data
 from drawing import BLUE, FAINT, GREEN, ORANGE, SAND, Drawing, bars, curves
 from page_tables import runs
-from speed_tables import MODELS, model_cases
+from speed_tables import MODELS, PREFILLS, layers, model_cases, prefills
 
 RANGES = ["0–1k", "1k–2k", "2k–4k", "4k–8k"]
 LENGTHS = ["1k", "2k", "4k", "8k"]
@@ -23,6 +23,7 @@ SHORT = {
 def charts() -> dict[str, str]:
     """SVG by file name."""
     made = {"quality": quality(), "found": found(), "throughput": throughput(), "overview": overview()}
+    made |= {"growth-decode": growth_of_decode(), "growth-prompt": growth_of_prompt()}
     return {f"{name}.svg": drawing.svg() for name, drawing in made.items()}
 
 
@@ -65,6 +66,30 @@ def throughput() -> Drawing:
     title = "Tokens per second over the source's, one H200"
     note = "Qwen3-8B's shape, random weights, the largest batch that fits"
     return bars(title, [(f"{cached:,} cached tokens", rows) for cached, rows in groups.items()], note=note)
+
+
+CACHED = {2048: "2,048", 8192: "8,192", 32768: "32,768", 131072: "131,072"}
+"""Lengths a factor of four apart, by how they are written."""
+
+
+def growth_of_decode() -> Drawing:
+    """Microseconds of one step of a layer's attention against the length, both logarithmic."""
+    forms = {"source": "source", "MLA 1/2 kernel": "MLA 1/2", "MLA 512+64 kernel": "MLA 512 + 64"}
+    forms |= {"MLA 1/4 kernel": "MLA 1/4", "GateSWA 128": "GateSWA, with its gate"}
+    times = layers()
+    series = [(name, [times[32, length][form] for length in CACHED], form == "source") for form, name in forms.items()]
+    title = "Decode of 32 sequences, one layer's attention, µs (H200)"
+    ticks = [30, 100, 300, 1000, 4000]
+    return curves(title, list(CACHED.values()), series, ticks, logarithmic=True, x_title="cached tokens")
+
+
+def growth_of_prompt() -> Drawing:
+    """Milliseconds of a prompt against its length, both logarithmic."""
+    times = prefills()
+    series = [(name, [times[name, 1][length] for length in CACHED], name == "source") for name in PREFILLS]
+    title = "One prompt through four layers, ms (H200)"
+    ticks = [5, 10, 30, 100, 300, 1000, 4000]
+    return curves(title, list(CACHED.values()), series, ticks, logarithmic=True, x_title="tokens of the prompt")
 
 
 def overview() -> Drawing:

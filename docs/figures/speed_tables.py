@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from statistics import linear_regression
 from typing import Any
 
 from cells import data, table
@@ -99,8 +101,44 @@ def first_token() -> str:
     return table(["prompts", *PREFILLS], rows)
 
 
+def prefills(figure: str = "ms") -> dict[tuple[str, int], dict[int, float]]:
+    """A figure of prompts by name and batch, for each length."""
+    found: dict[tuple[str, int], dict[int, float]] = {}
+    for case in data("gpu-prefill")["prefill"]:
+        found.setdefault((case["name"], case["batch"]), {})[case["length"]] = case[figure]
+    return found
+
+
+def exponent(values: dict[int, float]) -> float:
+    """How a figure grows with what it is given for: the slope of a straight line through the logarithms."""
+    x, y = [math.log(size) for size in values], [math.log(value) for value in values.values()]
+    return linear_regression(x, y).slope
+
+
+def growth() -> str:
+    """Exponents of time and memory against length and batch."""
+    times = layers()
+    kernel = {"source": "source", "GateSWA": "GateSWA 128"}
+
+    def decode(name: str, cases: list[tuple[int, int]], axis: int) -> str:
+        form = kernel.get(name, f"{name} kernel")
+        return f"{exponent({case[axis]: times[case][form] for case in cases}):.2f}"
+
+    lengths = [(32, length) for length in (8192, 32768, 131072)]
+    batches = [(batch, 32768) for batch in (1, 32, 128)]
+    rows = []
+    for name in PREFILLS[:-1]:
+        long = [
+            f"{exponent({length: prefills(figure)[name, 1][length] for length in (8192, 32768, 131072)}):.2f}"
+            for figure in ("ms", "peak_gb")
+        ]
+        rows.append([name, decode(name, lengths, 1), decode(name, batches, 0), *long])
+    head = ["", "decode, length", "decode, batch", "prompt, length", "prompt's memory, length"]
+    return table(head, rows)
+
+
 def _us(time: float | None) -> str | None:
     return None if time is None else f"{time:,.0f}" if time >= 100 else f"{time:.1f}"
 
 
-GPU_TABLES: list[Callable[[], str]] = [kernels, one_layer, throughput, small_batches, first_token]
+GPU_TABLES: list[Callable[[], str]] = [kernels, one_layer, throughput, small_batches, first_token, growth]
