@@ -1,6 +1,7 @@
 """The bounded cache layer under a GateSWA module: beams, batches, taking back, memory."""
 
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention import GateSWA, gateswa_values
+from attnedit.targets.attention.gateswa.ring import RingLayer
 
 
 @pytest.mark.parametrize("changes", [{}, FULL, {"sliding_window": 20}])
@@ -159,3 +161,18 @@ def test_a_cache_with_other_tokens_in_it_is_masked() -> None:
     cache.update(arguments[1][:, :, :5], arguments[2][:, :, :5], 0)
     out = module(*span(arguments, 5, 11), causal(11, [2, 0])[:, :, 5:], cache)
     torch.testing.assert_close(out, reference(module, arguments, [2, 0])[:, 5:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+@pytest.mark.parametrize("sink_tokens", [0, 2, 9])
+@pytest.mark.parametrize("prompt", [0, 1, 4, 11])
+def test_steps_of_a_ring_without_padding(window: int, sink_tokens: int, prompt: int) -> None:
+    """Token after token into the ring of a static cache: each is one short step, from an empty cache on too."""
+    module = make(sliding_window=window, **{**FULL, "sink_tokens": sink_tokens})
+    arguments = inputs(module, 2, 30)
+    cache = StaticCache(config=LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1), max_cache_len=30)
+    with torch.no_grad(), mock.patch.object(RingLayer, "step", autospec=True, side_effect=RingLayer.step) as steps:
+        out = in_pieces(module, arguments, [0, 0], "none", list(range(prompt, 30)), cache)
+    assert steps.call_count == 30 - prompt + (prompt == 1)
+    assert_equal_where_real(out, reference(module, arguments, [0, 0]), [0, 0])
+    assert int(cache.layers[0].get_seq_length()) == 30

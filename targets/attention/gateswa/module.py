@@ -140,6 +140,9 @@ class GateSWA(AttentionModule):
             raise UsageError(f"layer {config.layer_idx}: config.sinks is {config.sinks}, but sinks {given} given")
         if isinstance(past_key_values, PagedLayers):
             out = self._attend_pages(query, key, value, past_key_values, sinks)
+        elif (ring := self._ring_of_one(query, attention_mask, past_key_values)) is not None:
+            keys, values, seen = ring.step(key, value)
+            out = self._attend_block(query, keys, values, seen[None, None, None], sinks)
         else:
             out = self._attend(query, self._view(key, value, attention_mask, past_key_values), sinks)
         if self.g_proj is None:
@@ -158,6 +161,14 @@ class GateSWA(AttentionModule):
         if isinstance(layer, RingLayer):
             return self._ring_keys(key, value, mask, cache, layer)
         return self._bounded_keys(key, value, mask, cache, layer)
+
+    def _ring_of_one(self, query: Tensor, mask: Tensor | None, cache: Any) -> RingLayer | None:
+        """The ring of a static cache, where one token without padding before it comes in; None otherwise."""
+        plain = query.shape[2] == 1 and mask is None and recorded_attention() is None
+        if not plain or cache is None or torch.compiler.is_exporting():
+            return None
+        layer = bounded_layer(cache, self.config)
+        return layer if isinstance(layer, RingLayer) else None
 
     def _attend_pages(
         self, query: Tensor, key: Tensor, value: Tensor, pages: PagedLayers, sinks: Tensor | None
