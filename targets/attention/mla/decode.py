@@ -93,7 +93,7 @@ def _launch(
     rope = 0 if query_rope is None else query_rope.shape[-1]
     sizes = (_heads(query, query_rope), latent.shape[-1], rope, latent.device)
     latent, slots = _by_rows(latent), _by_rows(slots)
-    roles = _roles(*sizes)
+    roles = None if query is None else _roles(*sizes)  # logits of slots alone are too rare to have been tried
     fits = roles is not None and _copies(latent, roles.tokens) and (not rope or _copies(slots, roles.tokens))
     cut: Blocks | Roles | None = roles if fits else _blocks(*sizes)
     if cut is None:
