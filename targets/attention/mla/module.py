@@ -178,7 +178,9 @@ class MLA(AttentionModule):
     def _prefills(self, query: Tensor, latent: Tensor, keys: int) -> bool:
         """Whether new tokens without a mask go through our kernel: torch's take no such window, past or size."""
         config, length = self.config, query.shape[2]
-        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        nope = config.qk_nope_head_dim
+        # Not off the configuration: there compilers would ask for every layer's columns.
+        rope = 0 if self.q_rope_proj is None else self.q_rope_proj.shape[1]
         windowed = config.window is not None and config.window < keys
         if not (windowed or keys > length or nope + rope > MOST_SIZE) or length == 1 or not nope:
             return False
