@@ -73,32 +73,37 @@ def throughput() -> str:
 
 
 def small_batches() -> str:
-    """Microseconds of a compiled layer at small batches, without the head."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
-    for case in data("gpu-decode-compiled")["model"]:
-        found.setdefault((case["batch"], case["length"]), {})[case["name"]] = case["layer_us"]
-    rows = []
-    for (batch, cached), times in sorted(found.items()):
-        others = (
-            f"{times[name]:.0f} ({times['source'] / times[name]:.2f})" if name in times else None for name in MODELS[1:]
-        )
-        rows.append([f"{batch} x {cached:,}", round(times["source"]), *others])
+    """Microseconds of a compiled layer at small batches, without the head, with how many times as fast it is."""
+    cases = data("gpu-decode-compiled")["model"]
+    found = by_name(cases, ("batch", "length"), "layer_us")
+    rows = [beside(times, f"{batch} x {cached:,}", MODELS, faster=True) for (batch, cached), times in found.items()]
     return table(["batch and cached tokens", *MODELS], rows)
 
 
 def first_token() -> str:
-    """Prefill: milliseconds of four layers, and of the source."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
-    for case in data("gpu-prefill")["prefill"]:
-        found.setdefault((case["length"], case["batch"]), {})[case["name"]] = case["ms"]
-    rows = []
-    for (length, batch), times in sorted(found.items()):
-        others = (
-            f"{times[name]:,.0f} ({times[name] / times['source']:.2f})" if name in times else None
-            for name in PREFILLS[1:]
-        )
-        rows.append([f"{batch} x {length:,}", round(times["source"]), *others])
+    """Prefill: milliseconds of four layers, with how many times as long they take."""
+    found = by_name(data("gpu-prefill")["prefill"], ("length", "batch"), "ms")
+    rows = [beside(times, f"{batch} x {length:,}", PREFILLS, faster=False) for (length, batch), times in found.items()]
     return table(["prompts", *PREFILLS], rows)
+
+
+def by_name(cases: list[dict[str, Any]], keys: tuple[str, str], figure: str) -> dict[tuple[int, int], dict[str, float]]:
+    """A figure of each form by its name, for each pair of keys in order."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for case in cases:
+        found.setdefault((case[keys[0]], case[keys[1]]), {})[case["name"]] = case[figure]
+    return dict(sorted(found.items()))
+
+
+def beside(times: dict[str, float], label: str, names: tuple[str, ...], *, faster: bool) -> list[object]:
+    """A row: the source's time, then those of the others with their ratio to it, or its to theirs if `faster`."""
+    source = times["source"]
+    cells: list[object] = [label, round(source)]
+    for name in names[1:]:
+        own = times.get(name)
+        ratio = None if own is None else source / own if faster else own / source
+        cells.append(None if own is None else f"{own:,.0f} ({ratio:.2f})")
+    return cells
 
 
 def prefills(figure: str = "ms") -> dict[tuple[str, int], dict[int, float]]:

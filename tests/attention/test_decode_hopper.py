@@ -1,12 +1,9 @@
 """The kernel with roles: that it compiles for Hopper, which needs no GPU; run on one it is in `test_latent_decode`."""
 
-import importlib.util
 import warnings
 
 import pytest
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform")
-HOPPER = 232448  # bytes of shared memory
+from interpreted import HOPPER, needs_triton
 
 
 @needs_triton
@@ -29,7 +26,6 @@ def test_kernel_with_roles_compiles_for_hopper(heads: int, rank: int, rope: int,
     constants = {
         "RANK": rank,
         "ROPE": rope,
-        "NOPE": True,
         "MASK": mask,
         "LENGTH": True,
         "CR": -(-rank // 64),

@@ -1,47 +1,26 @@
 """The decode kernel: on a GPU where there is one, in triton's interpreter where there is none."""
 
-import functools
-import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from interpreted import HOPPER, needs_triton, results_of
 
 from attnedit.targets.attention.mla.decode import _copies, decodes_fused
 from attnedit.targets.attention.mla.decode_sizes import choose_blocks, choose_roles, choose_splits
 
-HOPPER = 232448  # bytes of shared memory
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform")
-
-
-@functools.cache
-def cases() -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    program = Path(__file__).parents[1] / "support" / "latent_decode_cases.py"
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
 
 @needs_triton
 def test_kernel_equals_the_reference() -> None:
-    errors = cases()["errors"]
+    errors = results_of("latent_decode_cases.py")["errors"]
     assert len(errors) >= 21
     assert {name: error for name, error in errors.items() if not error < (8e-3 if "bfloat16" in name else 1e-3)} == {}
 
 
 @needs_triton
 def test_kernel_takes_what_it_is_made_for() -> None:
-    assert cases()["choices"] == {"half": True, "float": False, "long": False, "grad": False, "masked by head": False}
+    choices = results_of("latent_decode_cases.py")["choices"]
+    assert choices == {"half": True, "float": False, "long": False, "grad": False, "masked by head": False}
 
 
 def test_processors_keep_the_plain_path() -> None:

@@ -1,38 +1,15 @@
 """The kernel of new tokens, windowed or after a past: on a GPU where there is one, else in triton's interpreter."""
 
-import functools
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
-import pytest
 import torch
+from interpreted import needs_triton, results_of
 
 from attnedit.targets.attention.mla.paths import fused_sizes
 from attnedit.targets.attention.prefill import one_sink, prefills_fused
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform")
-
-
-@functools.cache
-def cases() -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    program = Path(__file__).parents[1] / "support" / "prefill_cases.py"
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
 
 @needs_triton
 def test_kernel_equals_the_modules_in_float64() -> None:
-    errors = cases()["errors"]
+    errors = results_of("prefill_cases.py")["errors"]
     assert len(errors) >= 64
     assert {name: error for name, error in errors.items() if not error < (1e-2 if "bfloat16" in name else 1e-3)} == {}
 
@@ -40,8 +17,8 @@ def test_kernel_equals_the_modules_in_float64() -> None:
 @needs_triton
 def test_the_kernel_ran() -> None:
     # Every call of more than one token to a window; latents after a past, or under a window.
-    assert cases()["windows"] >= 5 * (4 + 2 * 8)
-    assert cases()["latents"] == 2 * (2 + 3)
+    assert results_of("prefill_cases.py")["windows"] >= 5 * (4 + 2 * 8)
+    assert results_of("prefill_cases.py")["latents"] == 2 * (2 + 3)
 
 
 def test_processors_keep_the_plain_path() -> None:

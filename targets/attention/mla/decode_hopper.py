@@ -79,7 +79,6 @@ def score(
     first,
     last,
     out_row,
-    NOPE: gl.constexpr,
     MASK: gl.constexpr,
     CR: gl.constexpr,
     CS: gl.constexpr,
@@ -93,7 +92,6 @@ def score(
     highest = gl.full([block], LOWEST, gl.float32, gl.SliceLayout(0, mma))
     sums = gl.zeros([tokens, block], gl.float32, mma)
     token = gl.arange(0, tokens, gl.SliceLayout(1, mma))
-    used: gl.constexpr = CS + CR if NOPE else CS
     tile = 0
     for start in range(first, last, tokens):
         seen = start + token < last
@@ -102,7 +100,7 @@ def score(
         base = tile % TILES * (CS + CR)
         phase = tile // TILES & 1
         logits = gl.zeros([tokens, block], gl.float32, mma)
-        for j in gl.static_range(used):
+        for j in gl.static_range(CS + CR):
             mbarrier.wait(full.index(base + j), phase)
             turned = query.index(j).permute((1, 0))
             logits = warpgroup_mma(chunks.index(base + j), turned, logits, is_async=True)
@@ -206,7 +204,7 @@ def hold(query, source, row, step, heads, SIZE: gl.constexpr, FROM: gl.constexpr
 def attend_split(
     latent,  # descriptor of [B keys, RANK] in boxes of a chunk
     slots,  # descriptor of [B keys, ROPE], likewise
-    query,  # [B, H, RANK], scaled; unused unless NOPE
+    query,  # [B, H, RANK], scaled
     query_rope,  # [B, H, ROPE], scaled; unused without slots
     mask,  # [B or 1, keys], rows mask_row apart; int8 (0 hides) or floats to add
     length,  # int64 [1]: keys filled so far
@@ -222,7 +220,6 @@ def attend_split(
     rope_head,
     RANK: gl.constexpr,
     ROPE: gl.constexpr,
-    NOPE: gl.constexpr,
     MASK: gl.constexpr,  # "none", "bool" or "add"
     LENGTH: gl.constexpr,
     CR: gl.constexpr,  # chunks of the latent in a tile
@@ -264,8 +261,7 @@ def attend_split(
     left = heads - head
     if ROPE > 0:
         hold(turned, query_rope, batch * rope_batch + head * rope_head, rope_head, left, ROPE, 0, CS)
-    if NOPE:
-        hold(turned, query, batch * query_batch + head * query_head, query_head, left, RANK, CS, CR)
+    hold(turned, query, batch * query_batch + head * query_head, query_head, left, RANK, CS, CR)
     fence_async_shared()
     out_row = (batch.to(gl.int32) * splits + split) * heads + head
     mask += batch * mask_row
@@ -273,7 +269,7 @@ def attend_split(
     shared = (full, empty, weights, shrinks, ready, free)
     gl.warp_specialize(
         [
-            (score, (chunks, turned, shared, mask, mass, left, first, last, out_row, NOPE, MASK, CR, CS, TILES)),
+            (score, (chunks, turned, shared, mask, mass, left, first, last, out_row, MASK, CR, CS, TILES)),
             (weigh, (chunks, shared, context, left, first, last, out_row, RANK, CR, CS, TILES, 0)),
             (weigh, (chunks, shared, context, left, first, last, out_row, RANK, CR, CS, TILES, 1)),
             (bring, (latent, slots, chunks, full, empty, row, first, last, CR, CS, TILES)),

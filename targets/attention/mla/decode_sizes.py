@@ -14,6 +14,8 @@ START = 128
 """Cached tokens that a processor goes through in the time that a program takes to begin and to end."""
 CHUNK = 64
 """Columns, and tokens, of what the kernel with roles copies at a time."""
+MOST_TILES = 4
+"""Beyond them nothing more is in flight than memory delivers."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,6 @@ def choose_roles(heads: int, rank: int, rope: int, shared_memory: int) -> Roles 
     left = shared_memory - queries - weights - RESERVED
     tiles = min(MOST_TILES, left // (2 * chunks * CHUNK * CHUNK))
     return Roles(block, tiles) if tiles >= 1 and rank <= 1024 else None
-
-
-MOST_TILES = 4
-"""Beyond them nothing more is in flight than memory delivers."""
 
 
 def choose_splits(programs: int, keys: int, places: int, tokens: int) -> int:

@@ -22,10 +22,10 @@ from attnedit.compiler.graph.masks import causal, shown
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.decode import decodes_fused, latent_decode
-from attnedit.targets.attention.mla.paths import choose_path, fused_sizes
+from attnedit.targets.attention.mla.paths import TORCH_SIZE, choose_path, fused_sizes
 from attnedit.targets.attention.mla.rotary import rotate, slot_table
 from attnedit.targets.attention.module import AttentionModule, upcast
-from attnedit.targets.attention.prefill import MOST_SIZE, prefill_attention, prefills_fused
+from attnedit.targets.attention.prefill import prefill_attention, prefills_fused
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
 
@@ -169,7 +169,7 @@ class MLA(AttentionModule):
         path = choose_path(length, keys, config) if self.path == "auto" else self.path
         expanded = path == "expanded" and recorded_attention() is None
         if expanded and attention_mask is None and self._prefills(query, latent, keys):
-            return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], None, kernel=True)
+            return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], None, in_kernel=True)
         mask = self.visible(attention_mask, length, keys, past, query.device, config.window)
         if expanded:
             return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], mask)
@@ -182,7 +182,7 @@ class MLA(AttentionModule):
         # Not off the configuration: there compilers would ask for every layer's columns.
         rope = 0 if self.q_rope_proj is None else self.q_rope_proj.shape[1]
         windowed = config.window is not None and config.window < keys
-        if not (windowed or keys > length or nope + rope > MOST_SIZE) or length == 1 or not nope:
+        if not (windowed or keys > length or nope + rope > TORCH_SIZE) or length == 1 or not nope:
             return False
         plain = config.softcap is None and self.sinks is None and not (self.training and self.attention_dropout)
         if not plain or torch.compiler.is_exporting() or kernel_for(query) is not None:
@@ -196,11 +196,11 @@ class MLA(AttentionModule):
         latent: Tensor,
         slots: Tensor,
         mask: Tensor | None,
-        kernel: bool = False,
+        in_kernel: bool = False,
     ) -> Tensor:
         """Project the latent up to keys and values, then attend as usual; latent [B, S, r], slots [B, S, 2s].
 
-        Causal through our kernel if `kernel`, whatever the past.
+        Causal through our kernel if `in_kernel`, whatever the past.
         """
         config = self.config
         heads, rows = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
@@ -209,7 +209,7 @@ class MLA(AttentionModule):
             size = latent.shape[0] * (2 * latent.shape[1] + query.shape[2]) * (rows + config.qk_rope_head_dim)
             block = max(1, min(heads, EXPANDED_BYTES // (size * latent.element_size())))
         if block == heads:
-            return self._expanded_heads(query, query_rope, self.kv_b_proj(latent), slots, mask, kernel)
+            return self._expanded_heads(query, query_rope, self.kv_b_proj(latent), slots, mask, in_kernel)
         weight = self._up_weight(latent).unflatten(0, (heads, rows))
         parts = []
         for first in range(0, heads, block):
@@ -217,7 +217,7 @@ class MLA(AttentionModule):
             up = F.linear(latent, weight[span].flatten(0, 1))
             rope = None if query_rope is None else query_rope[:, span]
             own = mask if mask is None or mask.shape[1] == 1 else mask[:, span]
-            parts.append(self._expanded_heads(query[:, span], rope, up, slots, own, kernel))
+            parts.append(self._expanded_heads(query[:, span], rope, up, slots, own, in_kernel))
         return torch.cat(parts, dim=2)
 
     def _expanded_heads(

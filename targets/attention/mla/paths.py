@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from attnedit.targets.attention.mla.config import MLAConfig
-from attnedit.targets.attention.prefill import MOST_SIZE
 
-__all__ = ["Path", "choose_path", "fused_sizes"]
+__all__ = ["TORCH_SIZE", "Path", "choose_path", "fused_sizes"]
 
 Path = Literal["absorbed", "expanded"]
 
+TORCH_SIZE = 256
+"""Values of a query beyond which torch has no fast kernel."""
 SHORT_QUERY = 64
 """Longer queries never take the absorbed path: its fp32 logits [B, H, T, S] would no longer be small."""
 
@@ -52,7 +53,7 @@ def fused_sizes(query: Tensor, wide: int, mask: Tensor | None) -> tuple[int, int
     size = query.shape[-1]
     on_hopper = query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device)[0] == 9
     inference = not (torch.is_grad_enabled() and query.requires_grad) and mask is None
-    if on_hopper and inference and query.element_size() == 2 and size <= MOST_SIZE and wide % 8 == 0:
+    if on_hopper and inference and query.element_size() == 2 and size <= TORCH_SIZE and wide % 8 == 0:
         return -(-size // 64) * 64 if size > 128 else -(-size // 8) * 8, wide
     size = -(-max(size, wide) // 8) * 8
     return size, size
