@@ -9,7 +9,7 @@ Shapes: B batch, T new tokens, H heads, G key/value heads, n sink slots, C colum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,17 +22,17 @@ MOST_SIZE = 256
 """Of queries, values and rotary values: beyond it a block leaves the chip's registers."""
 
 
-def prefills_fused(query: Tensor, others: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+def prefills_fused(query: Tensor, learning: Iterable[Tensor], sizes: Sequence[int]) -> bool:
     """Say whether `prefill_attention` takes these: half precision on a GPU with triton, and no gradient is asked for.
 
     Args:
         query: [B, H, T, d].
-        others: of which keys and values are made.
+        learning: whatever else of what goes in might want a gradient, weights that are still to be applied too.
         sizes: of queries, of values, and of the second part of the logits where there is one.
     """
     if query.dtype not in (torch.float16, torch.bfloat16) or not all(0 < size <= MOST_SIZE for size in sizes):
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *others)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *learning)):
         return False
     return runs_on(query.device)
 

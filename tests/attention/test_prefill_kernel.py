@@ -40,7 +40,13 @@ def test_one_sink_has_the_effect_of_all() -> None:
     assert one_sink([], 4) == (None, None)
 
 
+@needs_triton
+def test_what_learns_gets_its_gradient() -> None:
+    """Where nothing but a sink, or the projection of the latent, asks for one."""
+    assert results_of("prefill_cases.py")["learns"] == {"sink": True, "latent": True}
+
+
 def test_sizes_of_fused_attention() -> None:
     query = torch.zeros((1, 2, 3, 90))
-    assert fused_sizes(query, 64, None) == (96, 96)
-    assert fused_sizes(query, 100, None) == (104, 104)
+    assert fused_sizes(query, query, query[..., :64], None) == (96, 96)
+    assert fused_sizes(query, query, torch.zeros((1, 2, 3, 100)), None) == (104, 104)

@@ -100,7 +100,21 @@ def main() -> None:
             errors[f"mla {dtype} {window} {len(slots)}"] = error(
                 latent, calls, "dynamic", lambda x, cache: (*x, None, cache)
             )
-    json.dump({"errors": errors, "windows": windows, "latents": used.call_count - windows}, sys.stdout)
+    learns = {}
+    sink, latent = gateswa("sink", DTYPES[0]), MLA(config, device=DEVICE, dtype=DTYPES[0]).requires_grad_(False)
+    latent.path = "expanded"
+    states = (normal(DTYPES[0], 1, heads, 9, size) for heads, size in ((4, 16), (2, 16), (2, 12)))
+    for name, module, weight, given in (
+        ("sink", sink, sink.sink_logit, (*states,)),
+        ("latent", latent, latent.kv_b_proj.weight, (*calls[-1], None, DynamicCache())),
+    ):
+        weight.requires_grad_()
+        for _ in range(2):  # latents go through the kernel after a past only
+            out = module(*given)
+        learns[name] = bool(torch.autograd.grad(out.float().square().sum(), weight)[0].abs().sum() > 0)
+    json.dump(
+        {"learns": learns, "errors": errors, "windows": windows, "latents": used.call_count - windows}, sys.stdout
+    )
 
 
 if __name__ == "__main__":

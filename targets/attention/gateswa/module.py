@@ -253,7 +253,8 @@ class GateSWA(AttentionModule):
         size = min(max(window, MIN_BLOCK), MAX_BLOCK)
         recorded = recorded_attention()
         if length > 1 and recorded is None and self._fuses(query, view):
-            if prefills_fused(query, (view.keys, view.values), (query.shape[-1], view.values.shape[-1])):
+            learning = (view.keys, view.values, *self.parameters())
+            if prefills_fused(query, learning, (query.shape[-1], view.values.shape[-1])):
                 return self._attend_in_kernel(query, view, sinks)
             if length > size:
                 return attend_in_blocks(query, view, self.config, self._virtual(sinks), size)
@@ -275,7 +276,9 @@ class GateSWA(AttentionModule):
 
         Not where gradients are asked for on a GPU, where block after block was not seen to be slower.
         """
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, view.keys, view.values))
+        learns = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (query, view.keys, view.values, *self.parameters())
+        )
         if learns and query.device.type != "cpu":
             return False
         plain = view.near is None and view.far is None and view.documents is None and self.config.softcap is None

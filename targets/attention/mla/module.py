@@ -187,7 +187,7 @@ class MLA(AttentionModule):
         plain = config.softcap is None and self.sinks is None and not (self.training and self.attention_dropout)
         if not plain or torch.compiler.is_exporting() or kernel_for(query) is not None:
             return False
-        return prefills_fused(query, (latent,), (nope, config.v_head_dim, *([rope] if rope else [])))
+        return prefills_fused(query, (latent, *self.parameters()), (nope, config.v_head_dim, *([rope] if rope else [])))
 
     def _expanded(
         self,
@@ -267,7 +267,7 @@ class MLA(AttentionModule):
                 mask = causal(length, key.shape[2], 0, config.window, query.device)
             logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
             return torch.matmul(self.probabilities(logits, mask, self.sinks).to(value.dtype), value).transpose(1, 2)
-        size, wide = fused_sizes(query, value.shape[-1], mask)
+        size, wide = fused_sizes(query, key, value, mask)
         query, key, value = (
             x if x.shape[-1] == end else F.pad(x, (0, end - x.shape[-1]))
             for x, end in ((query, size), (key, size), (value, wide))

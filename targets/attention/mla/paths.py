@@ -38,7 +38,7 @@ def choose_path(query_length: int, key_length: int, config: MLAConfig) -> Path:
     return "absorbed" if 2 * rank * query_length < (rank + query_length) * size else "expanded"
 
 
-def fused_sizes(query: Tensor, wide: int, mask: Tensor | None) -> tuple[int, int]:
+def fused_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[int, int]:
     """Sizes of queries and values at which torch's fused attention is fastest; zeros make up what is missing.
 
     Most kernels want one size for all, a multiple of eight: 3 to 4 times as fast as without (CPU, 1,024 tokens, 96 and
@@ -47,13 +47,14 @@ def fused_sizes(query: Tensor, wide: int, mask: Tensor | None) -> tuple[int, int
 
     Args:
         query: [B, H, T, d].
-        wide: dv.
+        key: [B, H, S, d].
+        value: [B, H, S, dv].
         mask: None if causal.
     """
-    size = query.shape[-1]
+    size, wide = query.shape[-1], value.shape[-1]
     on_hopper = query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device)[0] == 9
-    inference = not (torch.is_grad_enabled() and query.requires_grad) and mask is None
-    if on_hopper and inference and query.element_size() == 2 and size <= TORCH_SIZE and wide % 8 == 0:
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if on_hopper and not learns and mask is None and query.element_size() == 2 and size <= TORCH_SIZE and wide % 8 == 0:
         return -(-size // 64) * 64 if size > 128 else -(-size // 8) * 8, wide
     size = -(-max(size, wide) // 8) * 8
     return size, size
