@@ -25,6 +25,7 @@ __all__ = [
     "TorchDispatchMode",
     "TorchDynamoException",
     "compiler_limits",
+    "exporting",
     "foreach_lerp",
     "foreach_lerp_",
     "foreach_mul_",
@@ -46,6 +47,12 @@ GUARDS = "_guards_fn"
 """The module of an exported program that checks its inputs."""
 
 foreach_lerp, foreach_lerp_, foreach_mul_ = torch._foreach_lerp, torch._foreach_lerp_, torch._foreach_mul_
+
+
+def exporting() -> bool:
+    """Whether torch.export traces. Before torch 2.13 `torch.compiler.is_exporting` says so inside torch.compile, too."""
+    exports: bool = torch.compiler._is_exporting_flag
+    return exports
 
 
 def own_buffers(module: nn.Module) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class AttentionModule(nn.Module):
 
     A module appends what it keeps with `attnedit.compiler.compatibility.caches.append`, [B, heads, tokens, size] twice,
     and is given the masks that the model makes. Where it is plain torch code of any lengths, exports trace it as it is;
-    then `torch.compiler.is_exporting()`, and lengths are symbols that nothing may depend on.
+    then ``exporting()``, and lengths are symbols that nothing may depend on.
 
     Args:
         config: the shape.

@@ -18,11 +18,13 @@ from transformers import Cache
 
 from attnedit.compiler.compatibility.live import recorded_attention
 from attnedit.compiler.compatibility.paged import PagedLayers
+from attnedit.compiler.compatibility.torch_names import exporting
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.masks import hidden_value, shown
 from attnedit.targets.attention.gateswa.blocks import attend_in_blocks
 from attnedit.targets.attention.gateswa.cache import GateSWALayer, Sinks
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.decode import ring_decode, ring_for_step, steps_fused
 from attnedit.targets.attention.gateswa.dense import attend_densely
 from attnedit.targets.attention.gateswa.documents import Documents
 from attnedit.targets.attention.gateswa.layers import bounded_layer
@@ -140,16 +142,18 @@ class GateSWA(AttentionModule):
             raise UsageError(f"layer {config.layer_idx}: config.sinks is {config.sinks}, but sinks {given} given")
         if isinstance(past_key_values, PagedLayers):
             out = self._attend_pages(query, key, value, past_key_values, sinks)
-        elif (ring := self._ring_of_one(query, attention_mask, past_key_values)) is not None:
+        elif (ring := ring_for_step(query, attention_mask, past_key_values, config)) is not None:
+            learning = [x for x in (key, value, sinks, *self.parameters()) if x is not None]
+            if not (self.training and self.attention_dropout) and steps_fused(query, config, learning):
+                return self._step_in_kernel(query, key, value, hidden, ring, sinks)
             keys, values, seen = ring.step(key, value)
             out = self._attend_block(query, keys, values, seen[None, None, None], sinks)
         else:
             out = self._attend(query, self._view(key, value, attention_mask, past_key_values), sinks)
         if self.g_proj is None:
             return out
-        if hidden is None:
-            raise UsageError(f"layer {config.layer_idx}: the gate reads hidden states, got None")
-        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
+        opened = torch.sigmoid(self.g_proj(self._gated_by(hidden)))
+        gate: Tensor = opened.unflatten(-1, (config.num_attention_heads, -1))
         return out * gate.to(out.dtype)
 
     def _view(self, key: Tensor, value: Tensor, attention_mask: Tensor | None, cache: Any) -> View:
@@ -162,13 +166,21 @@ class GateSWA(AttentionModule):
             return self._ring_keys(key, value, mask, cache, layer)
         return self._bounded_keys(key, value, mask, cache, layer)
 
-    def _ring_of_one(self, query: Tensor, mask: Tensor | None, cache: Any) -> RingLayer | None:
-        """The ring of a static cache, where one token without padding before it comes in; None otherwise."""
-        plain = query.shape[2] == 1 and mask is None and recorded_attention() is None
-        if not plain or cache is None or torch.compiler.is_exporting():
-            return None
-        layer = bounded_layer(cache, self.config)
-        return layer if isinstance(layer, RingLayer) else None
+    def _step_in_kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, ring: RingLayer, sinks: Tensor | None
+    ) -> Tensor:
+        """Attend with one token, its gate included, to a ring that it goes into."""
+        keys, values = ring.tensors(key, value)
+        gate = None if self.g_proj is None else self.g_proj(self._gated_by(hidden))
+        sink = self.sink_logit, self.sink_value
+        out = ring_decode(query, key, value, (keys, values), ring.cumulative_length, self.config, sinks, sink, gate)
+        ring.cumulative_length.add_(1)
+        return out
+
+    def _gated_by(self, hidden: Tensor | None) -> Tensor:
+        if hidden is None:
+            raise UsageError(f"layer {self.config.layer_idx}: the gate reads hidden states, got None")
+        return hidden
 
     def _attend_pages(
         self, query: Tensor, key: Tensor, value: Tensor, pages: PagedLayers, sinks: Tensor | None
@@ -210,7 +222,7 @@ class GateSWA(AttentionModule):
         past: int | Tensor = 0
         if cache is not None:
             seen = cache.get_seq_length(config.layer_idx)
-            fixed = isinstance(seen, Tensor) and torch.compiler.is_exporting()  # it changes in place, and is not read
+            fixed = isinstance(seen, Tensor) and exporting()  # it changes in place, and is not read
             seen = seen.clone() if fixed else int(seen)
             key, value = cache.update(key, value, config.layer_idx)
             # Static caches return more keys than there are, and start at 0; sliding ones have dropped old ones.
@@ -243,7 +255,7 @@ class GateSWA(AttentionModule):
     def _may_hold_documents(self, mask: Tensor, length: int, cache: Any) -> bool:
         """Whether rows of tokens may be packed documents: transformers tells them apart where nothing is cached."""
         square = cache is None and length > 1 and mask.shape[-2] == mask.shape[-1]
-        return bool(self.config.sink_tokens) and square and not torch.compiler.is_exporting()
+        return bool(self.config.sink_tokens) and square and not exporting()
 
     def _attend(self, query: Tensor, view: View, sinks: Tensor | None) -> Tensor:
         """Attend in blocks of queries [B, H, T, d], each to the slots and the columns that some of them sees."""
@@ -272,18 +284,10 @@ class GateSWA(AttentionModule):
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
     def _fuses(self, query: Tensor, view: View) -> bool:
-        """Whether all blocks go through one fused kernel: nothing but the window and the sinks says what is seen.
-
-        Not where gradients are asked for on a GPU, where block after block was not seen to be slower.
-        """
-        learns = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (query, view.keys, view.values, *self.parameters())
-        )
-        if learns and query.device.type != "cpu":
-            return False
+        """Whether all blocks go through one fused kernel: nothing but the window and the sinks says what is seen."""
         plain = view.near is None and view.far is None and view.documents is None and self.config.softcap is None
         dropout = self.training and self.attention_dropout
-        traced = not self.blocks or torch.compiler.is_exporting()
+        traced = not self.blocks or exporting()
         return plain and not dropout and not traced and kernel_for(query) is None
 
     def _attend_in_kernel(self, query: Tensor, view: View, sinks: Tensor | None) -> Tensor:

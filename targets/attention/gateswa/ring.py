@@ -50,6 +50,14 @@ class RingLayer(StaticLayer):
             keep_in_place(self.keys, self.values, self.cumulative_length)
         self.is_initialized = True
 
+    def tensors(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as they lie in the ring, made like new ones [B, G, T, .] where there are none yet."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys is None or self.values is None:
+            raise AssertionError("an initialised layer has tensors")
+        return self.keys, self.values
+
     def update(
         self,
         key_states: Tensor,
@@ -72,19 +80,15 @@ class RingLayer(StaticLayer):
         Returns:
             Keys and values: the sink slots, then the tokens of `column_positions`.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.keys is None or self.values is None:
-            raise AssertionError("an initialised layer has tensors")
+        keys, values = ring = self.tensors(key_states, value_states)
         count, length, past = self.sink_tokens, key_states.shape[2], self.cumulative_length
         if count:
             if held is None:
                 raise AssertionError("what the sink slots hold is read off the mask")
-            before = Sinks(self.keys[:, :, :count], self.values[:, :, :count], held)
+            before = Sinks(keys[:, :, :count], values[:, :, :count], held)
             sinks = before.extended(key_states, value_states, real, past)
             before.keys.copy_(sinks.keys)
             before.values.copy_(sinks.values)
-        keys, values = self.keys, self.values
         if length > 1:
             columns = count + (past + torch.arange(1 - self.window, 0, device=self.device)) % self.window
             keys, values = (
@@ -93,8 +97,8 @@ class RingLayer(StaticLayer):
             )
         kept = min(length, self.window)
         slots = count + (past + torch.arange(length - kept, length, device=self.device)) % self.window
-        self.keys.index_copy_(2, slots, key_states[:, :, length - kept :])
-        self.values.index_copy_(2, slots, value_states[:, :, length - kept :])
+        for x, new in zip(ring, (key_states, value_states), strict=True):
+            x.index_copy_(2, slots, new[:, :, length - kept :])
         self.cumulative_length.add_(length)
         return keys, values
 
@@ -111,10 +115,7 @@ class RingLayer(StaticLayer):
         Returns:
             Keys and values, the sink slots first, and which of them the token sees, bool [n + W].
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.keys is None or self.values is None:
-            raise AssertionError("an initialised layer has tensors")
+        ring = self.tensors(key_states, value_states)
         count, past = self.sink_tokens, self.cumulative_length
         begins = torch.arange(self.window, device=self.device)
         places = (past % self.window + count).view(1)
@@ -122,10 +123,10 @@ class RingLayer(StaticLayer):
             begins = torch.cat((torch.arange(self.window, self.window + count, device=self.device), begins))
             places = torch.cat((torch.where(past < count, past.view(1), places), places))
         seen = begins <= past
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
+        for held, new in zip(ring, (key_states, value_states), strict=True):
             held.index_copy_(2, places, new.expand(-1, -1, len(places), -1))
         self.cumulative_length.add_(1)
-        return self.keys, self.values, seen
+        return *ring, seen
 
     def column_positions(self, length: int) -> Tensor:
         """Positions of what the last update returned after the sink slots, `EMPTY` where nothing is.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attnedit.compiler.compatibility.caches import append
 from attnedit.compiler.compatibility.live import is_plain_linear, recorded_attention
 from attnedit.compiler.compatibility.paged import PagedLayers
+from attnedit.compiler.compatibility.torch_names import exporting
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.masks import causal, shown
 from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
@@ -185,7 +186,7 @@ class MLA(AttentionModule):
         if not (windowed or keys > length or nope + rope > TORCH_SIZE) or length == 1 or not nope:
             return False
         plain = config.softcap is None and self.sinks is None and not (self.training and self.attention_dropout)
-        if not plain or torch.compiler.is_exporting() or kernel_for(query) is not None:
+        if not plain or exporting() or kernel_for(query) is not None:
             return False
         return prefills_fused(query, (latent, *self.parameters()), (nope, config.v_head_dim, *([rope] if rope else [])))
 
