@@ -6,6 +6,7 @@ Triton decides when it is imported whether kernels are interpreted, so that cann
 import itertools
 import json
 import sys
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ SHAPES = ((1, 3, 5, 6, 4), (3, 9, 70, 40, 0), (2, 40, 100, 130, 22), (2, 2, 1, 1
 if DEVICE == "cuda":
     SHAPES += ((2, 40, 1000, 136, 24), (3, 32, 300, 512, 64), (2, 32, 517, 848, 176), (2, 9, 129, 64, 16))
 MASKS = ("none", "bool", "add", "shared")
+KINDS = ("none", "bool", "float", "shared table")
 
 
 def reference(query: Tensor | None, rope: Tensor | None, latent: Tensor, slots: Tensor, hidden: Tensor) -> Tensor:
@@ -88,30 +90,41 @@ def kernel_errors() -> dict[str, float]:
     return errors
 
 
-def module_errors() -> dict[str, float]:
-    """The module's step through the kernel against the same module in float64, whose step is plain."""
+def module_errors() -> tuple[dict[str, float], int]:
+    """The module's step through the kernels against the same module in float64, whose step is plain; how many did."""
     errors = {}
-    for mask_kind in ("none", "bool", "float"):
-        config = MLAConfig(0, 4, 8, 6, 12, (0, 2, 3), 8, 10, 0.4)
-        torch.manual_seed(0)
-        module = MLA(config, device=DEVICE, dtype=torch.float16).requires_grad_(False)
-        exact = MLA(config, device=DEVICE, dtype=torch.float64).requires_grad_(False)
-        exact.load_state_dict(module.state_dict())
-        cached = [torch.randn(2, 1, 33, size, device=DEVICE).half() for size in (12, 6)]
-        query, states = torch.randn(2, 4, 1, 8, device=DEVICE).half(), torch.randn(2, 1, 10, device=DEVICE).half()
-        angle = torch.rand(2, 1, 5, device=DEVICE)
-        turns = [angle.cos().half(), angle.sin().half()]
-        mask = None
-        if mask_kind != "none":
-            mask = (torch.arange(33, device=DEVICE) >= torch.tensor([[0], [7]], device=DEVICE))[:, None, None]
-            if mask_kind == "float":
-                mask = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, torch.finfo(torch.float32).min)
-        found = module(query, states, *turns, mask, Full(*cached))
-        expected = exact(
-            query.double(), states.double(), *(x.double() for x in turns), mask, Full(*(x.double() for x in cached))
-        )
-        errors[f"module {mask_kind}"] = float((found.double() - expected).norm() / expected.norm())
-    return errors
+    used = mock.Mock(wraps=torch.ops.attnedit.latent_decode_raised)
+    forms = (((0, 2, 3), False), ((), False), (tuple(range(5)), True))
+    with mock.patch.object(torch.ops.attnedit, "latent_decode_raised", used):
+        for dtype, (slots, bias), kind, batch in itertools.product(DTYPES, forms, KINDS, (1, 2, 17, 33)):
+            config = MLAConfig(0, 4, 8, 6, 12, slots, 8, 10, 0.4, kv_bias=bias)
+            module = MLA(config, device=DEVICE, dtype=dtype).requires_grad_(False)
+            exact = MLA(config, device=DEVICE, dtype=torch.float64).requires_grad_(False)
+            exact.load_state_dict(module.state_dict())
+            keys = 33 if batch > 1 else 500
+            cached = [torch.randn(batch, 1, keys, size, device=DEVICE).to(dtype) for size in (12, 2 * len(slots))]
+            # Heads behind tokens, as projections leave them.
+            query = torch.randn(batch, 1, 4, 8, device=DEVICE).to(dtype).transpose(1, 2)
+            states, angle = torch.randn(batch, 1, 10, device=DEVICE).to(dtype), torch.rand(batch, 1, 5, device=DEVICE)
+            turns = [angle.cos().to(dtype), angle.sin().to(dtype)] if slots else [None, None]
+            if kind == "shared table":
+                turns = [None if x is None else x[:1] for x in turns]
+            mask = None
+            if kind in ("bool", "float"):
+                shown = torch.arange(keys, device=DEVICE) >= torch.arange(batch, device=DEVICE)[:, None] % 7
+                mask = shown[:, None, None]
+                if kind == "float":
+                    mask = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, torch.finfo(torch.float32).min)
+            given = (query, states, *turns)
+            found, appended = module(*given, mask, full := Full(*cached)), full.appended
+            double = [None if x is None else x.double() for x in given]
+            expected = exact(*double, mask, full := Full(*(x.double() for x in cached)))
+            name = f"module {dtype} {len(slots)} {kind} {batch}"
+            errors[name] = float((found.double() - expected).norm() / expected.norm())
+            for part, new, other in zip(("latent", "slots"), appended, full.appended, strict=True):
+                if new.numel():
+                    errors[f"{name} {part}"] = float((new.double() - other).norm() / other.norm())
+    return errors, used.call_count
 
 
 class Full:
@@ -121,6 +134,7 @@ class Full:
         self.parts = (keys, values)
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        self.appended = keys, values
         return self.parts
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -138,4 +152,5 @@ if __name__ == "__main__":
         "grad": decodes_fused(half, None, latent.half().requires_grad_(), None),
         "masked by head": decodes_fused(half, None, latent.half(), torch.ones((1, 2, 1, 4), device=DEVICE).bool()),
     }
-    json.dump({"choices": choices, "errors": {**kernel_errors(), **module_errors()}}, sys.stdout)
+    errors, surrounded = module_errors()
+    json.dump({"choices": choices, "errors": kernel_errors() | errors, "surrounded": surrounded}, sys.stdout)

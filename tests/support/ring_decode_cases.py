@@ -29,7 +29,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "source's sinks": {"sink_logit": True, "sink_value": True, "sinks": True, "sink_tokens": 9},
 }
 SHAPES = ((7, 4, 2, 16, 12, 2), (70, 6, 1, 12, 20, 1), (1, 2, 2, 16, 16, 3))
-"""Window, heads, groups, size of keys, of values, batch; slots and window below, at and beyond what is taken at once."""
+"""Window, heads, groups, size of keys, of values, batch; rings that fit into what is taken at once, and one beyond."""
 
 
 def module_of(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> GateSWA:

@@ -19,7 +19,7 @@ from torch import Tensor
 from attnedit.targets.attention.mla.decode_sizes import Blocks, Roles, choose_blocks, choose_roles, choose_splits
 from attnedit.targets.attention.triton_support import power, runs_on
 
-__all__ = ["decodes_fused", "latent_decode"]
+__all__ = ["attend_parts", "by_rows", "choose_cut", "decodes_fused", "fits", "latent_decode"]
 
 REGISTERS = 160
 """Of a thread that weighs the latent, in the kernel with roles: sums of half of 1,024 columns, and some more."""
@@ -45,9 +45,12 @@ def decodes_fused(query: Tensor | None, query_rope: Tensor | None, latent: Tenso
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, query_rope, latent)):
         return False
     rope = 0 if query_rope is None else query_rope.shape[-1]
-    return (
-        runs_on(latent.device) and _blocks(_heads(query, query_rope), latent.shape[-1], rope, latent.device) is not None
-    )
+    return fits(_heads(query, query_rope), latent.shape[-1], rope, latent.device)
+
+
+def fits(heads: int, rank: int, rope: int, device: torch.device) -> bool:
+    """Whether a kernel runs there that takes such a latent."""
+    return runs_on(device) and _blocks(heads, rank, rope, device) is not None
 
 
 def latent_decode(
@@ -90,16 +93,21 @@ def _launch(
     mask: Tensor | None,
     length: Tensor | None,
 ) -> Tensor:
+    latent, slots = by_rows(latent), by_rows(slots)
+    with torch.cuda.device_of(latent):  # triton launches on the current device
+        return run_kernels(query, query_rope, latent, slots, mask, length, choose_cut(query, query_rope, latent, slots))
+
+
+def choose_cut(query: Tensor | None, query_rope: Tensor | None, latent: Tensor, slots: Tensor) -> Blocks | Roles:
+    """Say which kernel takes a step that `decodes_fused` said one does, and how it is cut; caches by rows."""
     rope = 0 if query_rope is None else query_rope.shape[-1]
     sizes = (_heads(query, query_rope), latent.shape[-1], rope, latent.device)
-    latent, slots = _by_rows(latent), _by_rows(slots)
     roles = None if query is None else _roles(*sizes)  # logits of slots alone are too rare to have been tried
-    fits = roles is not None and _copies(latent, roles.tokens) and (not rope or _copies(slots, roles.tokens))
-    cut: Blocks | Roles | None = roles if fits else _blocks(*sizes)
+    copied = roles is not None and _copies(latent, roles.tokens) and (not rope or _copies(slots, roles.tokens))
+    cut: Blocks | Roles | None = roles if copied else _blocks(*sizes)
     if cut is None:
         raise AssertionError("decodes_fused said so")
-    with torch.cuda.device_of(latent):  # triton launches on the current device
-        return run_kernels(query, query_rope, latent, slots, mask, length, cut)
+    return cut
 
 
 def run_kernels(
@@ -113,22 +121,65 @@ def run_kernels(
     splits: int | None = None,
 ) -> Tensor:
     """Run `latent_decode` cut in a given way, into a number of parts of the sequence (chosen where None)."""
-    from attnedit.targets.attention.mla.decode_kernels import attend_split, sum_splits
+    from attnedit.targets.attention.mla.decode_kernels import sum_splits
+
+    parts, mass = attend_parts(query, query_rope, by_rows(latent), by_rows(slots), mask, length, cut, splits)
+    batch, splits, heads, rank = parts.shape
+    if splits == 1:
+        return parts[:, 0]
+    context = torch.empty((batch, heads, rank), dtype=latent.dtype, device=latent.device)
+    many = power(splits)
+    wide = max(16, min(128, 8192 // many))
+    sum_splits[(batch * heads, -(-rank // wide))](
+        parts, mass, context, heads, splits, RANK=rank, SPLITS=many, BLOCK_R=wide
+    )
+    return context
+
+
+def attend_parts(
+    query: Tensor | None,
+    query_rope: Tensor | None,
+    latent: Tensor,
+    slots: Tensor,
+    mask: Tensor | None,
+    length: Tensor | None,
+    cut: Blocks | Roles,
+    splits: int | None = None,
+    most: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend with each part of the sequence alone.
+
+    Args:
+        query: as of `latent_decode`, like `query_rope`, `mask` and `length`.
+        query_rope: [B, H, 2s].
+        latent: [B, S, r], by rows.
+        slots: [B, S, 2s], likewise.
+        mask: None or [B or 1, S].
+        length: filled keys, or None.
+        cut: of the work.
+        splits: n; chosen where None.
+        most: parts; they are then in the dtype of the latent, as the only one is.
+
+    Returns:
+        The mean of each part [B, n, H, r], in float32 where there are several, and the logarithm to the base of 2 of
+        its sum of exponentials, float32 [B, n, H].
+    """
+    from attnedit.targets.attention.mla.decode_kernels import attend_split
 
     batch, heads = latent.shape[0], _heads(query, query_rope)
     keys, rank = latent.shape[1:]
     rope = 0 if query_rope is None else query_rope.shape[-1]
     query, query_rope = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, query_rope))
-    latent, slots = _by_rows(latent), _by_rows(slots)
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "add"
     if mask is not None:
         mask = mask.contiguous().view(torch.int8) if kind == "bool" else mask.contiguous()
     programs = batch * -(-heads // cut.heads)
     if splits is None:
         splits = choose_splits(programs, keys, cut.resident * _processors(latent.device), cut.tokens)
-    context = torch.empty((batch, heads, rank), dtype=latent.dtype, device=latent.device)
-    parts = context if splits == 1 else context.new_empty((batch, splits, heads, rank), dtype=torch.float32)
-    mass = context.new_empty((batch, splits, heads), dtype=torch.float32)
+    splits = min(splits, most or splits)
+    dtype = latent.dtype if splits == 1 or most else torch.float32
+    parts = torch.empty((batch, splits, heads, rank), dtype=dtype, device=latent.device)
+    mass = parts.new_empty((batch, splits, heads), dtype=torch.float32)
     common: dict[str, Any] = {
         "query": latent if query is None else query,
         "query_rope": latent if query_rope is None else query_rope,
@@ -167,13 +218,7 @@ def run_kernels(
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-    if splits > 1:
-        many = power(splits)
-        wide = max(16, min(128, 8192 // many))
-        sum_splits[(batch * heads, -(-rank // wide))](
-            parts, mass, context, heads, splits, RANK=rank, SPLITS=many, BLOCK_R=wide
-        )
-    return context
+    return parts, mass
 
 
 def _attend_in_roles(grid: tuple[int, int], latent: Tensor, slots: Tensor, cut: Roles, common: dict[str, Any]) -> None:
@@ -193,7 +238,7 @@ def _attend_in_roles(grid: tuple[int, int], latent: Tensor, slots: Tensor, cut: 
     )
 
 
-def _by_rows(x: Tensor) -> Tensor:
+def by_rows(x: Tensor) -> Tensor:
     """[B, S, .] as the kernel walks it: columns side by side, sequences a whole number of rows apart."""
     regular = x.shape[-1] == 0 or (x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1))
     return x if regular else x.contiguous()

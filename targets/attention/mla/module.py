@@ -25,6 +25,7 @@ from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.decode import decodes_fused, latent_decode
 from attnedit.targets.attention.mla.paths import TORCH_SIZE, choose_path, fused_sizes
 from attnedit.targets.attention.mla.rotary import rotate, slot_table
+from attnedit.targets.attention.mla.step import latent_decode_raised, latent_inputs, surrounded
 from attnedit.targets.attention.module import AttentionModule, upcast
 from attnedit.targets.attention.prefill import prefill_attention, prefills_fused
 
@@ -147,12 +148,14 @@ class MLA(AttentionModule):
             attention_mask = past_key_values.visible(config.layer_idx, config.window)
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
             raise self.no_mask(attention_mask)
+        if self.q_rope_proj is not None and (cos is None or sin is None):
+            raise UsageError(f"layer {config.layer_idx}: rotary slots need cos and sin, got None")
+        if past_key_values is not None and self._is_short_step(query, kv_input, attention_mask):
+            return self._step(query, kv_input, cos, sin, attention_mask, past_key_values)
         projected = self.kv_a_proj_with_mqa(kv_input)
         latent, slots = projected.tensor_split((config.kv_lora_rank,), dim=-1)
         query_rope: Tensor | None = None
-        if self.q_rope_proj is not None:
-            if cos is None or sin is None:
-                raise UsageError(f"layer {config.layer_idx}: rotary slots need cos and sin, got None")
+        if self.q_rope_proj is not None and cos is not None and sin is not None:
             cos, sin = self._table(cos, slots), self._table(sin, slots)
             slots = rotate(slots, cos, sin)
             query_rope = torch.einsum("bhtd,hsd->bhts", query, self.q_rope_proj)
@@ -176,6 +179,41 @@ class MLA(AttentionModule):
             return self._expanded(query, query_rope, latent[:, 0], slots[:, 0], mask)
         return self._absorbed(query, query_rope, latent[:, 0], slots[:, 0], mask, past_key_values)
 
+    def _is_short_step(self, query: Tensor, kv_input: Tensor, mask: Tensor | None) -> bool:
+        """Whether one new token of a few sequences goes through the few launches of `_step`."""
+        weights = self.kv_a_proj_with_mqa, self.kv_b_proj, self.q_rope_proj
+        if query.shape[2] != 1 or self.path == "expanded" or not self.config.qk_nope_head_dim:
+            return False
+        return surrounded(query, kv_input, mask, *weights) and self._plain() and recorded_attention() is None
+
+    def _plain(self) -> bool:
+        """Whether attention is nothing but a softmax, as kernels have it."""
+        dropout = self.training and self.attention_dropout
+        return self.config.softcap is None and self.sinks is None and not dropout
+
+    def _step(
+        self,
+        query: Tensor,
+        kv_input: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Cache,
+    ) -> Tensor:
+        """Attend with one token of each sequence, in as few launches as there are."""
+        config, weight = self.config, self.kv_b_proj.weight
+        cos, sin = (None if x is None else self._table(x, kv_input).flatten(0, -2) for x in (cos, sin))
+        kv = self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias
+        down, rotary, new, new_slots = latent_inputs(
+            query[:, :, 0], kv_input[:, 0], *kv, weight, self.q_rope_proj, cos, sin, config.scale
+        )
+        latent, slots = append(cache, new[:, None, None], new_slots[:, None, None], config.layer_idx)
+        mask = self.visible(attention_mask, 1, latent.shape[2], 0, query.device, config.window)
+        row = None if mask is None else mask[:, 0, 0]
+        filled, rope = _filled(cache, config.layer_idx), None if self.q_rope_proj is None else rotary
+        cached = latent[:, 0], slots[:, 0]
+        return latent_decode_raised(down, rope, *cached, row, filled, weight, config.v_head_dim)[:, None]
+
     def _prefills(self, query: Tensor, latent: Tensor, keys: int) -> bool:
         """Whether new tokens without a mask go through our kernel: torch's take no such window, past or size."""
         config, length = self.config, query.shape[2]
@@ -185,8 +223,7 @@ class MLA(AttentionModule):
         windowed = config.window is not None and config.window < keys
         if not (windowed or keys > length or nope + rope > TORCH_SIZE) or length == 1 or not nope:
             return False
-        plain = config.softcap is None and self.sinks is None and not (self.training and self.attention_dropout)
-        if not plain or exporting() or kernel_for(query) is not None:
+        if not self._plain() or exporting() or kernel_for(query) is not None:
             return False
         return prefills_fused(query, (latent, *self.parameters()), (nope, config.v_head_dim, *([rope] if rope else [])))
 
@@ -294,8 +331,7 @@ class MLA(AttentionModule):
         # The scale goes in first: fp16 overflows later that way.
         down = torch.einsum("bhtd,hdr->bhtr", query * config.scale, weight[:, :nope]) if nope else None
         rotary = None if query_rope is None else query_rope * config.scale
-        plain = config.softcap is None and self.sinks is None and not (self.training and self.attention_dropout)
-        if plain and recorded_attention() is None and decodes_fused(down, rotary, latent, mask):
+        if self._plain() and recorded_attention() is None and decodes_fused(down, rotary, latent, mask):
             row = None if mask is None else mask[:, 0, 0]
             one, turned = (None if x is None else x[:, :, 0] for x in (down, rotary))
             context = latent_decode(one, turned, latent, slots, row, _filled(cache, config.layer_idx)).unsqueeze(2)
