@@ -1,6 +1,7 @@
 """Decode on one GPU, close to its memory limit: an attention layer, then whole models, source and results side by side.
 
     python benchmarks/gpu_decode.py --out gpu-decode.json
+    python benchmarks/gpu_decode.py --steps --out gpu-step.json
     python benchmarks/gpu_decode.py --compiled --out gpu-decode-compiled.json
     python benchmarks/gpu_decode.py --plot gpu-decode.json gpu-decode.svg
     python benchmarks/gpu_decode.py --tiny --out tiny.json     # a trial of the program, on a processor
@@ -35,6 +36,8 @@ Calls = list[Callable[[], object]]
 BACKENDS = {"default": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 SPARE = 2 << 30
 """Bytes left free beside a cache."""
+FEW = ((1, 2048), (8, 2048), (32, 2048), (1, 8192), (8, 8192), (1, 32768))
+"""Small batches and their cached tokens."""
 
 
 class Filled:
@@ -212,6 +215,7 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="only models of four layers, through torch.compile, at small batches"
     )
+    parser.add_argument("--steps", action="store_true", help="only layers at small batches, with what surrounds them")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a processor")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "IMAGE"), help="only draw earlier results")
     options = parser.parse_args()
@@ -227,6 +231,13 @@ def main() -> None:
         return
     report.values["copy"], report.values["read"] = bandwidth(shape)
     report.add("bandwidth", copy=report.values["copy"], read=report.values["read"])
+    if options.steps:
+        for batch, length in FEW if not options.tiny else [(1, shape.lengths[0])]:
+            layer = Layer(shape, report, batch, length)
+            layer.run()
+            make = functools.partial(layer.window_calls, compiled=True)
+            layer.measure(f"GateSWA {shape.window}, compiled", layer.window_bytes, layer.window_bytes, make)
+        return
     first = Layer(shape, report, shape.batches[0], shape.lengths[0])
     first.run()
     models = Models(shape)

@@ -50,7 +50,7 @@ foreach_lerp, foreach_lerp_, foreach_mul_ = torch._foreach_lerp, torch._foreach_
 
 
 def exporting() -> bool:
-    """Whether torch.export traces. Before torch 2.13 `torch.compiler.is_exporting` says so in torch.compile, too."""
+    """Whether torch.export traces. That of torch 2.11, `torch.compiler.is_exporting`, says so in torch.compile, too."""
     exports: bool = torch.compiler._is_exporting_flag
     return exports
 

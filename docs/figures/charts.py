@@ -15,7 +15,7 @@ SHORT = {
     "MLA 1/2, closed form": "MLA 1/2",
     "MLA 1/4, trained at 4,096, then 8,192": "MLA 1/4, trained",
     "MLA 1/2, trained at 4,096, then 8,192": "MLA 1/2, trained",
-    "GateSWA and MLA 1/8, trained at 8,192": "both, 1/8, trained",
+    "GateSWA and MLA 1/8, trained at 4,096, then 8,192": "both, 1/8, trained",
 }
 """What is drawn of the runs shown, by shorter names."""
 
@@ -75,7 +75,7 @@ CACHED = {2048: "2,048", 8192: "8,192", 32768: "32,768", 131072: "131,072"}
 def growth_of_decode() -> Drawing:
     """Microseconds of one step of a layer's attention against the length, both logarithmic."""
     forms = {"source": "source", "MLA 1/2 kernel": "MLA 1/2", "MLA 512+64 kernel": "MLA 512 + 64"}
-    forms |= {"MLA 1/4 kernel": "MLA 1/4", "GateSWA 128": "GateSWA, with its gate"}
+    forms |= {"MLA 1/4 kernel": "MLA 1/4"}
     times = layers()
     series = [(name, [times[32, length][form] for length in CACHED], form == "source") for form, name in forms.items()]
     title = "Decode of 32 sequences, one layer's attention, µs (H200)"

@@ -24,8 +24,11 @@ SHOWN = {
     "MLA 1/2, trained at 4,096, then 8,192": "half, trained at 4,096, then 8,192",
     "MLA 1/4, trained at 4,096, then 8,192": "quarter, trained at 4,096, then 8,192",
     "MLA 1/8, trained at 4,096, then 8,192": "eighth of MLA, trained at 4,096, then 8,192",
-    "GateSWA and MLA 1/8, trained at 8,192": "eighth by both targets, trained",
-    "GateSWA and MLA 1/8, trained at 4,096": "eighth by both targets, trained, 4,096 tokens a step",
+    "GateSWA and MLA 1/8, trained at 4,096, then 8,192": "eighth by both targets, trained at 4,096, then 8,192",
+    "GateSWA and MLA 1/8 with sink logits only, trained at 4,096, then 8,192": (
+        "eighth by both targets, sink logits only, trained at 4,096, then 8,192"
+    ),
+    "GateSWA and MLA 1/16, trained at 4,096, then 8,192": "sixteenth by both targets, trained at 4,096, then 8,192",
 }
 """Which runs the pages show, by the name that they have there."""
 
@@ -72,15 +75,21 @@ def found() -> str:
 
 
 def qwen() -> str:
-    """The second real model: perplexity by position, and facts found."""
+    """The second real model: perplexity by position."""
     figures = data("long-context-qwen")
-    (run,) = figures["runs"]
-    rows = [[_range(*ends), ratio] for ends, ratio in zip(figures["ranges"], ratios_of(run, run["ratio"]), strict=True)]
-    found = dict(zip(figures["lengths"], zip(figures["source"]["found"], run["found"], strict=True), strict=True))
-    for row, (_, end) in zip(rows, figures["ranges"], strict=True):
-        row += [with_interval(share, 20) for share in found.get(end, (None, None))]
-    head = ["tokens", "MLA 1/2, closed form", "found in texts of that length, source, %", "MLA 1/2, %"]
-    return table(head, rows)
+    columns = [ratios_of(run, run["ratio"]) for run in figures["runs"]]
+    rows = [[_range(*ends), *cells] for ends, *cells in zip(figures["ranges"], *columns, strict=True)]
+    return table(["tokens", *(run["label"] for run in figures["runs"])], rows)
+
+
+def qwen_found() -> str:
+    """The second real model: facts found in texts of each length."""
+    figures = data("long-context-qwen")
+    rows = [["source", *(with_interval(share, 20) for share in figures["source"]["found"])]]
+    for run in figures["runs"]:
+        if "found" in run:
+            rows.append([run["label"], *(with_interval(share, 20) for share in run["found"])])
+    return table(["", *(f"{length:,} tokens" for length in figures["lengths"])], rows)
 
 
 def _range(first: int, end: int) -> str:
@@ -178,7 +187,7 @@ def choices() -> str:
     return table(["cache", "trained", "perplexity, worst range", "found at 4k, %", "at 8k, %"], rows)
 
 
-MADE = [quality, found, qwen, ruler, tasks, short_windows, short_trained, recall_of_windows]
+MADE = [quality, found, qwen, qwen_found, ruler, tasks, short_windows, short_trained, recall_of_windows]
 MADE += [*GPU_TABLES, on_cpu, cost, training_speed, recipes, choices]
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in MADE}
 

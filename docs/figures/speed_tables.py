@@ -13,10 +13,10 @@ MODELS = ("source", "MLA", "GateSWA", "GateSWA + MLA")
 PREFILLS = ("source", "MLA 512+64", "MLA 1/4", "MLA 1/2", "GateSWA", "GateSWA + MLA")
 
 
-def layers() -> dict[tuple[int, int], dict[str, float]]:
+def layers(run: str = "gpu-decode") -> dict[tuple[int, int], dict[str, float]]:
     """Microseconds of one layer's forms by batch and cached tokens; "source" is the best of torch's kernels."""
     found: dict[tuple[int, int], dict[str, float]] = {}
-    for case in data("gpu-decode")["layer"]:
+    for case in data(run)["layer"]:
         times = found.setdefault((case["batch"], case["length"]), {})
         times[case["name"]] = case["us"]
         if case["name"].startswith("source"):
@@ -38,13 +38,14 @@ def kernels() -> str:
 
 
 def one_layer() -> str:
-    """One attention layer with all that surrounds the kernel."""
-    names = {"MLA 512 + 64": "MLA 512+64", "MLA 1/4": "MLA 1/4", "GateSWA 128": "GateSWA 128"}
-    rows = [
-        [f"{batch} x {cached:,}", _us(times.get("source")), *(_us(times.get(name)) for name in names.values())]
-        for (batch, cached), times in layers().items()
-    ]
-    return table(["batch and cached tokens", "source", *names], rows)
+    """One attention layer with all that surrounds the kernel, with how many times as fast it is."""
+    forms = {"MLA 512 + 64": "MLA 512+64", "MLA 1/4": "MLA 1/4", "MLA 1/2": "MLA 1/2", "GateSWA 128": "GateSWA 128"}
+    rows = []
+    for (batch, cached), times in layers("gpu-step").items():
+        cells = [f"{batch} x {cached:,}", _us(times["source"])]
+        cells += [f"{_us(times[form])} ({times['source'] / times[form]:.2f})" for form in forms.values()]
+        rows.append(cells)
+    return table(["batch and cached tokens", "source's kernel", *forms], rows)
 
 
 def model_cases() -> dict[int, dict[str, list[dict[str, Any]]]]:
@@ -122,22 +123,23 @@ def exponent(values: dict[int, float]) -> float:
 
 def growth() -> str:
     """Exponents of time and memory against length and batch."""
-    times = layers()
-    kernel = {"source": "source", "GateSWA": "GateSWA 128"}
+    long, few = layers(), layers("gpu-step")
 
-    def decode(name: str, cases: list[tuple[int, int]], axis: int) -> str:
-        form = kernel.get(name, f"{name} kernel")
-        return f"{exponent({case[axis]: times[case][form] for case in cases}):.2f}"
+    def decode(name: str, axis: int) -> str:
+        if name == "GateSWA":  # the ring is as long as ever
+            cases = [((1, 2048), (1, 8192), (1, 32768)), ((1, 2048), (8, 2048), (32, 2048))][1 - axis]
+            return f"{exponent({case[axis]: few[case]['GateSWA 128'] for case in cases}):.2f}"
+        cases = [((32, 8192), (32, 32768), (32, 131072)), ((1, 32768), (32, 32768), (128, 32768))][1 - axis]
+        form = name if name == "source" else f"{name} kernel"
+        return f"{exponent({case[axis]: long[case][form] for case in cases}):.2f}"
 
-    lengths = [(32, length) for length in (8192, 32768, 131072)]
-    batches = [(batch, 32768) for batch in (1, 32, 128)]
     rows = []
     for name in PREFILLS[:-1]:
-        long = [
+        prompts = [
             f"{exponent({length: prefills(figure)[name, 1][length] for length in (8192, 32768, 131072)}):.2f}"
             for figure in ("ms", "peak_gb")
         ]
-        rows.append([name, decode(name, lengths, 1), decode(name, batches, 0), *long])
+        rows.append([name, decode(name, 1), decode(name, 0), *prompts])
     head = ["", "decode, length", "decode, batch", "prompt, length", "prompt's memory, length"]
     return table(head, rows)
 

@@ -52,7 +52,10 @@ class LayerFit:
         self._first, self._last = min(by_layer), max(by_layer)
 
     def losses(self, ids: Tensor, rows: Tensor | None = None, scale: float | None = None) -> dict[str, Tensor]:
-        """Squared error of each module's output as a fraction of the source output's power: mean over windows.
+        """Squared error of each module's output as a fraction of the source output's power, mean over windows.
+
+        Twice: of all tokens, and of the first one alone, since whole windows depend on it (an attention sink, which
+        grows to thousands of times the others' size: arXiv 2309.17453, 2402.17762).
 
         Args:
             ids: token ids [B, T].
@@ -69,8 +72,11 @@ class LayerFit:
                 wanted = _first(output).detach().float()
                 with torch.set_grad_enabled(scale is not None):
                     new = _first(self._students[name](*args, **kwargs)).float()
-                    wrong, power = ((x.square().flatten(1).sum(1)) for x in (new - wanted, wanted))
-                    loss = (wrong / power.clamp(min=1e-20)).mean()
+                    wrong, power = (x.square().sum(-1) for x in (new - wanted, wanted))
+                    of_all, of_first = (
+                        wrong[:, :end].sum(1) / power[:, :end].sum(1).clamp(min=1e-20) for end in (None, 1)
+                    )
+                    loss = (of_all + of_first).mean()
                     if scale is not None:
                         (loss * scale).backward()
                 found[name] = loss.detach()

@@ -28,10 +28,11 @@ WARM_UP = 8
 CLIP = 1.0
 """Largest norm of the gradient."""
 SPIKE = 3.0
-"""A loss this many times the median of the last ones is not learned from."""
+"""A loss this many times the highest of the last ones is not learned from."""
 HISTORY = 32
 SKIPS = 16
-"""Steps skipped in a row after which training goes back to its best state, with half the rate."""
+"""Steps in a row with a loss of `SPIKE` times the usual after which training goes back to its best state, at half the
+rate. Few in a row are windows of another kind, such as repeated passages: those are learned from."""
 RECOVERIES = 2
 LOOKS = 12
 """Looks at held-out windows per stage, unless told."""
@@ -53,11 +54,12 @@ class StageState:
         first, last: held-out loss before training, and at the last look.
         since: looks since the best.
         skipped: steps without an update.
-        row: of these, the last in a row.
+        row: steps in a row with a loss far above the usual one.
         recoveries: times that training went back to its best state.
         seconds: spent.
         tokens: seen.
-        losses: the last ones that were learned from.
+        losses: the last ones; of those not learned from what would have been.
+        usual: the median of the last losses when held-out windows were best.
         done: whether it is over.
     """
 
@@ -75,13 +77,27 @@ class StageState:
     seconds: float = 0.0
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
+    usual: float = math.nan
     done: bool = False
 
     def spikes(self, loss: float) -> bool:
-        """Whether a loss is far above the last ones."""
+        """Take in a loss; whether it is far above all of the last ones."""
         if not math.isfinite(loss):
+            self.row += 1
             return True
-        return len(self.losses) >= HISTORY // 4 and loss > SPIKE * statistics.median(self.losses)
+        if len(self.losses) < HISTORY // 4:
+            self.losses.append(loss)
+            return False
+        if math.isnan(self.usual):
+            self.usual = statistics.median(self.losses)
+        self.row = self.row + 1 if loss > SPIKE * self.usual else 0
+        most = SPIKE * max(self.losses)
+        self.losses = [*self.losses, min(loss, most)][-HISTORY:]
+        return loss > most
+
+    def forget(self) -> None:
+        """Losses so far say nothing of those to come."""
+        self.row, self.losses, self.usual = 0, [], math.nan
 
 
 @dataclass
@@ -182,6 +198,8 @@ class _Run:
     def step(self) -> dict[str, Any]:
         """Learn from one batch, unless it is broken; returns what is logged."""
         stage, state = self._stage, self.state
+        if state.step and stage.tokens(state.step) != stage.tokens(state.step - 1):  # longer windows
+            state.forget()
         rate = state.rate * _schedule(state.step, stage.steps) / 2**state.recoveries
         self._forget_gradients()
         losses = processes().add(stage.learn(state.step))
@@ -191,14 +209,11 @@ class _Run:
         norms = self._clip()
         state.tokens += stage.tokens(state.step)
         state.step += 1
-        broken = state.spikes(losses["loss"]) or not all(math.isfinite(norm) for norm in norms)
+        broken = state.spikes(losses["loss"] if all(map(math.isfinite, norms)) else math.nan)
         if broken:
             state.skipped += 1
-            state.row += 1
         else:
             self._optimiser.step(rate)
-            state.row = 0
-            state.losses = [*state.losses, losses["loss"]][-HISTORY:]
         entry = {"stage": stage.name, "step": state.step, **losses, "norm": max(norms), "rate": rate, "skipped": broken}
         if state.row >= SKIPS:
             self._recover()
@@ -251,7 +266,8 @@ class _Run:
                 "lower the learning rate"
             )
         self._optimiser.forget()
-        state.recoveries, state.row, state.losses = state.recoveries + 1, 0, []
+        state.recoveries += 1
+        state.forget()
 
     def _look(self) -> float:
         """Held-out loss now; remember parameters that are the best so far."""
@@ -259,6 +275,7 @@ class _Run:
         state.last = statistics.fmean(_evaluate(self._stage))
         if state.last < state.best:
             state.best, state.best_step, state.since = state.last, state.step, 0
+            state.usual = statistics.median(state.losses) if state.losses else math.nan
             self._best = snapshot(self._local)
         else:
             state.since += 1

@@ -66,6 +66,28 @@ def test_broken_steps_are_skipped_and_counted() -> None:
     assert float(clean.loss().detach()) < 1e-2
 
 
+def test_windows_of_another_kind_are_learned_from() -> None:
+    """Every second loss is ten times the others, as with repeated passages; but what is broken is left out."""
+    toy = Quadratic({step: 10.0 for step in range(1, 200, 2)} | {150: 1e9}, steps=200)
+    state = run(toy)
+    assert 0 < state.skipped <= 4
+    assert state.recoveries == 0
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_longer_windows_are_no_break_down(longer: bool) -> None:
+    toy = Quadratic(steps=100)
+
+    def learn(step: int) -> dict[str, float]:
+        toy.learn(step)
+        return {"loss": 1.0 if step < 50 else 40.0}
+
+    toy.stage.learn = learn
+    toy.stage.tokens = lambda step: 20 if longer and step >= 50 else 10
+    state = run(toy)
+    assert (state.skipped, state.recoveries) == ((0, 0) if longer else (3, 1))
+
+
 def test_a_run_that_cannot_recover_ends_with_its_best_state() -> None:
     toy = Quadratic(always_from=30, steps=200)
     with pytest.raises(DivergedError, match="lower the learning rate"):

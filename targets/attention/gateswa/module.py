@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -20,7 +19,6 @@ from attnedit.compiler.compatibility.live import recorded_attention
 from attnedit.compiler.compatibility.paged import PagedLayers
 from attnedit.compiler.compatibility.torch_names import exporting
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.graph.masks import hidden_value, shown
 from attnedit.targets.attention.gateswa.blocks import attend_in_blocks
 from attnedit.targets.attention.gateswa.cache import GateSWALayer, Sinks
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
@@ -28,6 +26,7 @@ from attnedit.targets.attention.gateswa.decode import ring_decode, ring_for_step
 from attnedit.targets.attention.gateswa.dense import attend_densely
 from attnedit.targets.attention.gateswa.documents import Documents
 from attnedit.targets.attention.gateswa.layers import bounded_layer
+from attnedit.targets.attention.gateswa.masks import by_query, last_columns, real_keys
 from attnedit.targets.attention.gateswa.ring import RingLayer
 from attnedit.targets.attention.gateswa.view import View
 from attnedit.targets.attention.kernels import kernel_for
@@ -158,7 +157,7 @@ class GateSWA(AttentionModule):
 
     def _view(self, key: Tensor, value: Tensor, attention_mask: Tensor | None, cache: Any) -> View:
         """Add the new tokens [B, G, T, .] to the cache, and say what they attend to."""
-        mask = self._mask(attention_mask, key.shape[2])
+        mask = by_query(attention_mask, key.shape[2], self.config.layer_idx)
         layer = None if cache is None else bounded_layer(cache, self.config)
         if layer is None:
             return self._all_keys(key, value, mask, key.shape[2], cache)
@@ -195,11 +194,11 @@ class GateSWA(AttentionModule):
     def _bounded_keys(self, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any, layer: GateSWALayer) -> View:
         """Put the new tokens into the bounded layer of the cache; key [B, G, T, d], mask [B, 1 or H, T, M]."""
         config, length, past = self.config, key.shape[2], layer.get_seq_length()
-        real = None if mask is None else _real(mask[..., -length:])
+        real = None if mask is None else real_keys(mask[..., -length:])
         keys, values = cache.update(key, value, config.layer_idx, real=real)
         slots = layer.slot_positions()
         columns = keys.shape[2] - slots.shape[1]
-        near = None if mask is None else self._fit(mask, columns)
+        near = None if mask is None else last_columns(mask, columns, config.layer_idx)
         # A mask as narrow as the source's own window says nothing of the slots.
         far = mask if mask is not None and mask.shape[-1] == past + length else None
         position = torch.arange(past + length - columns, past + length, device=keys.device)
@@ -209,7 +208,7 @@ class GateSWA(AttentionModule):
         """Put the new tokens into the ring of a static cache; no number is read off a tensor."""
         length = key.shape[2]
         past = layer.get_seq_length() + torch.zeros((), dtype=torch.long, device=key.device)  # it changes in place
-        seen = None if mask is None else _real(mask)
+        seen = None if mask is None else real_keys(mask)
         real = None if seen is None else seen.index_select(-1, past + torch.arange(length, device=key.device))
         held = layer.slot_positions(key, seen, past)
         keys, values = cache.update(key, value, self.config.layer_idx, real=real, held=held)
@@ -236,8 +235,8 @@ class GateSWA(AttentionModule):
                 )
         before = past if isinstance(past, int) else 0  # for blocks of queries, which no compiler sees
         if mask is not None:
-            mask = self._fit(mask, key.shape[2], longer_cache=cache is not None)
-        real = None if mask is None else _real(mask)
+            mask = last_columns(mask, key.shape[2], config.layer_idx, longer_cache=cache is not None)
+        real = None if mask is None else real_keys(mask)
         position = torch.arange(key.shape[2], device=key.device)
         if mask is not None and real is not None and self._may_hold_documents(mask, length, cache):
             documents = Documents.of(mask, real.expand(mask.shape[0], -1), config.sink_tokens)
@@ -329,36 +328,6 @@ class GateSWA(AttentionModule):
         """
         dropout = self.attention_dropout if self.training else 0.0
         return attend_densely(query, keys, values, mask, self.config, self._virtual(sinks), dropout, recorded)
-
-    def _mask(self, mask: Tensor | None, length: int) -> Tensor | None:
-        """Bring every form of mask to None or [B, 1 or H, T, M], bool or float; M columns, the last for the newest."""
-        if mask is None:
-            return None
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            return mask
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask.to(torch.bool)[:, None, None].expand(-1, -1, length, -1)
-        form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise UsageError(
-            f"layer {self.config.layer_idx}: attention mask {form} is neither None nor [B, S] nor [B, 1, T, S]; "
-            "use attn_implementation 'sdpa' or 'eager'"
-        )
-
-    def _fit(self, mask: Tensor, columns: int, longer_cache: bool = False) -> Tensor:
-        """Return the last columns of a mask [B, 1 or H, T, M]; a cache with free slots at its end may be longer."""
-        missing = columns - mask.shape[-1]
-        if missing <= 0:
-            return mask[..., mask.shape[-1] - columns :]
-        if not longer_cache:
-            raise UsageError(
-                f"layer {self.config.layer_idx}: the attention mask has {mask.shape[-1]} columns for {columns} keys"
-            )
-        return F.pad(mask, (0, missing), value=hidden_value(mask))
-
-
-def _real(mask: Tensor) -> Tensor:
-    """Say which keys of a mask [B, 1 or H, T, S] some query sees, bool [B, S]: all but padding and the future."""
-    return shown(mask).any(dim=1).any(dim=1)
 
 
 def _at(x: Tensor, positions: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: B batch, T new tokens, S tokens attended to, H heads, d query size, dv v
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, Protocol
 
 import torch
@@ -19,15 +20,16 @@ from attnedit.compiler.compatibility.live import is_plain_linear, recorded_atten
 from attnedit.compiler.compatibility.paged import PagedLayers
 from attnedit.compiler.compatibility.torch_names import exporting
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.graph.masks import causal, shown
-from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
+from attnedit.compiler.graph.masks import causal
+from attnedit.targets.attention.kernels import kernel_for
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.decode import decodes_fused, latent_decode
-from attnedit.targets.attention.mla.paths import TORCH_SIZE, choose_path, fused_sizes
+from attnedit.targets.attention.mla.expanded import attend_expanded
+from attnedit.targets.attention.mla.paths import TORCH_SIZE, choose_path
 from attnedit.targets.attention.mla.rotary import rotate, slot_table
 from attnedit.targets.attention.mla.step import latent_decode_raised, latent_inputs, surrounded
 from attnedit.targets.attention.module import AttentionModule, upcast
-from attnedit.targets.attention.prefill import prefill_attention, prefills_fused
+from attnedit.targets.attention.prefill import prefills_fused
 
 __all__ = ["MLA", "MLAConfig", "choose_path"]
 
@@ -242,12 +244,21 @@ class MLA(AttentionModule):
         """
         config = self.config
         heads, rows = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
+        dropout = self.attention_dropout if self.training else 0.0
+        attend = functools.partial(
+            attend_expanded,
+            config=config,
+            sinks=self.sinks,
+            dropout=dropout,
+            in_kernel=in_kernel,
+            probabilities=self.probabilities,
+        )
         block = heads
         if config.softcap is None and self.sinks is None and not torch.compiler.is_compiling():
             size = latent.shape[0] * (2 * latent.shape[1] + query.shape[2]) * (rows + config.qk_rope_head_dim)
             block = max(1, min(heads, EXPANDED_BYTES // (size * latent.element_size())))
         if block == heads:
-            return self._expanded_heads(query, query_rope, self.kv_b_proj(latent), slots, mask, in_kernel)
+            return attend(query, query_rope, self.kv_b_proj(latent), slots, mask)
         weight = self._up_weight(latent).unflatten(0, (heads, rows))
         parts = []
         for first in range(0, heads, block):
@@ -255,65 +266,8 @@ class MLA(AttentionModule):
             up = F.linear(latent, weight[span].flatten(0, 1))
             rope = None if query_rope is None else query_rope[:, span]
             own = mask if mask is None or mask.shape[1] == 1 else mask[:, span]
-            parts.append(self._expanded_heads(query[:, span], rope, up, slots, own, in_kernel))
+            parts.append(attend(query[:, span], rope, up, slots, own))
         return torch.cat(parts, dim=2)
-
-    def _expanded_heads(
-        self,
-        query: Tensor,
-        query_rope: Tensor | None,
-        up: Tensor,
-        slots: Tensor,
-        mask: Tensor | None,
-        in_kernel: bool = False,
-    ) -> Tensor:
-        """Attend with some heads h to their keys and values, up [B, S, h (qk_nope_head_dim + dv)]."""
-        config = self.config
-        heads, length = query.shape[1:3]
-        nope = config.qk_nope_head_dim
-        up = up.unflatten(-1, (heads, nope + config.v_head_dim)).transpose(1, 2)
-        key, value = up.split([nope, config.v_head_dim], dim=-1)
-        if in_kernel:
-            past = torch.full((), before := key.shape[2] - length, dtype=torch.long, device=key.device)
-            return prefill_attention(
-                query,
-                key,
-                value,
-                past,
-                before,
-                config.scale,
-                window=config.window,
-                query_rope=query_rope,
-                keys_rope=None if query_rope is None else slots,
-            )
-        if query_rope is not None:
-            rotated = slots.unsqueeze(1).expand(-1, heads, -1, -1)
-            query = torch.cat((query, query_rope), dim=-1) if nope else query_rope
-            key = torch.cat((key, rotated), dim=-1) if nope else rotated
-        is_causal = mask is None and length > 1
-        dropout = self.attention_dropout if self.training else 0.0
-        kernel = None if dropout else kernel_for(query, mask)
-        if kernel is not None and config.softcap is None and (is_causal or mask is not None):
-            visible = None if mask is None else shown(mask)
-            if self.sinks is not None:
-                visible = causal(length, key.shape[2], 0, config.window, query.device) if visible is None else visible
-                virtual = [(self.sinks, None)]
-                query, key, value, visible = with_virtual_keys(query, key, value, visible, config.scale, virtual)
-            return kernel(query, key, value, visible, config.scale).transpose(1, 2)
-        if config.softcap is not None or self.sinks is not None:
-            if is_causal:
-                mask = causal(length, key.shape[2], 0, config.window, query.device)
-            logits = torch.matmul(query * config.scale, key.transpose(-1, -2))
-            return torch.matmul(self.probabilities(logits, mask, self.sinks).to(value.dtype), value).transpose(1, 2)
-        size, wide = fused_sizes(query, key, value, mask)
-        query, key, value = (
-            x if x.shape[-1] == end else F.pad(x, (0, end - x.shape[-1]))
-            for x, end in ((query, size), (key, size), (value, wide))
-        )
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal, scale=config.scale)
-        return out[..., : config.v_head_dim].transpose(1, 2)
 
     def _absorbed(
         self,
