@@ -26,6 +26,8 @@ def test_tiny_run_and_plot(tmp_path: Path) -> None:
     assert names >= {"source default", "MLA 512+64", "MLA 1/4", "GateSWA 8", "GateSWA 8, compiled"}
     assert all(case["us"] > 0 and case["bytes"] > 0 for case in values["layer"])
     assert image.stat().st_size > 1000
+    run("gpu_decode.py", "--tiny", "--steps", "--out", results)
+    assert {case["name"] for case in json.loads(results.read_text())["layer"]} >= {"MLA 1/2", "GateSWA 8, compiled"}
 
 
 @pytest.mark.long
