@@ -39,15 +39,18 @@ def ring_for_step(query: Tensor, mask: Any, cache: Any, config: GateSWAConfig) -
     return layer if isinstance(layer, RingLayer) else None
 
 
-def steps_fused(query: Tensor, config: GateSWAConfig, learning: Iterable[Tensor]) -> bool:
+def steps_fused(query: Tensor, ring: RingLayer, config: GateSWAConfig, learning: Iterable[Tensor]) -> bool:
     """Say whether `ring_decode` takes a step: half precision on a GPU with triton, and no gradient is asked for.
 
     Args:
         query: [B, H, 1, d].
+        ring: which the token goes into.
         config: of the attention.
         learning: whatever else of what goes in might want a gradient, weights that are still to be applied too.
     """
     if query.dtype not in (torch.float16, torch.bfloat16) or config.softcap is not None or kernel_for(query):
+        return False
+    if any(x is not None and (x.dtype != query.dtype or not x.is_contiguous()) for x in (ring.keys, ring.values)):
         return False
     rep = config.num_attention_heads // config.num_key_value_heads
     if max(config.head_dim, config.v_head_dim) > MOST_SIZE or rep > MOST_HEADS:

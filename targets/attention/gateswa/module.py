@@ -143,7 +143,7 @@ class GateSWA(AttentionModule):
             out = self._attend_pages(query, key, value, past_key_values, sinks)
         elif (ring := ring_for_step(query, attention_mask, past_key_values, config)) is not None:
             learning = [x for x in (key, value, sinks, *self.parameters()) if x is not None]
-            if not (self.training and self.attention_dropout) and steps_fused(query, config, learning):
+            if not (self.training and self.attention_dropout) and steps_fused(query, ring, config, learning):
                 return self._step_in_kernel(query, key, value, hidden, ring, sinks)
             keys, values, seen = ring.step(key, value)
             out = self._attend_block(query, keys, values, seen[None, None, None], sinks)
