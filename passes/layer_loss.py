@@ -18,6 +18,7 @@ from attnedit.compiler.execution.model_inputs import is_given
 from attnedit.compiler.execution.stream import Walk, decoder_layers, replaced_forward
 from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.progress import Progress, silent
+from attnedit.passes.beginnings import without_beginnings
 from attnedit.passes.repeats import with_repeats
 
 MEASURED = 8
@@ -78,7 +79,7 @@ def measured_rows(windows: Sequence[Tensor], seed: int, long_rows: int) -> tuple
     lose them. Where images go with a window, its tokens stay where they are.
 
     Args:
-        windows: token ids [N, T] of each length T, longest first.
+        windows: token ids [N, T] of each length T, longest first; `beginnings` are for fitting alone.
         seed: of the repeated passages.
         long_rows: windows of each longer length to measure on.
 
@@ -86,7 +87,8 @@ def measured_rows(windows: Sequence[Tensor], seed: int, long_rows: int) -> tuple
         What is left for fitting, of each length; rows [1, T] to measure on. Of a length with one window both have it.
     """
     generator = torch.Generator().manual_seed(seed)
-    left, rows = [], []
+    left, rows = list[Tensor](), list[Tensor]()
+    windows, begun = without_beginnings(windows)
     for part in windows:
         long = len(windows) > 1 and part is not windows[-1]
         held = min(long_rows if long else MEASURED, max(1, len(part) // 3))
@@ -94,7 +96,7 @@ def measured_rows(windows: Sequence[Tensor], seed: int, long_rows: int) -> tuple
         for index, row in enumerate(part[len(part) - held :].split(1)):
             repeated = (long or index % 2 == 1) and not is_given(row)
             rows.append(with_repeats(row.cpu(), generator).to(row.device) if repeated else row)
-    return left, rows
+    return [*left, *begun], rows
 
 
 def _error(expected: Tensor, found: Tensor) -> float:

@@ -16,6 +16,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.model_inputs import given_digest
 from attnedit.compiler.execution.stream import AttentionInputs
 from attnedit.compiler.rewriting.rewrite import Reject
+from attnedit.passes.beginnings import begins, without_beginnings
 from attnedit.passes.budget import Allocation, by_loss, least_values, plan
 from attnedit.passes.effort import queries_for
 from attnedit.passes.fit_options import FitOptions
@@ -138,7 +139,7 @@ class SiteWork:
             queries: to sample over all windows (`attnedit.passes.effort`).
             hidden: whether to keep the hidden states.
         """
-        count = queries_for(self.source, self.windows, queries)
+        count = queries_for(self.source, without_beginnings(self.windows)[0], queries)
         return take_samples(self.source, self.site, self.inputs, count, self.seed, hidden=hidden)
 
 
@@ -172,6 +173,7 @@ class AttentionTarget(ABC, Generic[S, F]):
         reads: options of `attnedit.options.CompileOptions` that it reads; it is refused any other that only some
             targets read.
         leaves: whether it may leave layers for another target to change ("gateswa+mla").
+        begins: whether its fits want `attnedit.passes.beginnings`, the first tokens of many texts, beside the windows.
         default_budget: where none is asked for; None where the target goes by something else.
         stage, does: of the pipeline, in `attnedit compile --explain`.
         fits: dataclass of what `fit` returns: tensors, numbers, and such dataclasses.
@@ -185,6 +187,7 @@ class AttentionTarget(ABC, Generic[S, F]):
     description: str = ""
     reads: ClassVar[frozenset[str]] = frozenset({"kv_budget", "allocation", "calibration_length", "alternations"})
     leaves: ClassVar[bool] = False
+    begins: ClassVar[bool] = False
     default_budget: ClassVar[float | None] = 0.5
     stage: ClassVar[str] = "fit"
     does: str = "fit new attention"
@@ -339,7 +342,11 @@ class AttentionTarget(ABC, Generic[S, F]):
             return SiteFit(self.build(work.result, work.site, shape, None))
 
         def make() -> F:
-            return self.fit(work.samples(self.queries or self.fit_options.output_queries), shape)
+            samples = work.samples(self.queries or self.fit_options.output_queries)
+            if not self.begins:
+                longest = max(sample.key.shape[2] for sample in samples)
+                samples = [sample for sample in samples if not begins(sample.key.shape[2], longest)]
+            return self.fit(samples, shape)
 
         made_from = (
             "" if work.kept is None else digest(*work.windows, given_digest(), shape, self.fit_options, work.seed)

@@ -34,6 +34,7 @@ from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.reporting.report import Report
 from attnedit.figures import engine_notes, site_graphs
 from attnedit.options import CompileOptions
+from attnedit.passes.beginnings import beginnings
 from attnedit.passes.effort import effort_on
 from attnedit.planning import Plan, calibration_windows, plan_sites
 from attnedit.recipe import Recipe
@@ -116,7 +117,7 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
             implementation.enter_context(giving(data.inputs, model, source.result))
             if data.inputs.by_ids and sees_ahead(model):
                 plan.notes.append("tokens of an image see each other both ways; fits take them as looking back only")
-        fitted = source.fit(plan, windows, log)
+        fitted = source.fit(plan, None if data is None else _fitted_on(data, plan, options.seed), log)
         configs = {site.name: config_of(fitted.graphs[site.name]) for site in plan.chosen if site.name in fitted.graphs}
         held = max((target.cached_tokens for target in plan.targets), default=0)
         ids = check_tokens(windows, model, held, source.device)
@@ -166,6 +167,12 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
         loss_curve=curve,
     )
     return result, report
+
+
+def _fitted_on(data: CalibrationWindows, plan: Plan, seed: int) -> list[Tensor]:
+    """Windows, and beginnings where a target wants them; where images go with windows, those are run as they are."""
+    wanted = any(target.begins for target in plan.targets) and not data.inputs.by_ids
+    return [*data.parts, *(beginnings(data.parts, seed) if wanted else [])]
 
 
 def with_recipe(report: Report, options: CompileOptions, model: str | None) -> Report:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnedit.passes.beginnings import begins
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.solve import ridge_regression
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
@@ -79,7 +80,8 @@ def fit_window(samples: Sequence[LayerSample], config: GateSWAConfig, refit: boo
     """Fit what a windowed layer has beside the source's weights.
 
     Args:
-        samples: the source's queries, keys and values on calibration data.
+        samples: the source's queries, keys and values on calibration data: windows of each length, then
+            `attnedit.passes.beginnings`, which sinks are fitted on and nothing else.
         config: shape of the windowed attention.
         refit: regress the output projection, unless a gate of the source keeps it fixed.
     """
@@ -93,11 +95,15 @@ def fit_window(samples: Sequence[LayerSample], config: GateSWAConfig, refit: boo
         output = (1 - share) * output
         if value is not None:
             output = output + share * _per_head(value, sample.heads)
+    longest = max(part.key.shape[2] for part in samples)
+    windows = [part for part in samples if not begins(part.key.shape[2], longest)]
+    rows = sum(len(part.query) * len(part.positions) for part in windows)
+    output, whole = output[:, :rows], heads.whole[:, :rows]
     if refit and not sample.fixed_output:
-        weight, error = _refit_output(sample, heads.whole, output)
+        weight, error = _refit_output(sample, whole, output)
         return WindowFit(logit, value, weight, error)
-    wrong = _project(sample, output - heads.whole).double().square().sum()
-    energy = _project(sample, heads.whole).double().square().sum().clamp(min=1e-30)
+    wrong = _project(sample, output - whole).double().square().sum()
+    energy = _project(sample, whole).double().square().sum().clamp(min=1e-30)
     return WindowFit(logit, value, None, float(wrong / energy))
 
 

@@ -60,6 +60,7 @@ class WindowTarget(AttentionTarget[WindowShape, WindowFit]):
         *("window", "full_layers", "gate", "sinks", "profile", "kernel_dims", "engine")
     }
     leaves = True
+    begins = True
     default_budget = None
     stage = "windows"
     does = "fit windows; choose full layers by loss"
