@@ -81,7 +81,7 @@ def fit_window(samples: Sequence[LayerSample], config: GateSWAConfig, refit: boo
 
     Args:
         samples: the source's queries, keys and values on calibration data: windows of each length, then
-            `attnedit.passes.beginnings`, which sinks are fitted on and nothing else.
+            `attnedit.passes.beginnings`, which count in the fit and not in its error.
         config: shape of the windowed attention.
         refit: regress the output projection, unless a gate of the source keeps it fixed.
     """
@@ -98,12 +98,11 @@ def fit_window(samples: Sequence[LayerSample], config: GateSWAConfig, refit: boo
     longest = max(part.key.shape[2] for part in samples)
     windows = [part for part in samples if not begins(part.key.shape[2], longest)]
     rows = sum(len(part.query) * len(part.positions) for part in windows)
-    output, whole = output[:, :rows], heads.whole[:, :rows]
     if refit and not sample.fixed_output:
-        weight, error = _refit_output(sample, whole, output)
+        weight, error = _refit_output(sample, heads.whole, output, rows)
         return WindowFit(logit, value, weight, error)
-    wrong = _project(sample, output - whole).double().square().sum()
-    energy = _project(sample, whole).double().square().sum().clamp(min=1e-30)
+    wrong = _project(sample, (output - heads.whole)[:, :rows]).double().square().sum()
+    energy = _project(sample, heads.whole[:, :rows]).double().square().sum().clamp(min=1e-30)
     return WindowFit(logit, value, None, float(wrong / energy))
 
 
@@ -195,12 +194,27 @@ def _best_value(metric: Tensor, heads: _Heads, share: Tensor, groups: int) -> Te
     return value[..., 0].float()
 
 
-def _refit_output(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[Tensor, float]:
+def _refit_output(sample: LayerSample, whole: Tensor, output: Tensor, rows: int) -> tuple[Tensor, float]:
     """Ridge regression of the source's attention output on the new head outputs [H, M, e].
 
     Returns:
-        Weight by head [H, D, e], and the relative energy of the error.
+        Weight by head [H, D, e], and the relative energy of the error in the first `rows` of M.
     """
+    h, size, e = sample.output_weight.shape
+    gram, cross, energy = _moments(sample, whole[:, :rows], output[:, :rows])
+    all_gram, all_cross = gram, cross
+    if rows < output.shape[1]:
+        more_gram, more_cross, _ = _moments(sample, whole[:, rows:], output[:, rows:])
+        all_gram, all_cross = gram + more_gram, cross + more_cross
+    start = sample.output_weight.permute(0, 2, 1).reshape(h * e, size)
+    ridge = OUTPUT_RIDGE * h * e / output.shape[1] * float(all_gram.diagonal().mean())
+    fitted = ridge_regression(all_gram, all_cross, start, ridge)[0].float()
+    error = energy + float(((gram @ fitted).double() * fitted).sum()) - 2 * float((cross.double() * fitted).sum())
+    return fitted.view(h, e, size).transpose(1, 2), max(error, 0.0) / max(energy, 1e-30)
+
+
+def _moments(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Of features [M, H e] with each other and with what they shall make [M, D]; and the energy of that."""
     h, size, e = sample.output_weight.shape
     gram = torch.zeros(h * e, h * e, device=output.device)
     cross = torch.zeros(h * e, size, device=output.device)
@@ -211,11 +225,7 @@ def _refit_output(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[T
         gram.addmm_(features.mT, features)
         cross.addmm_(features.mT, target)
         energy += float(target.double().square().sum())
-    start = sample.output_weight.permute(0, 2, 1).reshape(h * e, size)
-    ridge = OUTPUT_RIDGE * h * e / output.shape[1] * float(gram.diagonal().mean())
-    fitted = ridge_regression(gram, cross, start, ridge)[0].float()
-    error = energy + float(((gram @ fitted).double() * fitted).sum()) - 2 * float((cross.double() * fitted).sum())
-    return fitted.view(h, e, size).transpose(1, 2), max(error, 0.0) / max(energy, 1e-30)
+    return gram, cross, energy
 
 
 def _per_head(value: Tensor, heads: int) -> Tensor:
