@@ -26,6 +26,8 @@ MOST_SIZE = 256
 """Of a query, and of its rotary values: beyond it a product leaves the chip's registers."""
 MOST_ROWS = 256
 """Splits of all sequences that one program raises."""
+COLUMNS, STATES, RAISED = 16, 256, 64
+"""What a program of `latent_inputs` makes: columns of the cache, from so many states at a time; columns of a query."""
 
 
 def surrounded(
@@ -178,10 +180,6 @@ def _inputs(
             num_stages=3,
         )
     return made
-
-
-COLUMNS, STATES, RAISED = 16, 256, 64
-"""What a program of `latent_inputs` makes: columns of the cache, from so many states at a time; columns of a query."""
 
 
 def _inputs_like(
