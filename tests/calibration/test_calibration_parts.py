@@ -266,7 +266,9 @@ def test_layers_fitted_in_turn_learn_the_same(limit: int | None, tmp_path: Path)
     results = []
     for memory in (None, limit):
         student = share_copy(rewritten("qwen3"))
-        options = CalibrationOptions(fit_steps=6, batch_size=4, seq_len=16, memory_limit=memory, accumulation=2)
+        options = CalibrationOptions(
+            fit_steps=6, batch_size=4, seq_len=16, memory_limit=memory, accumulation=2, fit_learning_rate=2e-3
+        )
         batches = mix([tokens(24, 16, seed=4)], [1.0], steps=6, batch_size=4, seed=0)
         done = calibrate(
             student, source("qwen3"), sites_of("qwen3"), batches, options, directory=tmp_path / f"{memory}"

@@ -98,10 +98,11 @@ def test_masks_that_are_no_tensors_are_refused(target: str) -> None:
     options: dict[str, Any] = {"window": 8} if target == "gateswa" else {}
     model = attnedit.compile(build("llama"), target, calibration=tokens(4, 32), **options).model
     attention = model.model.layers[-1].self_attn.get_submodule(target)
+    query = torch.zeros(1, 4, 4, 16)
+    latent = (torch.zeros(1, 4, getattr(attention.config, "input_size", 0)), None, None)
+    given = latent if target == "mla" else (*torch.zeros(2, 1, 2, 4, 16), None)
     with pytest.raises(UsageError, match="use attn_implementation 'sdpa' or 'eager'"):
-        attention._mask(object(), 4) if target == "gateswa" else attention(
-            torch.zeros(1, 4, 4, 16), torch.zeros(1, 4, attention.config.input_size), None, None, object()
-        )
+        attention(query, *given, object())
 
 
 def test_flex_attention_is_refused_before_any_work() -> None:
