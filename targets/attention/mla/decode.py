@@ -284,14 +284,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _fake(
-    query: Tensor | None,
-    query_rope: Tensor | None,
-    latent: Tensor,
-    slots: Tensor,
-    mask: Tensor | None,
-    length: Tensor | None,
-) -> Tensor:
+def _fake(query: Tensor | None, query_rope: Tensor | None, latent: Tensor, *_: object) -> Tensor:
     return latent.new_empty((latent.shape[0], _heads(query, query_rope), latent.shape[2]))
 
 

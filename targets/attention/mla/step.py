@@ -9,6 +9,8 @@ Shapes: B batch, S cached tokens, H heads, E size of the states, d query size, d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -140,7 +142,7 @@ def _inputs(
     from attnedit.targets.attention.mla.step_kernels import before_step
 
     batch, heads, size = query.shape
-    made = _inputs_like(query, states, kv_weight, kv_bias, up_weight, rope_weight, cos, sin, scale)
+    made = _inputs_like(query, states, kv_weight, kv_bias, up_weight, rope_weight)
     rank, slots = up_weight.shape[1], 0 if rope_weight is None else rope_weight.shape[1] // 2
     query, states = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, states))
     # Of a table that all share, and of one sequence, no second row is read.
@@ -189,9 +191,7 @@ def _inputs_like(
     kv_bias: Tensor | None,
     up_weight: Tensor,
     rope_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    scale: float,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads = query.shape[:2]
     rank, rope = up_weight.shape[1], 0 if rope_weight is None else rope_weight.shape[1]
@@ -244,17 +244,8 @@ def _raised(
     return out
 
 
-def _raised_like(
-    query: Tensor,
-    query_rope: Tensor | None,
-    latent: Tensor,
-    slots: Tensor,
-    mask: Tensor | None,
-    length: Tensor | None,
-    up_weight: Tensor,
-    size: int,
-) -> Tensor:
-    return latent.new_empty((*query.shape[:2], size))
+def _raised_like(query: Tensor, query_rope: Tensor | None, latent: Tensor, *others: Any) -> Tensor:
+    return latent.new_empty((*query.shape[:2], others[-1]))
 
 
 # A copy of this file may be loaded beside it, from a checkpoint with code.
