@@ -35,7 +35,8 @@ from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import share
 from attnedit.passes.calibration.run import calibrate as run_training
-from attnedit.passes.calibration.training import DivergedError, StageState
+from attnedit.passes.calibration.state import StageState
+from attnedit.passes.calibration.training import DivergedError
 from attnedit.passes.effort import effort_on
 from attnedit.planning import check_head
 from attnedit.result import CompileResult

@@ -13,6 +13,9 @@ from attnedit.passes.repeats import with_repeats
 HELD_OUT_SHARE = 32
 """One window of so many is held out."""
 HELD_OUT_MOST = 32
+HELD_OUT_FEW = 8
+"""So many are held out of `HELD_OUT_FEW_OF` or more: long windows are few, and one alone may decide what is best."""
+HELD_OUT_FEW_OF = 64
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Batches:
 
     Attributes:
         windows: token ids [N, L], int64, all sources one after the other; then, where passages are to be repeated, the
-            same windows with repeats.
+            same windows with repeats, once for each number of tokens that steps see, which the repeats are within.
         order: rows of `windows` by step [steps, B].
         held_out: token ids [M, L] that no step sees; the training windows themselves where there is only one.
         lengths: tokens of a window that each step sees [steps], at most L.
@@ -65,7 +68,7 @@ def mix(
         steps: how many.
         batch_size: B.
         repeats: fraction of the places in the first batches whose window goes through `with_repeats`; falls linearly to
-            none in the last.
+            none in the last, anew for each row of steps that see as many tokens.
         lengths: tokens of a window that each step sees, at most L, from a random place on; None for all.
         seed: same seed, same batches.
     """
@@ -84,22 +87,42 @@ def mix(
                 order[mine] = first + torch.cat(rounds)[:count]
         first += len(rows)
     windows = torch.cat(kept)
-    if repeats and steps:
-        # What copying takes is learned early; how often it pays is left to windows as they are.
-        falling = repeats * (1 - torch.arange(len(order)) / len(order))
-        again = torch.rand(len(order), generator=generator) < falling
-        order[again] += len(windows)
-        windows = torch.cat([windows, with_repeats(windows, generator)])
-    order = order.view(steps, batch_size)
     seen = torch.tensor([windows.shape[1]] * steps if lengths is None else lengths, dtype=torch.int64)
+    order = order.view(steps, batch_size)
     room = (windows.shape[1] - seen + 1)[:, None]
     starts = (torch.rand(order.shape, generator=generator, dtype=torch.float64) * room).long()
+    if repeats and steps:
+        again = torch.rand(order.shape, generator=generator) < repeats * _falling(seen)[:, None]
+        pool = [windows]
+        for length in seen.unique().tolist():
+            chosen = again & (seen == length)[:, None]
+            order[chosen] += len(windows) * len(pool)
+            starts[chosen] -= starts[chosen] % length
+            pool.append(_with_repeats(windows, length, generator))
+        windows = torch.cat(pool)
     return Batches(windows, order, torch.cat(held), seen, starts)
+
+
+def _falling(lengths: Tensor) -> Tensor:
+    """From 1 to nothing over every row of steps with one length [steps].
+
+    What copying over a distance takes is learned early; how often it pays is left to windows as they are.
+    """
+    _, runs = lengths.unique_consecutive(return_counts=True)
+    return torch.cat([1 - torch.arange(run) / run for run in runs.tolist()])
+
+
+def _with_repeats(windows: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Windows [N, L] with repeats inside each piece of `length` tokens; what is left over stays."""
+    whole = windows.shape[1] // length * length
+    pieces = with_repeats(windows[:, :whole].reshape(-1, length), generator).view(len(windows), whole)
+    return torch.cat([pieces, windows[:, whole:]], dim=1)
 
 
 def hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:
     """Windows [N, L] that training never sees, evenly spread, and the others; a single one is both."""
-    count = min(HELD_OUT_MOST, max(1, len(windows) // HELD_OUT_SHARE))
+    few = HELD_OUT_FEW if len(windows) >= HELD_OUT_FEW_OF else 1
+    count = min(HELD_OUT_MOST, max(few, len(windows) // HELD_OUT_SHARE))
     if len(windows) <= 1:
         return windows, windows
     chosen = torch.zeros(len(windows), dtype=torch.bool)

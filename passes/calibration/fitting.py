@@ -54,8 +54,8 @@ class LayerFit:
     def losses(self, ids: Tensor, rows: Tensor | None = None, scale: float | None = None) -> dict[str, Tensor]:
         """Squared error of each module's output as a fraction of the source output's power, mean over windows.
 
-        Twice: of all tokens, and of the first one alone, since whole windows depend on it (an attention sink, which
-        grows to thousands of times the others' size: arXiv 2309.17453, 2402.17762).
+        Half of it is that of all tokens, and half that of the first one alone, since whole windows depend on it (an
+        attention sink, which grows to thousands of times the others' size: arXiv 2309.17453, 2402.17762).
 
         Args:
             ids: token ids [B, T].
@@ -76,7 +76,7 @@ class LayerFit:
                     of_all, of_first = (
                         wrong[:, :end].sum(1) / power[:, :end].sum(1).clamp(min=1e-20) for end in (None, 1)
                     )
-                    loss = (of_all + of_first).mean()
+                    loss = (of_all + of_first).mean() / 2
                     if scale is not None:
                         (loss * scale).backward()
                 found[name] = loss.detach()

@@ -36,6 +36,7 @@ class Optimiser:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], sizes: Mapping[str, float], orthogonal: Collection[str] = ()
     ) -> None:
+        self._parameters, self._orthogonal = parameters, orthogonal
         groups: dict[bool, dict[float, list[nn.Parameter]]] = {}
         for name, parameter in parameters.items():
             groups.setdefault(name in orthogonal, defaultdict(list))[sizes[name]].append(parameter)
@@ -59,6 +60,14 @@ class Optimiser:
         """Start again without moments."""
         for rule in self._rules.values():
             rule.state.clear()
+
+    def again(self, sizes: Mapping[str, float], fresh: Collection[str]) -> Optimiser:
+        """The same with other sizes; of `fresh` parameters without moments."""
+        new = Optimiser(self._parameters, sizes, self._orthogonal)
+        without = {self._parameters[name] for name in fresh}
+        for name, rule in self._rules.items():
+            new._rules[name].state.update({key: kept for key, kept in rule.state.items() if key not in without})
+        return new
 
     def state_dict(self) -> dict[str, Any]:
         """For `load_state_dict`, on the same parameters."""

@@ -37,9 +37,9 @@ from attnedit.passes.calibration.optimiser import matrices
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import as_before, own_memory, trainable
 from attnedit.passes.calibration.sharding import Models, spread
+from attnedit.passes.calibration.state import StageState
 from attnedit.passes.calibration.training import (
     Stage,
-    StageState,
     mixed_precision,
     multiplies_half,
     run_stage,
@@ -220,6 +220,7 @@ def _fit(
                 tokens=batches.tokens,
                 learn=learn,
                 evaluate=evaluate,
+                backs_off=True,
             )
             states.append(run_stage(stage, options, journal, progress=progress))
     return states

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
@@ -22,82 +22,26 @@ from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.optimiser import Optimiser, size_of
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import local, local_gradient, restore, snapshot
+from attnedit.passes.calibration.state import StageState
 
 WARM_UP = 8
 """Steps at least, or half of a run that has fewer than twice as many."""
 CLIP = 1.0
 """Largest norm of the gradient."""
-SPIKE = 3.0
-"""A loss this many times the highest of the last ones is not learned from."""
-HISTORY = 32
 SKIPS = 16
 """Steps in a row with a loss of `SPIKE` times the usual after which training goes back to its best state, at half the
 rate. Few in a row are windows of another kind, such as repeated passages: those are learned from."""
 RECOVERIES = 2
+WORSE = 1.05
+"""A part of `Stage.parts` that backs off does so when its held-out loss is this many times its best."""
+BACK = 0.25
+"""What its learning rate is multiplied by then."""
 LOOKS = 12
 """Looks at held-out windows per stage, unless told."""
 
 
 class DivergedError(AttneditError):
     """Training did not recover; the model has the best state that it had."""
-
-
-@dataclass
-class StageState:
-    """Where a stage is, beside parameters and optimiser.
-
-    Attributes:
-        name: of the stage.
-        step: steps done, skipped ones too.
-        best, best_step: lowest held-out loss, and when.
-        rate: highest learning rate, relative to the root mean square of each weight; of the part with the worst start.
-        first, last: held-out loss before training, and at the last look.
-        since: looks since the best.
-        skipped: steps without an update.
-        row: steps in a row with a loss far above the usual one.
-        recoveries: times that training went back to its best state.
-        seconds: spent.
-        tokens: seen.
-        losses: the last ones; of those not learned from what would have been.
-        usual: the median of the last losses when held-out windows were best.
-        done: whether it is over.
-    """
-
-    name: str
-    step: int = 0
-    best: float = math.inf
-    best_step: int = 0
-    rate: float = math.nan
-    first: float = math.nan
-    last: float = math.nan
-    since: int = 0
-    skipped: int = 0
-    row: int = 0
-    recoveries: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    losses: list[float] = field(default_factory=list)
-    usual: float = math.nan
-    done: bool = False
-
-    def spikes(self, loss: float) -> bool:
-        """Take in a loss; whether it is far above all of the last ones."""
-        if not math.isfinite(loss):
-            self.row += 1
-            return True
-        if len(self.losses) < HISTORY // 4:
-            self.losses.append(loss)
-            return False
-        if math.isnan(self.usual):
-            self.usual = statistics.median(self.losses)
-        self.row = self.row + 1 if loss > SPIKE * self.usual else 0
-        most = SPIKE * max(self.losses)
-        self.losses = [*self.losses, min(loss, most)][-HISTORY:]
-        return loss > most
-
-    def forget(self) -> None:
-        """Losses so far say nothing of those to come."""
-        self.row, self.losses, self.usual = 0, [], math.nan
 
 
 @dataclass
@@ -114,6 +58,8 @@ class Stage:
         learn: accumulates this process's part of a step's gradients and returns its part of the losses by name;
             "loss" is the one watched.
         evaluate: this process's share of each part's loss on held-out windows.
+        backs_off: whether a part whose held-out loss has grown goes back to its best with a lower rate. For a loss that
+            a good rate lowers from the first look on.
         orthogonal: names of matrices that Muon changes, see `Optimiser`.
     """
 
@@ -125,6 +71,7 @@ class Stage:
     tokens: Callable[[int], int]
     learn: Callable[[int], Mapping[str, float]]
     evaluate: Callable[[], Sequence[float]]
+    backs_off: bool = False
     orthogonal: Collection[str] = ()
 
 
@@ -135,7 +82,7 @@ def run_stage(
     *,
     progress: Progress | None = None,
 ) -> StageState:
-    """Train until the last step or until held-out windows stop getting better; the best state stays.
+    """Train until the last step or until held-out windows stop getting better; the best state of each part stays.
 
     Args:
         stage: what and on what.
@@ -177,10 +124,12 @@ class _Run:
         saved = journal.resume(stage.name)
         if saved:
             self.state, self._best, self._sizes = StageState(**saved["state"]), saved["best"], saved["sizes"]
+            self.state.part_best = self.state.part_best or [self.state.best] * len(stage.parts)
             restore(self._local, saved["parameters"])
         else:
             losses = _evaluate(stage)
             self.state.first = self.state.last = self.state.best = statistics.fmean(losses)
+            self.state.part_best = losses
             self._set_rates([stage.rate(loss) for loss in losses])
             self._best = snapshot(self._local)
         self._optimiser = Optimiser(self._local, self._sizes, stage.orthogonal)
@@ -270,16 +219,36 @@ class _Run:
         state.forget()
 
     def _look(self) -> float:
-        """Held-out loss now; remember parameters that are the best so far."""
+        """Held-out loss now; remember parts that are the best so far, and lower the rate of those that got worse."""
         state = self.state
-        state.last = statistics.fmean(_evaluate(self._stage))
-        if state.last < state.best:
-            state.best, state.best_step, state.since = state.last, state.step, 0
+        losses = _evaluate(self._stage)
+        state.last = statistics.fmean(losses)
+        better = [index for index, loss in enumerate(losses) if loss < state.part_best[index]]
+        worse = [index for index, loss in enumerate(losses) if not loss <= WORSE * state.part_best[index]]
+        if better:
+            for index in better:
+                state.part_best[index] = losses[index]
+            self._best |= snapshot(self._of(better))
+            state.best, state.best_step, state.since = statistics.fmean(state.part_best), state.step, 0
             state.usual = statistics.median(state.losses) if state.losses else math.nan
-            self._best = snapshot(self._local)
         else:
             state.since += 1
+        if worse and self._stage.backs_off:
+            self._back_off(worse)
         return state.last
+
+    def _of(self, parts: Sequence[int]) -> dict[str, nn.Parameter]:
+        """This process's share of the parameters of some parts."""
+        return {name: self._local[name] for index in parts for name in self._stage.parts[index]}
+
+    def _back_off(self, parts: Sequence[int]) -> None:
+        """Parts go back to their best parameters, without moments, at a lower rate from now on."""
+        chosen = self._of(parts)
+        restore(chosen, {name: self._best[name] for name in chosen})
+        for name in chosen:
+            self._sizes[name] *= BACK
+        self._optimiser = self._optimiser.again(self._sizes, chosen)
+        self.state.backed_off += len(parts)
 
 
 @contextmanager

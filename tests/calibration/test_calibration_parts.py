@@ -20,13 +20,14 @@ import attnedit
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.passes.calibration.batches import mix
+from attnedit.passes.calibration.batches import hold_out, mix
 from attnedit.passes.calibration.distillation import Distillation
 from attnedit.passes.calibration.fitting import BYTES_PER_PARAMETER, LayerFit, groups
 from attnedit.passes.calibration.options import CalibrationOptions, parse_bytes
 from attnedit.passes.calibration.parameters import own_memory, share, trainable
 from attnedit.passes.calibration.run import calibrate
-from attnedit.passes.calibration.training import Stage, StageState
+from attnedit.passes.calibration.state import StageState
+from attnedit.passes.calibration.training import Stage
 from attnedit.passes.repeats import MOST_REPEATS, with_repeats
 from attnedit.targets.runtime.eager import share_copy
 
@@ -150,6 +151,35 @@ def test_fewer_and_fewer_places_have_windows_with_repeats() -> None:
     assert shares == pytest.approx([0.525, 0.375, 0.225, 0.075], abs=0.05)
 
 
+def test_repeats_are_within_what_a_step_sees() -> None:
+    """A passage that comes again outside the shorter window would teach nothing; and each length begins anew."""
+    sources, lengths = [torch.arange(64).repeat(50, 1)], [20] * 150 + [64] * 50
+    made = mix(sources, [1.0], steps=200, batch_size=8, repeats=0.6, lengths=lengths, seed=1)
+    plain = mix(sources, [1.0], steps=200, batch_size=8, lengths=lengths, seed=1)
+    repeated = torch.zeros(200, 8, dtype=torch.bool)
+    for step, length in enumerate(lengths):
+        batch = made[step]
+        assert batch.shape == (8, length)
+        copied = batch.diff(dim=-1) != 1
+        repeated[step] = copied.any(-1)
+        for row in batch[repeated[step]]:
+            assert len(row.unique()) < length, "a passage is there twice"
+        assert torch.equal(batch[~repeated[step]], plain[step][~repeated[step]])
+    shares = repeated.float().mean(-1)
+    assert [float(part.mean()) for part in shares[:150].chunk(3)] == pytest.approx([0.5, 0.3, 0.1], abs=0.06)
+    assert [float(part.mean()) for part in shares[150:].chunk(2)] == pytest.approx([0.45, 0.15], abs=0.08)
+
+
+@pytest.mark.parametrize(("windows", "held"), [(1, 1), (2, 1), (63, 1), (64, 8), (95, 8), (320, 10), (5000, 32)])
+def test_windows_are_held_out_evenly(windows: int, held: int) -> None:
+    numbers = torch.arange(windows)[:, None]
+    out, rest = hold_out(numbers)
+    assert len(out) == held
+    assert sorted({*out.flatten().tolist(), *rest.flatten().tolist()}) == list(range(windows))
+    if held > 1:
+        assert int(out.diff(dim=0).max() - out.diff(dim=0).min()) <= 1
+
+
 @pytest.mark.parametrize("target", ["gateswa", "mla"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_losses_and_gradients_are_those_of_each_module_alone(family: str, target: str) -> None:
@@ -175,7 +205,7 @@ def test_layer_losses_and_gradients_are_those_of_each_module_alone(family: str, 
         of_all, of_first = (
             wrong[:, :end].square().sum((1, 2)) / wanted[:, :end].square().sum((1, 2)) for end in (16, 1)
         )
-        loss = (of_all + of_first).mean()
+        loss = (of_all + of_first).mean() / 2
         expected = torch.autograd.grad(0.5 * loss, list(own.values()), allow_unused=True)
         assert float(found[site.name]) == pytest.approx(float(loss.detach()), rel=1e-4)
         for name, gradient in zip(own, expected, strict=True):

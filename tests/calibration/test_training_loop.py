@@ -129,6 +129,80 @@ def test_the_best_state_stays_and_ends_a_run_early() -> None:
     assert torch.equal(toy.parameter, at[2])
 
 
+def two_parts(curvature: float, backs_off: bool) -> tuple[dict[str, nn.Parameter], Stage]:
+    """Two losses apart: one that any rate here lowers, and one so near its end that steps of this rate overshoot."""
+    parameters = {name: nn.Parameter(torch.tensor([start])) for name, start in (("flat", -1.0), ("near", 2.99))}
+
+    def losses() -> list[Tensor]:
+        return [(parameters["flat"] - 3).square().sum(), curvature * (parameters["near"] - 3).square().sum()]
+
+    def learn(_: int) -> dict[str, float]:
+        loss = torch.stack(losses()).sum()
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+    def evaluate() -> list[float]:
+        return [float(loss.detach()) for loss in losses()]
+
+    parts = [["flat"], ["near"]]
+    return parameters, Stage("toy", parameters, parts, 60, lambda _: 0.05, lambda _: 10, learn, evaluate, backs_off)
+
+
+def squares(parameters: Mapping[str, nn.Parameter]) -> float:
+    return float((parameters["near"].detach() - 3).square().sum())
+
+
+def test_a_part_that_gets_worse_goes_back_and_the_other_goes_on() -> None:
+    stays, (alone, _) = {}, two_parts(1e-3, False)
+    for backs_off in (False, True):
+        parameters, stage = two_parts(1e-3, backs_off)
+        state = run_stage(stage, CalibrationOptions(evaluate_every=5), Journal(None))
+        stays[backs_off] = (parameters, state)
+    (free, before), (held, after) = stays[False], stays[True]
+    assert (before.backed_off, after.backed_off > 0) == (0, True)
+    assert torch.equal(free["flat"], held["flat"]), "the other part sees nothing of it"
+    assert squares(held) < 0.1 * squares(alone), "at a lower rate it learns"
+    assert after.best == pytest.approx(sum(after.part_best) / 2)
+
+
+def test_each_part_keeps_its_own_best_state() -> None:
+    parameters, stage = two_parts(1e-3, False)
+    looks = iter([[5.0, 5.0], [4.0, 6.0], [6.0, 2.0], [7.0, 7.0]])
+    at: list[dict[str, Tensor]] = []
+
+    def evaluate() -> list[float]:
+        at.append({name: parameter.detach().clone() for name, parameter in parameters.items()})
+        return next(looks)
+
+    stage.evaluate, stage.steps = evaluate, 9
+    state = run_stage(stage, CalibrationOptions(evaluate_every=3), Journal(None))
+    assert (state.best, state.best_step, state.part_best) == (3.0, 6, [4.0, 2.0])
+    assert torch.equal(parameters["flat"], at[1]["flat"])
+    assert torch.equal(parameters["near"], at[2]["near"])
+
+
+@pytest.mark.parametrize("stop", [5, 11, 23])
+def test_a_run_whose_parts_went_back_can_be_stopped(stop: int, tmp_path: Path) -> None:
+    options = CalibrationOptions(evaluate_every=5, checkpoint_every=7)
+    whole, stage = two_parts(1e-3, True)
+    expected = run_stage(stage, options, Journal(tmp_path / "whole"))
+    _, stage = two_parts(1e-3, True)
+    learn = stage.learn
+
+    def interrupt(step: int) -> Mapping[str, float]:
+        if step == stop:
+            raise KeyboardInterrupt
+        return learn(step)
+
+    stage.learn = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage, options, Journal(tmp_path / "stopped"))
+    second, stage = two_parts(1e-3, True)
+    state = run_stage(stage, options, Journal(tmp_path / "stopped"))
+    assert all(torch.equal(whole[name], second[name]) for name in whole)
+    assert (state.part_best, state.backed_off) == (expected.part_best, expected.backed_off)
+
+
 @pytest.mark.parametrize("stop", [1, 7, 8, 20, 59])
 def test_a_run_stopped_anywhere_ends_as_if_it_had_not(stop: int, tmp_path: Path) -> None:
     whole = Quadratic({9: math.nan})

@@ -1,0 +1,1 @@
+../../compiler/api/__main__.py
