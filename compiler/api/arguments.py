@@ -79,6 +79,7 @@ class TrainingArguments(TypedDict, total=False):
     feature_layers: int
     self_generated: float
     repeats: float
+    token_noise: float
     checkpoint_every: int
     evaluate_every: int
     patience: int

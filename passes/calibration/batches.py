@@ -29,6 +29,7 @@ class Batches:
         held_out: token ids [M, L] that no step sees; the training windows themselves where there is only one.
         lengths: tokens of a window that each step sees [steps], at most L.
         starts: where in its window each place of a batch starts [steps, B].
+        seed: of the noise.
     """
 
     windows: Tensor
@@ -36,11 +37,27 @@ class Batches:
     held_out: Tensor
     lengths: Tensor
     starts: Tensor
+    seed: int = 0
 
     def __getitem__(self, step: int) -> Tensor:
         """What a step sees, token ids [B, its length]."""
         columns = self.starts[step][:, None] + torch.arange(int(self.lengths[step]))
         return self.windows[self.order[step]].gather(1, columns)
+
+    def noisy(self, step: int, fraction: float) -> Tensor:
+        """The same with a fraction of the tokens replaced by random ones of all windows; the first token stays.
+
+        As in SwitchOut (arXiv 1808.07512), but drawn from the text, not from the vocabulary, and with the source's
+        distributions for what is replaced, as for all: distillation needs no label that would then be wrong.
+        """
+        ids = self[step]
+        if not fraction:
+            return ids
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        chosen = torch.rand(ids.shape, generator=generator) < fraction
+        chosen[:, 0] = False
+        others = torch.randint(self.windows.numel(), ids.shape, generator=generator)
+        return torch.where(chosen, self.windows.flatten()[others], ids)
 
     def tokens(self, step: int) -> int:
         """That a step sees."""
@@ -100,7 +117,7 @@ def mix(
             starts[chosen] -= starts[chosen] % length
             pool.append(_with_repeats(windows, length, generator))
         windows = torch.cat(pool)
-    return Batches(windows, order, torch.cat(held), seen, starts)
+    return Batches(windows, order, torch.cat(held), seen, starts, seed)
 
 
 def _falling(lengths: Tensor) -> Tensor:

@@ -73,8 +73,12 @@ class CalibrationOptions(Options):
     repeats: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """Training: fraction of the first windows in which passages come again; falls to none.
 
-    It falls linearly from the first step to the last. What a small cache loses most on is what it has read before. With
-    `memory_limit`, twice the hidden states on disk."""
+    It falls linearly over the steps of one length, within whose windows the repeats lie. What a small cache loses most
+    on is what it has read before. With `memory_limit`, twice the hidden states on disk."""
+    token_noise: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Distillation: fraction of a window's tokens that are replaced by others of the text, anew in each step.
+
+    The source says what follows those, too, so that a text may be gone through many times and is new each time."""
     checkpoint_every: Annotated[Whole, Field(ge=1)] = 100
     """Training: steps between two checkpoints, where there is a directory for them."""
     evaluate_every: Annotated[Whole, Field(ge=0)] = 0

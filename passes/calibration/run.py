@@ -253,7 +253,8 @@ def _distill(
     def learn(step: int) -> Mapping[str, float]:
         # The weak pull on hidden states helps early and only biases later on.
         weight = torch.tensor(options.feature_weight * (1 - step / options.distill_steps), device=device)
-        parts = processes().share(batches[options.fit_steps + step]).chunk(options.accumulation)
+        windows = batches.noisy(options.fit_steps + step, options.token_noise)
+        parts = processes().share(windows).chunk(options.accumulation)
         found = [(len(part) / options.batch_size, part_losses(part.to(device), weight)) for part in parts]
         return weighted_sum(found)
 

@@ -148,7 +148,7 @@ def test_rewrites(options: dict[str, Any], words: str) -> None:
 WHOLE: dict[str, Any] = {
     **{name: 2 for name, field in CalibrationOptions.model_fields.items() if isinstance(field.default, int)},
     **dict.fromkeys(("fit_learning_rate", "distill_learning_rate", "feature_weight", "self_generated", "repeats"), 0.5),
-    **{"short_seq_len": 9, "short_share": 0.5, "engine": "vllm"},
+    **{"token_noise": 0.5, "short_seq_len": 9, "short_share": 0.5, "engine": "vllm"},
     **{"distill_optimizer": "muon", "train": "all", "memory_limit": 9, "run_directory": "x"},
     **dict.fromkeys(
         ("activation_checkpointing", "torch_compile", "cuda_graphs", "in_place", "dequantize", "allow_pickle"), True

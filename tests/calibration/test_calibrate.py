@@ -24,6 +24,7 @@ import attnedit
 from attnedit._calibrate import training_batches
 from attnedit.compiler.data.sampling import own_windows
 from attnedit.options import CalibrateOptions
+from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE, STATE_FILE
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
@@ -72,6 +73,25 @@ def test_same_seed_same_result_another_seed_another() -> None:
     one, same, other = (logits(compiled("llama", "mla", seed=seed).model, ids) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_noise_is_for_distillation_alone() -> None:
+    """Fitting may take hidden states from disk, and the best state is chosen on text as it is."""
+    seen: list[tuple[int, float]] = []
+    noisy = Batches.noisy
+
+    def watched(self: Batches, step: int, fraction: float) -> torch.Tensor:
+        seen.append((step, fraction))
+        return noisy(self, step, fraction)
+
+    with mock.patch.object(Batches, "noisy", watched):
+        spoilt = compiled("llama", "mla", fit_steps=2, token_noise=0.3)
+    assert seen == [(step, 0.3) for step in range(2, 14)]
+    plain = compiled("llama", "mla", fit_steps=2)
+    (fit, distill), (same_fit, other) = spoilt.report.stages, plain.report.stages
+    assert (fit.before, fit.best, distill.before) == (same_fit.before, same_fit.best, other.before)
+    ids = tokens(2, 20, seed=5)
+    assert not torch.equal(logits(spoilt.model, ids), logits(plain.model, ids))
 
 
 def test_own_samples_are_kept_for_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +283,7 @@ def test_killed_and_started_again(moment: str, saved_llama: Path, text_file: Pat
     command += ["compile", str(saved_llama), "--calibration", str(text_file), "--calibration-tokens", "4096", "--json"]
     command += ["--alternations", "0", "--fit-steps", "60", "--distill-steps", "60", "--batch-size", "8"]
     command += ["--seq-len", "64", "--checkpoint-every", "7", "--allocation", "loss"]
-    more = {"feature_layers": 1, "feature_weight": 0.1, "repeats": 0.5}
+    more = {"feature_layers": 1, "feature_weight": 0.1, "repeats": 0.5, "token_noise": 0.1}
     command += [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.run([*command, "-o", str(tmp_path / "whole")], env=environment, capture_output=True, check=True)

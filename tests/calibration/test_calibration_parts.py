@@ -170,6 +170,20 @@ def test_repeats_are_within_what_a_step_sees() -> None:
     assert [float(part.mean()) for part in shares[150:].chunk(2)] == pytest.approx([0.45, 0.15], abs=0.08)
 
 
+def test_noise_is_of_the_text_and_anew_in_each_step() -> None:
+    windows = torch.arange(1000, 1000 + 64 * 40).view(40, 64)
+    made = mix([windows], [1.0], steps=50, batch_size=8, seed=2)
+    changed = torch.stack([made.noisy(step, 0.2) != made[step] for step in range(50)])
+    assert not bool(changed[..., 0].any()), "the first token, which others lean on, stays"
+    assert float(changed[..., 1:].float().mean()) == pytest.approx(0.2, abs=0.01)
+    assert len(changed.unique(dim=0)) == 50
+    assert bool(torch.isin(made.noisy(3, 0.5), made.windows).all())
+    assert torch.equal(made.noisy(3, 0.2), made.noisy(3, 0.2))
+    assert torch.equal(made.noisy(3, 0.0), made[3])
+    other = mix([windows], [1.0], steps=50, batch_size=8, seed=3)
+    assert not torch.equal(made.noisy(3, 0.2) != made[3], other.noisy(3, 0.2) != other[3])
+
+
 @pytest.mark.parametrize(("windows", "held"), [(1, 1), (2, 1), (63, 1), (64, 8), (95, 8), (320, 10), (5000, 32)])
 def test_windows_are_held_out_evenly(windows: int, held: int) -> None:
     numbers = torch.arange(windows)[:, None]
