@@ -25,22 +25,32 @@ SHOWN = {
     "MLA 1/4, trained at 4,096, then 8,192": "quarter, trained at 4,096, then 8,192",
     "MLA 1/8, trained at 4,096, then 8,192": "eighth of MLA, trained at 4,096, then 8,192",
     "GateSWA and MLA 1/8, trained at 4,096, then 8,192": "eighth by both targets, trained at 4,096, then 8,192",
+    "GateSWA and MLA 1/8, trained, second seed": "eighth by both targets, trained at 4,096, then 8,192, second seed",
     "GateSWA and MLA 1/8 with sink logits only, trained at 4,096, then 8,192": (
         "eighth by both targets, sink logits only, trained at 4,096, then 8,192"
+    ),
+    "GateSWA and MLA 1/8 with sink logits only, trained, second seed": (
+        "eighth by both targets, sink logits only, trained at 4,096, then 8,192, second seed"
     ),
     "GateSWA and MLA 1/16, trained at 4,096, then 8,192": "sixteenth by both targets, trained at 4,096, then 8,192",
 }
 """Which runs the pages show, by the name that they have there."""
 
 
-def runs() -> dict[str, tuple[list[float], list[float], dict[str, Any]]]:
-    """The runs shown: ratios of perplexity by position, facts found by length, and all that is known of the run."""
+def runs(*, seeds: bool = False) -> dict[str, tuple[list[float], list[float], dict[str, Any]]]:
+    """The runs shown: ratios of perplexity by position, facts found by length, and all that is known of the run.
+
+    Args:
+        seeds: with those that repeat another with a second seed.
+    """
     figures = data("long-context-smollm2")
     named = {run["name"]: run for run in figures["runs"]}
     source = figures["source"]["perplexity"]
     found = {}
     for label, name in SHOWN.items():
         run = named[name]
+        if run.get("seed") and not seeds:
+            continue
         ratios = run.get("ratio") or [one / other for one, other in zip(run["perplexity"], source, strict=True)]
         found[label] = (ratios, run["found"], run)
     return found
@@ -57,7 +67,7 @@ def ratios_of(run: dict[str, Any], ratios: list[float]) -> list[str]:
 
 def quality() -> str:
     """Perplexity by position, ours and TransMLA's, as ratios to the source."""
-    rows = [[name, *ratios_of(run, ratios)] for name, (ratios, _, run) in runs().items()]
+    rows = [[name, *ratios_of(run, ratios)] for name, (ratios, _, run) in runs(seeds=True).items()]
     for run in data("long-context-peers")["runs"]:
         rows.append([f"*{run['name']}, closed form*", *(f"{ratio:.2f}" for ratio in run["ratio"])])
     return table(["", "tokens 0–1k", "1k–2k", "2k–4k", "4k–8k"], rows)
@@ -67,7 +77,7 @@ def found() -> str:
     """Facts found by length, in percent with intervals."""
     source = data("long-context-smollm2")["source"]["found"]
     rows = [["source", *map(with_interval, source)]]
-    rows += [[name, *map(with_interval, shares)] for name, (_, shares, _) in runs().items()]
+    rows += [[name, *map(with_interval, shares)] for name, (_, shares, _) in runs(seeds=True).items()]
     peers = data("long-context-peers")
     for run in peers["runs"]:
         rows.append([f"*{run['name']}, closed form*", *(with_interval(one, peers["prompts"]) for one in run["found"])])
@@ -77,9 +87,10 @@ def found() -> str:
 def qwen() -> str:
     """The second real model: perplexity by position."""
     figures = data("long-context-qwen")
-    columns = [ratios_of(run, run["ratio"]) for run in figures["runs"]]
+    shown = [run for run in figures["runs"] if "label" in run]
+    columns = [ratios_of(run, run["ratio"]) for run in shown]
     rows = [[_range(*ends), *cells] for ends, *cells in zip(figures["ranges"], *columns, strict=True)]
-    return table(["tokens", *(run["label"] for run in figures["runs"])], rows)
+    return table(["tokens", *(run["label"] for run in shown)], rows)
 
 
 def qwen_found() -> str:
@@ -87,7 +98,7 @@ def qwen_found() -> str:
     figures = data("long-context-qwen")
     rows = [["source", *(with_interval(share, 20) for share in figures["source"]["found"])]]
     for run in figures["runs"]:
-        if "found" in run:
+        if "found" in run and "label" in run:
             rows.append([run["label"], *(with_interval(share, 20) for share in run["found"])])
     return table(["", *(f"{length:,} tokens" for length in figures["lengths"])], rows)
 
@@ -96,13 +107,18 @@ def _range(first: int, end: int) -> str:
     return f"{first // 1024}–{end // 1024}k" if first else f"0–{end // 1024}k"
 
 
-def ruler() -> str:
+def ruler(name: str = "ruler-smollm2") -> str:
     """RULER, averages of 13 tasks."""
-    figures = data("ruler-smollm2")
+    figures = data(name)
     lengths = [name if name == "ratio" else f"{name} tokens" for name in figures["columns"] if name != "all"]
     keep = [index for index, name in enumerate(figures["columns"]) if name != "all"]
     rows = [[name, *(measured(cells[index]) for index in keep)] for name, cells in figures["average"].items()]
     return table(["", *lengths], rows)
+
+
+def ruler_qwen() -> str:
+    """RULER of the second real model."""
+    return ruler("ruler-qwen")
 
 
 def tasks() -> str:
@@ -187,7 +203,7 @@ def choices() -> str:
     return table(["cache", "trained", "perplexity, worst range", "found at 4k, %", "at 8k, %"], rows)
 
 
-MADE = [quality, found, qwen, qwen_found, ruler, tasks, short_windows, short_trained, recall_of_windows]
+MADE = [quality, found, qwen, qwen_found, ruler, ruler_qwen, tasks, short_windows, short_trained, recall_of_windows]
 MADE += [*GPU_TABLES, on_cpu, cost, training_speed, recipes, choices]
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in MADE}
 
