@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -34,6 +35,7 @@ from attnedit.passes.calibration.cuda_graphs import check_graphs
 from attnedit.passes.calibration.journal import LOG_FILE, PLOT_FILE
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.calibration.parameters import share
+from attnedit.passes.calibration.run import DISTILL
 from attnedit.passes.calibration.run import calibrate as run_training
 from attnedit.passes.calibration.state import StageState
 from attnedit.passes.calibration.training import DivergedError
@@ -45,6 +47,9 @@ START_DIRECTORY = "start"
 """In a run directory: the model before training."""
 BEST_DIRECTORY = "best"
 """In a run directory whose training broke down: the best state."""
+
+BY_HEART = 1.8
+"""Held-out loss of distillation, of that on the text learned from, above which the report says so."""
 
 LESS_MEMORY = (
     "raise accumulation, keep no activations (activation_checkpointing), train less of the model, or fit few layers "
@@ -137,10 +142,12 @@ def train(result: CompileResult, teacher: PreTrainedModel, options: CalibrateOpt
     entry = PipelineStage(name="train", seconds=spent["training data"] + spent["training"])
     entry.did = ", ".join(f"{state.name}: loss {state.first:.4g} -> {state.best:.4g}" for state in done.stages)
     entry.checked = [said(check) for check in checks[len(result.report.verification) :]]
+    stages = [_stage_report(state) for state in done.stages]
     report = result.report.model_copy(
         update={
             "training_length": max(length, result.report.training_length or 0),
-            "stages": [*result.report.stages, *(_stage_report(state) for state in done.stages)],
+            "stages": [*result.report.stages, *stages],
+            "notes": [*result.report.notes, *_learned_notes(stages)],
             "perplexity": done.perplexity,
             "verification": checks,
             "seconds": {**seconds, **{name: seconds.get(name, 0.0) + more for name, more in spent.items()}},
@@ -237,8 +244,20 @@ def _stage_report(state: StageState) -> StageReport:
         before=state.first,
         best=state.best,
         best_step=state.best_step,
+        trained_on=statistics.median(state.losses) if state.losses else None,
         skipped=state.skipped,
+        backed_off=state.backed_off,
     )
+
+
+def _learned_notes(stages: Sequence[StageReport]) -> list[str]:
+    """What a user should know of how distillation went."""
+    return [
+        f"{done.name}: the text is learned by heart (loss {done.trained_on:.3g} on it, {done.best:.3g} held out); more "
+        "text, self_generated or token_noise would take the result further"
+        for done in stages
+        if done.name == DISTILL and done.trained_on and done.best > BY_HEART * done.trained_on
+    ]
 
 
 def calibration_name(calibration: Any) -> str:

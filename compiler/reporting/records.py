@@ -119,8 +119,11 @@ class StageReport(BaseModel):
         tokens: seen.
         seconds: spent.
         learning_rate: the highest, relative to the size of each weight; None in reports that did not say.
-        before, best, best_step: held-out loss before the first step, the lowest, and after which step that was.
+        before, best, best_step: held-out loss before the first step; the lowest, when fitting that of each layer; and
+            after which step that was.
+        trained_on: median loss of the last steps, on the text that is learned from; None in reports that did not say.
         skipped: steps whose loss or gradient was broken.
+        backed_off: times that a layer's held-out loss had grown, so that it went back to its best with a lower rate.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -133,7 +136,9 @@ class StageReport(BaseModel):
     before: float
     best: float
     best_step: int
+    trained_on: float | None = None
     skipped: int = 0
+    backed_off: int = 0
 
 
 class LossCurve(BaseModel):

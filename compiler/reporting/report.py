@@ -207,6 +207,7 @@ class Report(BaseModel):
         for done in self.stages:
             speed = done.tokens / max(done.seconds, 1e-9)
             rate = f" at rate {done.learning_rate:.2g}" if done.learning_rate else ""
+            rate += f", lowered {done.backed_off} times for a layer that got worse" if done.backed_off else ""
             lines.append(
                 f"trained    {done.name}: held-out loss {done.before:.4g} -> {done.best:.4g} (step {done.best_step} of "
                 f"{done.steps}, {done.skipped} skipped){rate}, {done.tokens:,} tokens, {speed:,.0f} per second"

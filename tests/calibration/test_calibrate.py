@@ -94,6 +94,19 @@ def test_noise_is_for_distillation_alone() -> None:
     assert not torch.equal(logits(spoilt.model, ids), logits(plain.model, ids))
 
 
+def test_a_text_learned_by_heart_is_told_of() -> None:
+    """Sixteen windows, gone through again and again, with all weights: what is left of the loss is memory."""
+    few: dict[str, Any] = {"calibration": tokens(16, 32), "train": "all", "distill_learning_rate": 0.02, "fit_steps": 0}
+    result = compiled("llama", "mla", distill_steps=80, evaluate_every=20, **few)
+    (stage,) = result.report.stages
+    assert stage.trained_on is not None
+    assert stage.best > 1.8 * stage.trained_on
+    assert [note for note in result.report.notes if "learned by heart" in note and "token_noise" in note]
+    (stage,) = compiled("llama", "mla", **few, distill_steps=80, token_noise=0.3).report.stages
+    assert stage.trained_on is not None
+    assert stage.best < 1.8 * stage.trained_on
+
+
 def test_own_samples_are_kept_for_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
     options = {"fit_steps": 0, "distill_steps": 4, "self_generated": 0.5}
