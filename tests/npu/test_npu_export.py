@@ -52,7 +52,8 @@ FORMS = [
 @pytest.mark.parametrize("kind", FORMS)
 def test_programs_compute_what_eager_does(kind: str) -> None:
     folder, manifest = exported(kind)
-    assert max(check["deviation"] for check in manifest.checks) < 2e-5
+    # Sums in float32, which processors order differently: up to 2.4e-5 seen, on one without bfloat16 products.
+    assert max(check["deviation"] for check in manifest.checks) < 4e-5
     assert {check["batch"] for check in manifest.checks} == {BATCH}
     assert {check["padding"] for check in manifest.checks} >= {0, 2}
     assert len(manifest.rounded_checks) == len(manifest.checks)
