@@ -61,7 +61,7 @@ class Optimiser:
         for rule in self._rules.values():
             rule.state.clear()
 
-    def again(self, sizes: Mapping[str, float], fresh: Collection[str]) -> Optimiser:
+    def with_sizes(self, sizes: Mapping[str, float], fresh: Collection[str]) -> Optimiser:
         """The same with other sizes; of `fresh` parameters without moments."""
         new = Optimiser(self._parameters, sizes, self._orthogonal)
         without = {self._parameters[name] for name in fresh}

@@ -247,7 +247,7 @@ class _Run:
         restore(chosen, {name: self._best[name] for name in chosen})
         for name in chosen:
             self._sizes[name] *= BACK
-        self._optimiser = self._optimiser.again(self._sizes, chosen)
+        self._optimiser = self._optimiser.with_sizes(self._sizes, chosen)
         self.state.backed_off += len(parts)
 
 
