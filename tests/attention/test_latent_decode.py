@@ -9,8 +9,6 @@ from interpreted import HOPPER, needs_triton, results_of
 from attnedit.targets.attention.mla.decode import _copies, decodes_fused
 from attnedit.targets.attention.mla.decode_sizes import choose_blocks, choose_roles, choose_splits
 
-pytestmark = pytest.mark.xdist_group("latent_decode")  # its program runs once in a process
-
 
 @needs_triton
 def test_kernel_equals_the_reference() -> None:

@@ -1,13 +1,10 @@
 """The kernel of new tokens, windowed or after a past: on a GPU where there is one, else in triton's interpreter."""
 
-import pytest
 import torch
 from interpreted import needs_triton, results_of
 
 from attnedit.targets.attention.mla.paths import fused_sizes
 from attnedit.targets.attention.prefill import one_sink, prefills_fused
-
-pytestmark = pytest.mark.xdist_group("prefill_kernel")  # its program runs once in a process
 
 
 @needs_triton

@@ -10,8 +10,6 @@ from attnedit.targets.attention import GateSWAConfig
 from attnedit.targets.attention.gateswa.decode import ring_for_step, steps_fused
 from attnedit.targets.attention.gateswa.ring import RingLayer
 
-pytestmark = pytest.mark.xdist_group("ring_decode")  # its program runs once in a process
-
 
 @needs_triton
 def test_kernel_equals_the_module_in_float64() -> None:
