@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +88,6 @@ def calibrate(
         DivergedError: training broke down; the student has its best state.
     """
     _check_shares(options)
-    batches = _even(batches)
     journal = Journal(directory)
     names = [site.name for site in sites]
     attention = trainable(student, names, "attention")
@@ -133,14 +132,6 @@ def _check_shares(options: CalibrationOptions) -> None:
             f"batch_size {options.batch_size} must be a multiple of processes times accumulation, {count}, where "
             "weights are in parts"
         )
-
-
-def _even(batches: Batches) -> Batches:
-    """As many held-out windows for each process as for the others, where that is needed."""
-    count, held = processes().count, batches.held_out
-    if not processes().sharded:
-        return batches
-    return replace(batches, held_out=held[: len(held) // count * count] if len(held) >= count else held[[0] * count])
 
 
 def _placed(
@@ -205,9 +196,9 @@ def _fit(
 
             def evaluate(held: LayerFit = held, group: list[AttentionSite] = group) -> list[float]:
                 found = []
-                for part in _held_out(batches, options):
+                for share, part in _held_out(batches, options):
                     with mixed_precision(teacher):
-                        found.append((len(part) / len(batches.held_out), held.losses(part.to(device))))
+                        found.append((share, held.losses(part.to(device))))
                 losses = weighted_sum(found)
                 return [losses.get(site.name, 0.0) for site in group]
 
@@ -261,9 +252,9 @@ def _distill(
     @torch.no_grad()
     def evaluate() -> list[float]:
         found = []
-        for part in _held_out(batches, options):
+        for share, part in _held_out(batches, options):
             with mixed_precision(teacher):
-                found.append((len(part) / len(batches.held_out), {"loss": step_losses.losses(part.to(device))[0]}))
+                found.append((share, {"loss": step_losses.losses(part.to(device))[0]}))
         return [weighted_sum(found).get("loss", 0.0)]
 
     stage = Stage(
@@ -284,10 +275,19 @@ def _distill(
         return run_stage(stage, options, journal, progress=progress)
 
 
-def _held_out(batches: Batches, options: CalibrationOptions) -> Sequence[Tensor]:
-    """This process's held-out windows, in parts; none where there are fewer windows than processes."""
-    rows = processes().share(batches.held_out)
-    return rows.split(max(1, options.batch_size // options.accumulation)) if len(rows) else ()
+def _held_out(batches: Batches, options: CalibrationOptions) -> list[tuple[float, Tensor]]:
+    """This process's held-out windows, in parts, each with its share of all; none where it has none.
+
+    Where weights are in parts, all processes run equally often: what one has less than another it fills up with a
+    window that counts for nothing.
+    """
+    size = max(1, options.batch_size // options.accumulation)
+    count, rows = len(batches.held_out), processes().share(batches.held_out)
+    parts = [(len(part) / count, part) for part in rows.split(size)] if len(rows) else []
+    if processes().sharded:
+        most = -(-count // processes().count)
+        parts += [(0.0, batches.held_out[:1])] * (-(-most // size) - len(parts))
+    return parts
 
 
 def _rate(given: float | None, suggested: Callable[[float], float]) -> Callable[[float], float]:
