@@ -225,13 +225,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def _load(path: str, **arguments: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """``from_pretrained`` with the type it has under ``output_loading_info``."""
-    loaded: Any = auto_class(arguments["config"]).from_pretrained(path, **arguments)
-    model, info = loaded
-    return model, info
-
-
 def load_processor(
     model: PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Path | None:

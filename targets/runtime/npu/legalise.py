@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.runtime.npu.limits import (
@@ -103,21 +102,6 @@ class Site:
             sink_tokens=config.sink_tokens,
             virtual=int(config.sinks) + int(config.sink_logit),
             softcap=config.softcap is not None,
-        )
-
-    @classmethod
-    def of_source(cls, site: AttentionSite) -> Site:
-        """Describe an attention that was not rewritten, as capture read it."""
-        return cls(
-            site.layer_idx,
-            "full" if site.window is None else "window",
-            site.num_attention_heads,
-            site.num_key_value_heads,
-            site.head_dim,
-            site.v_head_dim,
-            window=site.window,
-            virtual=int(site.sinks is not None),
-            softcap=site.softcap is not None,
         )
 
 
