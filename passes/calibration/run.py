@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -285,8 +286,8 @@ def _held_out(batches: Batches, options: CalibrationOptions) -> list[tuple[float
     count, rows = len(batches.held_out), processes().share(batches.held_out)
     parts = [(len(part) / count, part) for part in rows.split(size)] if len(rows) else []
     if processes().sharded:
-        most = -(-count // processes().count)
-        parts += [(0.0, batches.held_out[:1])] * (-(-most // size) - len(parts))
+        rounds = math.ceil(math.ceil(count / processes().count) / size)
+        parts += [(0.0, batches.held_out[:1])] * (rounds - len(parts))
     return parts
 
 
