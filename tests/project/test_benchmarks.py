@@ -58,7 +58,8 @@ def test_tiny_training(saved_llama: Path, text_file: Path, tmp_path: Path, monke
     assert "trained: done" not in again
     assert "start: done" not in again
     assert again[again.index("| |") :] == table[table.index("| |") :]
-    failed = run("training.py", *arguments[:-1], tmp_path / "failed", "--calibration", tmp_path / "missing.txt")
+    arguments += ["-o", tmp_path / "failed", "--calibration", tmp_path / "missing.txt", "--cases", "MLA 1/2"]
+    failed = run("training.py", *arguments)
     assert "MLA1_2-start: failed, see MLA1_2-start.log" in failed
 
 
