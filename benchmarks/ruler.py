@@ -64,6 +64,7 @@ def main() -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this program alone."""
     parser.add_argument("--lengths", help="tokens of prompt and answer, with commas; 4096, doubling to the context")
+    parser.add_argument("--tasks", help="names of tasks, with commas; all 13")
     parser.add_argument("--items", type=int, help="prompts per task and length; 20")
     parser.add_argument("--seed", type=int, help="of the prompts; 42")
     parser.add_argument("--write-prompts", type=Path, metavar="FILE", help="only make prompts (.jsonl or .jsonl.gz)")
@@ -85,11 +86,12 @@ def run(options: argparse.Namespace) -> None:
     if options.batch < 1:
         raise UsageError(f"--batch {options.batch}: at least 1 is needed")
     if options.prompts is not None:
-        if any(value is not None for value in (options.lengths, options.items, options.seed, options.write_prompts)):
-            raise UsageError("--prompts has lengths, items and seed already; leave these options out")
+        made = (options.lengths, options.tasks, options.items, options.seed, options.write_prompts)
+        if any(value is not None for value in made):
+            raise UsageError("--prompts has lengths, tasks, items and seed already; leave these options out")
         items = read_items(options.prompts, FIELDS)
     else:
-        items = make_prompts(options.models[0], options.lengths, options.items, options.seed)
+        items = make_prompts(options.models[0], options.lengths, options.tasks, options.items, options.seed)
     if options.write_prompts is not None:
         write_items(options.write_prompts, items)
         return
@@ -119,11 +121,12 @@ def cells_of(items: Sequence[Item]) -> dict[str, list[int]]:
 # Prompts
 
 
-def make_prompts(model: str, lengths: str | None, items: int | None, seed: int | None) -> list[Item]:
-    """Prompts of all tasks, in a tokenizer's tokens; needs the package with the generators.
+def make_prompts(model: str, lengths: str | None, tasks: str | None, items: int | None, seed: int | None) -> list[Item]:
+    """Prompts of tasks, in a tokenizer's tokens; needs the package with the generators.
 
     Raises:
-        UsageError: the package or the tokenizer is not there, lengths or items make no sense, or no text can be made.
+        UsageError: the package or the tokenizer is not there, lengths, tasks or items make no sense, or no text can be
+            made.
     """
     if util.find_spec(PACKAGE) is None:
         raise UsageError(
@@ -138,9 +141,10 @@ def make_prompts(model: str, lengths: str | None, items: int | None, seed: int |
     count = 20 if items is None else items
     if count < 1:
         raise UsageError(f"--items {count}: at least 1 is needed")
+    chosen = chosen_tasks(tasks)
     found = []
     for length in chosen_lengths(lengths, limit):
-        for task, settings in package_tasks().items():
+        for task, settings in chosen.items():
             print(f"prompts: {task}, {length} tokens", file=sys.stderr, flush=True)
             found += fitting_prompts(task, settings, length, count, 42 if seed is None else seed, tokenizer)
     return found
@@ -168,6 +172,23 @@ def chosen_lengths(listed: str | None, limit: int | None) -> list[int]:
     if limit is not None and max(found) > limit:
         raise UsageError(f"--lengths {max(found)}: the model has {limit} positions; ask for at most that")
     return found
+
+
+def chosen_tasks(listed: str | None) -> dict[str, dict[str, Any]]:
+    """Settings of the tasks that were asked for, in the package's order; all without a list.
+
+    Raises:
+        UsageError: there is no such task, or it is named twice.
+    """
+    tasks = package_tasks()
+    if listed is None:
+        return tasks
+    names = listed.split(",")
+    if unknown := [name for name in names if name not in tasks]:
+        raise UsageError(f"--tasks {unknown[0]!r}: RULER has {', '.join(tasks)}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--tasks {listed}: name each once")
+    return {name: settings for name, settings in tasks.items() if name in names}
 
 
 def package_tasks() -> dict[str, dict[str, Any]]:
