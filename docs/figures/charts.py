@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cells import data
 from drawing import BLUE, FAINT, GREEN, ORANGE, SAND, Drawing, bars, curves
-from page_tables import runs
+from result_tables import runs
 from speed_tables import MODELS, PREFILLS, layers, model_cases, prefills
 
 RANGES = ["0–1k", "1k–2k", "2k–4k", "4k–8k"]
@@ -23,6 +23,7 @@ SHORT = {
 def charts() -> dict[str, str]:
     """SVG by file name."""
     made = {"quality": quality(), "found": found(), "throughput": throughput(), "overview": overview()}
+    made |= {"quality-qwen": quality_of_qwen(), "ruler": ruler(), "tasks": tasks(), "memory": memory(), "cost": cost()}
     made |= {"growth-decode": growth_of_decode(), "growth-prompt": growth_of_prompt()}
     return {f"{name}.svg": drawing.svg() for name, drawing in made.items()}
 
@@ -66,6 +67,79 @@ def throughput() -> Drawing:
     title = "Tokens per second over the source's, one H200"
     note = "Qwen3-8B's shape, random weights, the largest batch that fits"
     return bars(title, [(f"{cached:,} cached tokens", rows) for cached, rows in groups.items()], note=note)
+
+
+def quality_of_qwen() -> Drawing:
+    """Perplexity over the source's, by position, of the second real model."""
+    figures = data("long-context-qwen")
+    ranges = [f"{first // 1024}–{end // 1024}k" for first, end in figures["ranges"]]
+    names = {"MLA 1/2, closed form": "MLA 1/2", "GateSWA and MLA 1/8, trained": "both, 1/8, trained"}
+    labelled = [run for run in figures["runs"] if "label" in run]
+    series = [(names.get(run["label"], run["label"]), run["ratio"], "trained" in run["label"]) for run in labelled]
+    title = "Qwen2.5-Coder-0.5B: perplexity over the source's"
+    ticks = [0.9, 1, 1.1, 1.2, 1.3]
+    return curves(title, ranges, series, ticks, logarithmic=True, x_title="position in windows of 32,768 tokens")
+
+
+def ruler() -> Drawing:
+    """RULER of both real models, averages of 13 tasks."""
+    groups = []
+    for name, model in (("ruler-smollm2", "SmolLM2"), ("ruler-qwen", "Qwen2.5-Coder-0.5B")):
+        figures = data(name)
+        for place in (0, 1):
+            rows = []
+            for label, cells in figures["average"].items():
+                middle, low, high = cells[place]
+                rows.append((label.replace("GateSWA and MLA", "both,"), middle, f"{middle:g} ({low:g}–{high:g})"))
+            groups.append((f"{model}, {figures['columns'][place]} tokens", rows))
+    note = "Average of 13 tasks, 20 items each, with intervals of 95 %"
+    return bars("RULER, % of what is asked for", groups, note=note)
+
+
+def tasks() -> Drawing:
+    """Short tasks: the average and the two that lose most."""
+    figures = data("tasks-smollm2")
+    columns = [column.split(" (")[0] for column in figures["columns"]]
+    groups = []
+    for heading, column in (("average of six tasks", "average"), ("HellaSwag", "HellaSwag"), ("LAMBADA", "LAMBADA")):
+        place = columns.index(column)
+        rows = []
+        for label, cells in figures["figures"].items():
+            middle, low, high = cells[place]
+            short = SHORT.get(label, label)
+            rows.append((short, middle, f"{middle:g} ({low:g}–{high:g})"))
+        groups.append((heading, rows))
+    note = "1,000 questions of each set or all there are, no worked examples, intervals of 95 %"
+    return bars("SmolLM2: short tasks, % right", groups, note=note)
+
+
+def memory() -> Drawing:
+    """Memory of one sequence's cache."""
+    groups: list[tuple[str, list[tuple[str, float, str]]]] = []
+    for cached, named in model_cases().items():
+        rows = []
+        for name in MODELS:
+            if name in named:
+                most = named[name][0]
+                end = f"{most['cache_mb']:,.0f} MB, {most['batch']} at once"
+                rows.append((name, most["cache_mb"], end))
+        groups.append((f"{cached:,} cached tokens", rows))
+    note = "Qwen3-8B's shape, bfloat16; how many sequences fit on one H200 beside the weights (512 at most)"
+    return bars("KV cache of one sequence", groups, note=note)
+
+
+def cost() -> Drawing:
+    """Time and memory of the same conversion by three converters."""
+    names = {"attnedit": "SmolLM2, MLA 1/2, quick: 32,768 tokens, one round"}
+    names |= {f"{name}": f"the same by {name} (run by us)" for name in ("TransMLA", "CARE")}
+    found = {run["what"]: run for run in data("cost")["runs"]}
+    groups = []
+    for heading, key in (("time", "time"), ("memory", "memory")):
+        ends = {name: found[what][key] for name, what in names.items()}
+        groups.append((heading, [(name, float(end.split()[0]), end) for name, end in ends.items()]))
+    title = "Half of SmolLM2's cache, two cores, closed form"
+    note = "32,768 calibration tokens, from reading the model to saving; the other two run by us"
+    return bars(title, groups, note=note, apart=True)
 
 
 CACHED = {2048: "2,048", 8192: "8,192", 32768: "32,768", 131072: "131,072"}
