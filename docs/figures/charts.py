@@ -1,9 +1,12 @@
-"""Charts of the figures in ``docs/data``."""
+"""Charts of the figures in ``docs/data``, and the badges of README."""
 
 from __future__ import annotations
 
-from cells import data
-from drawing import BLUE, FAINT, GREEN, ORANGE, SAND, Drawing, bars, curves
+import re
+import tomllib
+
+from cells import DOCS, data
+from drawing import BLUE, CHARACTER, FAINT, GREEN, ORANGE, SAND, Drawing, bars, curves
 from result_tables import runs
 from speed_tables import MODELS, PREFILLS, layers, model_cases, prefills
 
@@ -24,6 +27,7 @@ def charts() -> dict[str, str]:
     """SVG by file name."""
     made = {"quality": quality(), "found": found(), "throughput": throughput(), "overview": overview()}
     made |= {"quality-qwen": quality_of_qwen(), "ruler": ruler(), "tasks": tasks(), "memory": memory(), "cost": cost()}
+    made["badges"] = badges()
     made |= {"growth-decode": growth_of_decode(), "growth-prompt": growth_of_prompt()}
     return {f"{name}.svg": drawing.svg() for name, drawing in made.items()}
 
@@ -164,6 +168,28 @@ def growth_of_prompt() -> Drawing:
     title = "One prompt through four layers, ms (H200)"
     ticks = [5, 10, 30, 100, 300, 1000, 4000]
     return curves(title, list(CACHED.values()), series, ticks, logarithmic=True, x_title="tokens of the prompt")
+
+
+def badges() -> Drawing:
+    """What the project needs and promises, as its own files say."""
+    settings = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    project, tool = settings["project"], settings["tool"]
+    needs = {re.split("[>=]", line)[0]: line.partition(">=")[2] for line in project["dependencies"]}
+    shown = [("version", project["version"]), ("licence", project["license"])]
+    shown += [("Python", project["requires-python"].removeprefix(">=") + "+")]
+    shown += [(name, f"{needs[name]}+") for name in ("torch", "transformers")]
+    shown += [("types", "mypy strict")] if tool["mypy"]["strict"] else []
+    shown += [("lint", "ruff")] if "ruff" in tool else []
+    step = 11 * CHARACTER
+    ends = [(name, value, 12 + step * len(name), 12 + step * len(value)) for name, value in shown]
+    title = ", ".join(" ".join(pair) for pair in shown)
+    drawing = Drawing(title, sum(left + right + 6 for *_, left, right in ends) + 2, 24, size=11)
+    x = 2.0
+    for name, value, left, right in ends:
+        drawing.box(x, 2, left, 20, name, fill=SAND, radius=2)
+        drawing.box(x + left, 2, right, 20, value, fill=GREEN, radius=2)
+        x += left + right + 6
+    return drawing
 
 
 def overview() -> Drawing:

@@ -187,6 +187,35 @@ def serving(cached: int = 32768) -> str:
     return table([*head, "time to the first token, over the source"], rows)
 
 
+def stage(label: str) -> str:
+    """One run as the tutorial shows it: perplexity by position, and facts found in texts that end there."""
+    source = data("long-context-smollm2")["source"]
+    ratios, found, run = runs()[label]
+    cells = zip(run["perplexity"], source["perplexity"], ratios_of(run, ratios), found, source["found"], strict=True)
+    ends = ("0–1k", "1k–2k", "2k–4k", "4k–8k")
+    rows = [
+        [end, f"{own:.2f}", f"{other:.2f}", ratio, with_interval(share), with_interval(whole)]
+        for end, (own, other, ratio, share, whole) in zip(ends, cells, strict=True)
+    ]
+    head = ["tokens", "perplexity", "source's", "ratio", "facts found in texts that end there, %", "by the source, %"]
+    return table(head, rows)
+
+
+def stage_start() -> str:
+    """A quarter before training."""
+    return stage("MLA 1/4, closed form")
+
+
+def stage_quarter() -> str:
+    """The same trained."""
+    return stage("MLA 1/4" + TRAINED)
+
+
+def stage_eighth() -> str:
+    """An eighth by both targets, trained."""
+    return stage("GateSWA and MLA 1/8" + TRAINED)
+
+
 COSTS = (
     "SmolLM2, MLA 1/2, quick: 32,768 tokens, one round",
     "SmolLM2, MLA 1/2, closed form at 8,192 tokens (the default)",
@@ -240,4 +269,5 @@ def commands_qwen() -> str:
 
 
 RESULT_TABLES = [worst_range, qwen_worst, found_far, ruler_both, ruler_tasks_smollm2, ruler_tasks_qwen]
+RESULT_TABLES += [stage_start, stage_quarter, stage_eighth]
 RESULT_TABLES += [tasks_average, tasks_differences, serving, cost_short, commands_smollm2, commands_qwen]
