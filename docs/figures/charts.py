@@ -111,7 +111,7 @@ def tasks() -> Drawing:
         for label, cells in figures["figures"].items():
             middle, low, high = cells[place]
             short = SHORT.get(label, label)
-            rows.append((short, middle, f"{middle:g} ({low:g}–{high:g})"))
+            rows.append((short, middle, f"{middle:.1f} ({low:.1f}–{high:.1f})"))
         groups.append((heading, rows))
     note = "1,000 questions of each set or all there are, no worked examples, intervals of 95 %"
     return bars("SmolLM2: short tasks, % right", groups, note=note)

@@ -72,7 +72,8 @@ def tasks() -> str:
     """Short tasks."""
     figures = data("tasks-smollm2")
     head = [column.split(" (")[0] for column in figures["columns"]]
-    return table(["", *head], [[name, *map(measured, cells)] for name, cells in figures["figures"].items()])
+    forms = [".3f" if column.startswith("GSM8K") else ".1f" for column in head]
+    return table(["", *head], [[name, *map(measured, cells, forms)] for name, cells in figures["figures"].items()])
 
 
 def short_windows() -> str:

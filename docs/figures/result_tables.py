@@ -153,22 +153,22 @@ def tasks_average() -> str:
     average = figures["columns"].index("average")
     rows = []
     for name, cells in figures["figures"].items():
-        lost = "0 (0 to 0)" if name == "source" else difference(figures["differences"][name][average])
-        rows.append([name, measured(cells[average]), lost, measured(cells[gsm8k])])
-    return table(["", "average, % right", "over the source, points", "GSM8K, bits per byte"], rows)
+        lost = "0" if name == "source" else difference(figures["differences"][name][average])
+        rows.append([name, measured(cells[average], ".1f"), lost, measured(cells[gsm8k], ".3f")])
+    return table(["", "average, % right", "against the source, points", "GSM8K, bits per byte"], rows)
 
 
 def tasks_differences() -> str:
     """Short tasks: differences from the source on the same questions."""
     figures = data("tasks-smollm2")
-    head = [column.split(" (")[0] for column in figures["columns"]]
-    rows = [[name, *map(difference, cells)] for name, cells in figures["differences"].items()]
-    return table(["over the source", *head], rows)
+    forms = [".3f" if column.startswith("GSM8K") else ".1f" for column in figures["columns"]]
+    rows = [[name, *map(difference, cells, forms)] for name, cells in figures["differences"].items()]
+    return table(["against the source", *(column.split(" (")[0] for column in figures["columns"])], rows)
 
 
-def difference(cell: list[float]) -> str:
+def difference(cell: list[float], form: str = ".1f") -> str:
     """A difference with its interval."""
-    return f"{cell[0]:+g} ({cell[1]:g} to {cell[2]:g})"
+    return f"{cell[0]:+{form}} ({cell[1]:{form}} to {cell[2]:{form}})"
 
 
 def serving(cached: int = 32768) -> str:
