@@ -249,7 +249,7 @@ def commands(runs_shown: dict[str, str]) -> str:
         options = re.split(" (?=-)", f"attnedit {command} --calibration calib.txt -o {name.lower().replace(' ', '-')}")
         written = [options[0]]
         for option in options[1:]:
-            if len(written[-1]) + len(option) < 108:
+            if len(written[-1]) + len(option) < 76:
                 written[-1] += f" {option}"
             else:
                 written.append(f"    {option}")
