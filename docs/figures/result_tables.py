@@ -197,7 +197,7 @@ def stage(label: str) -> str:
         [end, f"{own:.2f}", f"{other:.2f}", ratio, with_interval(share), with_interval(whole)]
         for end, (own, other, ratio, share, whole) in zip(ends, cells, strict=True)
     ]
-    head = ["tokens", "perplexity", "source's", "ratio", "facts found in texts that end there, %", "by the source, %"]
+    head = ["tokens", "perplexity", "source's", "ratio", "found, %", "by the source, %"]
     return table(head, rows)
 
 
