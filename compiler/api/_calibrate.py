@@ -76,7 +76,9 @@ def calibrate(result: CompileResult, teacher: PreTrainedModel, **options: Unpack
 
     Raises:
         UsageError: wrong arguments or input, or the teacher is another model.
+        VerificationError: decoding from the trained model's cache differs from a prefill.
         DivergedError: training broke down; the best state is in `result.model`, and in the run directory.
+        AttneditError: the device ran out of memory or failed. The two before are AttneditErrors too.
 
     Example:
         >>> result = attnedit.load("qwen3-mla")  # doctest: +SKIP

@@ -43,8 +43,8 @@ FITS_DIRECTORY = "fits"
 def compile(model: PreTrainedModel, target: str | Target = "mla", **options: Unpack[CompileArguments]) -> CompileResult:
     """Rewrite the attention of a trained model so that it caches less: in closed form, then trained if asked for.
 
-    The model is captured as graphs, each attention is replaced and fitted on calibration text, and the result is held
-    to what was promised on real numbers. With `fit_steps` or `distill_steps` it is then trained against its source.
+    The model is captured as graphs, each attention is replaced and fitted on calibration text, and the result is run to
+    check that it keeps what was promised. With `fit_steps` or `distill_steps` it is then trained against its source.
 
     Args:
         model: a transformers causal language model; not changed unless `in_place`.
@@ -58,8 +58,11 @@ def compile(model: PreTrainedModel, target: str | Target = "mla", **options: Unp
 
     Raises:
         UsageError: wrong arguments or input; CaptureError (a UsageError) for attention that cannot be rewritten.
+        RewriteError: a rewrite of a `Target` is written wrongly; addressed to its author.
         VerificationError: the result broke its contract.
-        DivergedError: training broke down; its best state is in the run directory.
+        DivergedError: training broke down; its best state is in the run directory, where one is given.
+        AttneditError: the device ran out of memory or failed, or the run directory cannot be written. The three before
+            are AttneditErrors too.
 
     Example:
         >>> result = attnedit.compile(model, "mla", kv_budget=0.25, calibration="notes.txt")  # doctest: +SKIP

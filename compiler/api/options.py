@@ -62,8 +62,9 @@ class DataOptions(Options):
     """Text, jsonl, json or parquet file, or a dataset's name; without it the model's own samples. Several times for a
     mixture, each NAME or NAME=WEIGHT.
 
-    In Python a path, a `datasets` name, a mapping from such to weights, an iterable of strings or token tensors, or
-    None for the model's own samples."""
+    In Python a path, a `datasets` name, a mapping from such to weights, an iterable of strings, token ids, or None for
+    the model's own samples. Token ids are an int64 tensor [N, L], N windows of L tokens that are taken as they are
+    (or a list of such, of several lengths), or an iterable of int64 tensors [T], which are joined in order and cut."""
     seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
     """Same seed, same result.
 
@@ -96,15 +97,16 @@ class AttentionOptions(DataOptions):
 
     Per head or per element. It starts without effect."""
     sinks: str | None = None
-    """GateSWA: for tokens outside the window: none, or logit, value, keep:N with commas; all (keep:4) unless given.
+    """GateSWA: for what windows hide: none, or logit, value, keep:N with commas; logit,value,keep:4 unless given.
 
-    A sink logit per head, a value for it (which needs the logit), and the first N tokens, which stay visible."""
+    A sink logit per head, a value per key/value head for it (which needs the logit), and the first N tokens, which stay
+    visible. With a profile or an engine: none unless given."""
     profile: str | None = None
     """Compile towards a checkpoint of this form (docs/export-hf.md), so that export changes nothing.
 
     What its class lacks is left out from the start. For "mla" norms and biases become linear maps."""
     kernel_dims: Switch = False
-    """With a latent profile: the sizes of engines' kernels, in place of a budget."""
+    """With a latent profile: the sizes of engines' kernels (latent 512, rotary 64, heads 128) in place of a budget."""
     engine: str | None = None
     """What will serve the result: vllm, sglang or llama.cpp (docs/engines).
 

@@ -59,9 +59,11 @@ class CompileResult:
 
     @property
     def graph(self) -> torch.fx.GraphModule:
-        """The rewritten model as one FX graph: forward(input_ids [B, T], attention_mask [B, T]) -> logits.
+        """The rewritten model as one FX graph without cache, captured at the first use.
 
-        Captured at the first use.
+        Its `forward(input_ids, attention_mask)` takes int64 [B, T] twice (the mask is 1 for tokens and 0 for padding)
+        and returns logits [B, T, V] in the model's dtype; without a language-model head the last hidden states
+        [B, T, D].
 
         Raises:
             CaptureError: torch.export could not trace the model.

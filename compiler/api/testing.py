@@ -28,7 +28,7 @@ PIECES = (9, 1, 1, 4, 1)
 
 @torch.no_grad()
 def tiny_model(config: PreTrainedConfig | None = None, **sizes: int | float | bool | str | None) -> PreTrainedModel:
-    """A causal language model with random weights, so large that a mistake in any of them shows.
+    """A small causal language model whose random weights are large enough for a mistake in any of them to show.
 
     Args:
         config: of its class and sizes; a Llama of two layers, four heads and two key/value heads unless given.
@@ -75,8 +75,8 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> T
 
     Args:
         model: a causal language model; run as it is, so in evaluation mode if it has dropout.
-        ids: token ids [B, T].
-        mask: [B, T], 0 for padding and 1 elsewhere; None where there is none.
+        ids: token ids, int64 [B, T].
+        mask: int64 [B, T], 0 for padding and 1 elsewhere; None where there is none.
 
     Returns:
         [B, T, V] in the model's dtype.
@@ -91,12 +91,12 @@ def in_pieces(model: PreTrainedModel, ids: Tensor, mask: Tensor, sizes: Iterable
 
     Args:
         model: a causal language model.
-        ids: token ids [B, T].
-        mask: [B, T], 0 for padding, which stands on the left.
+        ids: token ids, int64 [B, T].
+        mask: int64 [B, T], 0 for padding, which stands on the left.
         sizes: tokens of each call; T in all.
 
     Returns:
-        Logits [B, T, V] in the order of the tokens, and the cache after the last call.
+        Logits [B, T, V] in the model's dtype and the order of the tokens, and the cache after the last call.
 
     Raises:
         AssertionError: the sizes do not add up to T.

@@ -115,13 +115,17 @@ class StageReport(BaseModel):
 
     Attributes:
         name: "fit" (with the group of layers where there are several) or "distill".
-        steps: done, those skipped too.
-        tokens: seen.
-        seconds: spent.
-        learning_rate: the highest, relative to the size of each weight; None in reports that did not say.
-        before, best, best_step: held-out loss before the first step; the lowest, when fitting that of each layer; and
-            after which step that was.
-        trained_on: median loss of the last steps, on the text that is learned from; None in reports that did not say.
+        steps: optimiser steps done, those skipped too.
+        tokens: seen by training, over all steps.
+        seconds: of wall-clock time, evaluations included.
+        learning_rate: the highest, as a fraction of each weight's root mean square; None in reports that did not say.
+        before: held-out loss before the first step. Of "fit" the mean over layers of the squared error of the attention
+            output as a fraction of its power, half of it that of the first token alone; of "distill" the KL divergence
+            from the source in nats per token.
+        best: the lowest held-out loss, in the same unit; of "fit" each layer's own lowest, averaged.
+        best_step: after how many steps that was.
+        trained_on: median loss of the last steps, on the text that is learned from, in the same unit; None in reports
+            that did not say.
         skipped: steps whose loss or gradient was broken.
         backed_off: times that a layer's held-out loss had grown, so that it went back to its best with a lower rate.
     """

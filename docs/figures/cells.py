@@ -12,7 +12,7 @@ from attnedit.compiler.evaluation.intervals import interval_of_share
 
 DOCS = Path(__file__).resolve().parents[1]
 PROMPTS = 40
-NUMBER = re.compile(r"[\d,.]+( \(.*\))?$|not run$")
+NUMBER = re.compile(r"[-+]?[\d,.]+( \(.*\))?$|not run$")
 
 
 def data(name: str) -> Any:
@@ -28,9 +28,9 @@ def with_interval(share: float | None, count: int = PROMPTS) -> str | None:
     return f"{100 * share:.0f} ({low}–{high})"
 
 
-def measured(cell: list[float] | None) -> str | None:
-    """A figure with its interval."""
-    return None if cell is None else f"{cell[0]:g} ({cell[1]:g}–{cell[2]:g})"
+def measured(cell: list[float] | None, form: str = "g") -> str | None:
+    """A figure with its interval, both written in a format."""
+    return None if cell is None else f"{cell[0]:{form}} ({cell[1]:{form}}–{cell[2]:{form}})"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

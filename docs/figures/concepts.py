@@ -29,7 +29,7 @@ def decide() -> Drawing:
     questions = [
         ("Is the KV cache what limits you?", ["(long contexts or large", "batches, decoding)"]),
         ("Is half of the cache enough?", []),
-        ("Can you train on a GPU?", ["(10 million tokens: about", "ten minutes for 135M)"]),
+        ("Can you train on a GPU?", ["(10 million tokens: 9 to", "14 minutes for 135M)"]),
         ("Does your engine take windows", ["and latents in one model?"]),
     ]
     answers = [

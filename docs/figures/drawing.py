@@ -170,28 +170,37 @@ def _names(drawing: Drawing, x: float, ends: Sequence[tuple[float, str, str]], b
         drawing.text(x, y + 4, name, fill=colour)
 
 
-def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]], *, note: str = "") -> Drawing:
+def bars(
+    title: str,
+    groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]],
+    *,
+    note: str = "",
+    apart: bool = False,
+) -> Drawing:
     """Horizontal bars in groups.
 
     Args:
         title: above them.
         groups: a heading, and for each bar its name, its value and what is written at its end.
         note: a line below.
+        apart: whether each group has a scale of its own, as one of another unit must.
     """
     most = max(value for _, rows in groups for _, value, _ in rows)
     names = 12 + CHARACTER * 11 * max(len(name) for _, rows in groups for name, *_ in rows)
     ends = CHARACTER * 11 * max(len(end) for _, rows in groups for *_, end in rows)
     wide, left = 270.0, names + 12
     height = 40 + sum(24 + 22 * len(rows) for _, rows in groups) + (24 if note else 4)
-    drawing = Drawing(title, left + wide + ends + 20, height, size=11)
+    width = max(left + wide + ends, CHARACTER * 11 * len(note)) + 20
+    drawing = Drawing(title, width, height, size=11)
     drawing.text(10, 22, title, bold=True, size=12)
     y = 40.0
     for heading, rows in groups:
+        most = max(value for _, value, _ in rows) if apart else most
         drawing.text(10, y + 12, heading, fill=FAINT)
         y += 20
         for index, (name, value, end) in enumerate(rows):
             drawing.text(left - 8, y + 13, name, anchor="end")
-            fill = [SAND, GREEN, BLUE, ORANGE][index % 4]
+            fill = [SAND, GREEN, BLUE, ORANGE, GREY][index % 5]
             drawing.box(left, y + 2, max(wide * value / most, 1.5), 16, fill=fill, radius=2)
             drawing.text(left + wide * value / most + 6, y + 14, end)
             y += 22

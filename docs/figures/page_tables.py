@@ -8,61 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 from cells import DOCS, data, measured, table, with_interval
+from result_tables import RESULT_TABLES, ratios_of, runs
 from speed_tables import GPU_TABLES
 
 PAGES = ("results.md", "decide.md", "compare.md", "tutorials/train-on-a-gpu.md")
+PAGES += tuple(f"results/{name}.md" for name in ("quality", "retrieval", "short", "speed", "cost"))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-SHOWN = {
-    "MLA 1/2, closed form": "half, with intervals",
-    "MLA 1/4, closed form": "quarter, with intervals",
-    "GateSWA and MLA 1/8, closed form": "eighth by both targets, with intervals",
-    "GateSWA and MLA 1/8 with sink logits only, closed form": "eighth by both targets, sink logits only",
-    "MLA 1/2, trained at 4,096, then 8,192": "half, trained at 4,096, then 8,192",
-    "MLA 1/4, trained at 4,096, then 8,192": "quarter, trained at 4,096, then 8,192",
-    "MLA 1/8, trained at 4,096, then 8,192": "eighth of MLA, trained at 4,096, then 8,192",
-    "GateSWA and MLA 1/8, trained at 4,096, then 8,192": "eighth by both targets, trained at 4,096, then 8,192",
-    "GateSWA and MLA 1/8, trained, second seed": "eighth by both targets, trained at 4,096, then 8,192, second seed",
-    "GateSWA and MLA 1/8 with sink logits only, trained at 4,096, then 8,192": (
-        "eighth by both targets, sink logits only, trained at 4,096, then 8,192"
-    ),
-    "GateSWA and MLA 1/8 with sink logits only, trained, second seed": (
-        "eighth by both targets, sink logits only, trained at 4,096, then 8,192, second seed"
-    ),
-    "GateSWA and MLA 1/16, trained at 4,096, then 8,192": "sixteenth by both targets, trained at 4,096, then 8,192",
-}
-"""Which runs the pages show, by the name that they have there."""
-
-
-def runs(*, seeds: bool = False) -> dict[str, tuple[list[float], list[float], dict[str, Any]]]:
-    """The runs shown: ratios of perplexity by position, facts found by length, and all that is known of the run.
-
-    Args:
-        seeds: with those that repeat another with a second seed.
-    """
-    figures = data("long-context-smollm2")
-    named = {run["name"]: run for run in figures["runs"]}
-    source = figures["source"]["perplexity"]
-    found = {}
-    for label, name in SHOWN.items():
-        run = named[name]
-        if run.get("seed") and not seeds:
-            continue
-        ratios = run.get("ratio") or [one / other for one, other in zip(run["perplexity"], source, strict=True)]
-        found[label] = (ratios, run["found"], run)
-    return found
-
-
-def ratios_of(run: dict[str, Any], ratios: list[float]) -> list[str]:
-    """Ratios to the source, with their intervals where the run has them."""
-    intervals = run.get("ratio_interval") or [None] * len(ratios)
-    return [
-        f"{ratio:.3f}" if ends is None else f"{ratio:.3f} ({ends[0]:.2f}–{ends[1]:.2f})"
-        for ratio, ends in zip(ratios, intervals, strict=True)
-    ]
 
 
 def quality() -> str:
@@ -107,25 +60,20 @@ def _range(first: int, end: int) -> str:
     return f"{first // 1024}–{end // 1024}k" if first else f"0–{end // 1024}k"
 
 
-def ruler(name: str = "ruler-smollm2") -> str:
-    """RULER, averages of 13 tasks."""
-    figures = data(name)
-    lengths = [name if name == "ratio" else f"{name} tokens" for name in figures["columns"] if name != "all"]
-    keep = [index for index, name in enumerate(figures["columns"]) if name != "all"]
-    rows = [[name, *(measured(cells[index]) for index in keep)] for name, cells in figures["average"].items()]
-    return table(["", *lengths], rows)
-
-
 def ruler_qwen() -> str:
-    """RULER of the second real model."""
-    return ruler("ruler-qwen")
+    """RULER of the second real model, averages of 13 tasks at all lengths."""
+    figures = data("ruler-qwen")
+    columns = figures["columns"][:-1]
+    rows = [[name, *map(measured, cells[: len(columns)])] for name, cells in figures["average"].items()]
+    return table(["", *(f"{column} tokens" for column in columns)], rows)
 
 
 def tasks() -> str:
     """Short tasks."""
     figures = data("tasks-smollm2")
     head = [column.split(" (")[0] for column in figures["columns"]]
-    return table(["", *head], [[name, *map(measured, cells)] for name, cells in figures["figures"].items()])
+    forms = [".3f" if column.startswith("GSM8K") else ".1f" for column in head]
+    return table(["", *head], [[name, *map(measured, cells, forms)] for name, cells in figures["figures"].items()])
 
 
 def short_windows() -> str:
@@ -203,8 +151,8 @@ def choices() -> str:
     return table(["cache", "trained", "perplexity, worst range", "found at 4k, %", "at 8k, %"], rows)
 
 
-MADE = [quality, found, qwen, qwen_found, ruler, ruler_qwen, tasks, short_windows, short_trained, recall_of_windows]
-MADE += [*GPU_TABLES, on_cpu, cost, training_speed, recipes, choices]
+MADE = [quality, found, qwen, qwen_found, ruler_qwen, tasks, short_windows, short_trained, recall_of_windows]
+MADE += [*RESULT_TABLES, *GPU_TABLES, on_cpu, cost, training_speed, recipes, choices]
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in MADE}
 
 
