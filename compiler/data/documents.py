@@ -42,6 +42,8 @@ _SPEAKERS = {
 }
 """ShareGPT's names of those who speak, and the roles of chat templates."""
 _BYTE_ORDER_MARK = "\ufeff"
+_LONGEST_NAME = 4096
+"""Characters of a path on most systems."""
 
 
 def read_documents(source: str | PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -54,7 +56,7 @@ def read_documents(source: str | PathLike[str], tokenizer: PreTrainedTokenizerBa
     Raises:
         UsageError: missing, not UTF-8, not the format its suffix says, or a record without text.
     """
-    path = Path(source).expanduser()
+    path = source_path(source)
     if path.is_dir():
         raise UsageError(f"{source} is a directory; give a text, jsonl, json or parquet file")
     if path.exists():
@@ -62,6 +64,21 @@ def read_documents(source: str | PathLike[str], tokenizer: PreTrainedTokenizerBa
     if path.suffix.lower() in _FILE_SUFFIXES or str(source).startswith((".", "/", "~")):
         raise UsageError(f"{source} does not exist; give a text, jsonl, json or parquet file, or the name of a dataset")
     return _read_dataset(str(source), tokenizer)
+
+
+def source_path(source: str | PathLike[str]) -> Path:
+    """Return where a source would be as a file.
+
+    Raises:
+        UsageError: it is a text and no name.
+    """
+    name = str(source)
+    if "\n" in name or len(name) > _LONGEST_NAME:
+        raise UsageError(
+            f"a string of {len(name)} characters names no file and no dataset ({name[:30]!r}...); give texts as a list "
+            "of strings"
+        )
+    return Path(source).expanduser()
 
 
 def read_records(path: Path) -> Iterator[tuple[object, str]]:

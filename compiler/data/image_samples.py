@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnedit.compiler.data.documents import parts_of_chats, read_records
+from attnedit.compiler.data.documents import parts_of_chats, read_records, source_path
 from attnedit.compiler.data.token_windows import context_length
 from attnedit.compiler.data.window_sources import check_vocabulary
 from attnedit.compiler.errors import UsageError
@@ -43,7 +43,7 @@ def image_samples(
     """
     if not is_multimodal(model.config) or not isinstance(source, str | PathLike):
         return None
-    path = Path(source).expanduser()
+    path = source_path(source)
     if not path.is_file() or not any(parts_of_chats(record) for record, _ in read_records(path)):
         return None
     ready: Any = read_processor(processor, f"{source} holds images")

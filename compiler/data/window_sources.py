@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attnedit.compiler.data.documents import read_documents
+from attnedit.compiler.data.documents import read_documents, source_path
 from attnedit.compiler.data.sampling import sample_windows
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.source_checks import embedding_weight
@@ -144,7 +143,7 @@ class Text:
         separator = cast("str | None", tokenizer.eos_token) or "\n\n"
         if isinstance(source, str | PathLike):
             documents, name = read_documents(source, tokenizer), str(source)
-            whole = Path(source).exists()
+            whole = source_path(source).exists()
         else:
             documents, name = iter(source), "the calibration text"
             whole = isinstance(source, Sequence)

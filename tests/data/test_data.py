@@ -274,6 +274,16 @@ def test_a_directory_is_no_text(llama: LlamaForCausalLM, tokenizer: PreTrainedTo
         windows(tmp_path, tokenizer, llama)
 
 
+@pytest.mark.parametrize("text", ["Two lines\nof text.", "word " * 1000])
+def test_a_text_is_no_name(text: str, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    message = rf"^a string of {len(text)} characters names no file and no dataset .*give texts as a list of strings$"
+    with pytest.raises(UsageError, match=message) as caught:
+        windows(text, tokenizer, llama)
+    assert len(str(caught.value)) < 200
+    with pytest.raises(UsageError, match=message):
+        text_tokens(text, tokenizer)
+
+
 def test_the_demo_text_is_prose_in_two_disjoint_parts() -> None:
     calibration, evaluation = demo_text()
     assert len(calibration) > 100_000

@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import vllm
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.rotary import rotate
 from attnedit.targets.runtime.vllm.decoder import ServedConfig
-from attnedit.targets.runtime.vllm.latent_backend import LatentBackend
+from attnedit.targets.runtime.vllm.latent_layer import PagedLatents
+from attnedit.targets.runtime.vllm.paged_latents import Logits
 
 
 def by_heads(*shape: int) -> nn.Parameter:
@@ -48,55 +51,44 @@ class ServedLatent(nn.Module):
         self.config = config
         self.heads = heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
         rank, rope, nope = config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
-        quantised = {"quant_config": vllm_config.quant_config, "return_bias": False}
         self.kv_a_proj_with_mqa = ReplicatedLinear(
-            config.input_size, rank + rope, bias=config.kv_bias, prefix=f"{prefix}.kv_a_proj_with_mqa", **quantised
-        )
-        self.kv_b_proj = ColumnParallelLinear(
-            rank,
-            config.num_attention_heads * (nope + config.v_head_dim),
-            bias=False,
+            config.input_size,
+            rank + rope,
+            bias=config.kv_bias,
             quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.kv_b_proj",
+            return_bias=False,
+            prefix=f"{prefix}.kv_a_proj_with_mqa",
         )
+        # No linear module: the products of its two halves go into queries and outputs.
+        self.kv_b_proj = nn.Module()
+        self.kv_b_proj.weight = by_heads(heads * (nope + config.v_head_dim), rank)
         self.q_rope_proj = by_heads(heads, rope, config.head_dim) if rope else None
         self.sinks = by_heads(heads) if config.sinks else None
         self.register_buffer("columns", torch.tensor(config.rope_columns, dtype=torch.long), persistent=False)
-        self.attn = MLAAttention(
-            num_heads=heads,
-            scale=config.scale,
-            qk_nope_head_dim=nope,
-            qk_rope_head_dim=rope,
-            v_head_dim=config.v_head_dim,
-            q_lora_rank=None,
-            kv_lora_rank=rank,
-            kv_b_proj=self.kv_b_proj,
-            cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.attn",
-            attn_backend=LatentBackend,
-            sliding_window=config.window,
-            softcap=config.softcap,
-            sinks=self.sinks,
-        )
+        logits = Logits(config.scale, config.window, config.softcap, self.sinks)
+        self.attn = PagedLatents(rank, rope, logits, vllm_config, f"{prefix}.attn")
 
     def forward(self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, *_: None) -> Tensor:
         """Attend: query [1, H, N, d] before rope, kv_input [1, N, E], cos and sin [1, N, c]; returns [1, N, H, v]."""
-        rank = self.config.kv_lora_rank
-        latent, slots = self.kv_a_proj_with_mqa(kv_input)[0].tensor_split((rank,), dim=-1)
+        config = self.config
+        rows = self.kv_a_proj_with_mqa(kv_input)[0]
         query = query[0].transpose(0, 1)
-        parts = [query] if self.config.qk_nope_head_dim else []
+        size = config.qk_nope_head_dim + config.v_head_dim
+        keys, values = self.kv_b_proj.weight.view(self.heads, size, -1).split(
+            (config.qk_nope_head_dim, config.v_head_dim), 1
+        )
+        # Without rows for keys their product is zero.
+        absorbed = torch.einsum("nhd,hdr->nhr", query[..., : keys.shape[1]], keys)
         if self.q_rope_proj is not None:
             if cos is None or sin is None:
                 raise AssertionError("the graph gives a site with rotary slots cos and sin")
             cos, sin = (x.reshape(-1, x.shape[-1]).index_select(-1, self.columns).to(query.dtype) for x in (cos, sin))
-            slots = rotate(slots, cos, sin)
-            turned = torch.einsum("nhd,hsd->nhs", query, self.q_rope_proj)
-            parts.append(rotate(turned, cos[:, None], sin[:, None]))
-        query = torch.cat(parts, dim=-1)
-        shape = torch.Size((query.shape[0], self.heads * self.config.v_head_dim))
-        out: Tensor = self.attn(query, latent.contiguous(), slots.unsqueeze(1), output_shape=shape)
-        return out.view(1, -1, self.heads, self.config.v_head_dim)
+            latent, slots = rows.tensor_split((config.kv_lora_rank,), dim=-1)
+            rows = torch.cat((latent, rotate(slots, cos, sin)), dim=-1)
+            turned = rotate(torch.einsum("nhd,hsd->nhs", query, self.q_rope_proj), cos[:, None], sin[:, None])
+            absorbed = torch.cat((absorbed, turned), dim=-1)
+        out = torch.einsum("nhr,hvr->nhv", self.attn(absorbed, rows), values)
+        return out.unsqueeze(0)
 
 
 class ServedWindow(nn.Module):
@@ -143,6 +135,7 @@ class ServedWindow(nn.Module):
         logits: Tensor | None = sinks if self.sink_logit is None else self.sink_logit
         if self.both is not None:
             logits = torch.zeros(self.heads)  # filled by `finish`
+        _check_sinks(logits, config.layer_idx)
         self.logits = (logits,)  # not a parameter a second time
         self.attn = Attention(
             num_heads=self.heads,
@@ -185,3 +178,13 @@ class ServedWindow(nn.Module):
         if self.g_proj is not None and hidden is not None:
             out = out * torch.sigmoid(self.g_proj(hidden)[0]).unflatten(-1, (self.heads, -1))
         return out.unsqueeze(0)
+
+
+def _check_sinks(logits: Tensor | None, layer: int) -> None:
+    if logits is None or not vllm.__version__.startswith("0.26.") or logits.dtype == torch.bfloat16:
+        return
+    if current_platform.is_cpu():
+        raise UsageError(
+            f"layer {layer} has sink logits, which vLLM 0.26 takes on a CPU in bfloat16 only; use --dtype bfloat16, or "
+            "vLLM 0.32"
+        )

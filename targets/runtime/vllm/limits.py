@@ -12,7 +12,7 @@ from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.kinds import config_from_dict, kind_of
 from attnedit.targets.attention.mla.config import MLAConfig
 
-TESTED = ("0.32",)
+TESTED = ("0.26", "0.32")
 """Releases of vLLM that the tests ran with."""
 
 

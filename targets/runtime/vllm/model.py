@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
 from vllm.model_executor.models.transformers.utils import replace_linear_class
 
@@ -46,11 +47,15 @@ class AttneditForCausalLM(TransformersForCausalLM):
         source: dict[str, str] = getattr(self.model.config, "base_model_tp_plan", None) or {}
         plan = {f"model.{name}": style for name, style in source.items()}
         for placed in attention_of(self.model):
-            _serve(placed, self.vllm_config, plan)
+            _serve(placed, get_current_vllm_config(), plan)
         super().recursive_replace()
 
     def _create_attention_instances(self, prefix: str = "") -> None:
         """They are in the graphs already."""
+
+    def create_attention_instances(self) -> dict[int, Any]:
+        """The same in vLLM 0.26."""
+        return {}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load, then compute what depends on weights."""
