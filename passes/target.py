@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
 
@@ -15,7 +15,7 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.model_inputs import given_digest
 from attnedit.compiler.execution.stream import AttentionInputs
-from attnedit.compiler.rewriting.rewrite import Reject
+from attnedit.compiler.rewriting.rewrite import Contract, Reject, learned
 from attnedit.passes.beginnings import begins, without_beginnings
 from attnedit.passes.budget import Allocation, by_loss, least_values, plan
 from attnedit.passes.effort import queries_for
@@ -65,6 +65,24 @@ class Shape(Protocol):
     @property
     def exact(self) -> bool:
         """Whether nothing is lost, so that no data is needed."""
+        ...
+
+
+class ClassSizes(Protocol):
+    """What a class that has one size for all layers takes (`attnedit.targets.runtime.hf.towards.ClassSizes`)."""
+
+    @property
+    def columns(self) -> Mapping[str, Sequence[int]]:
+        """Of cos and sin that rotary slots may have, fastest first, by the site's name."""
+        ...
+
+    @property
+    def fold(self) -> int:
+        """How many of a site's frequencies share a slot where the sizes are fixed."""
+        ...
+
+    def rank(self, source_values: int, budget: float) -> int | None:
+        """Size of the latent within a fraction of the source's values per token and layer; None for any."""
         ...
 
 
@@ -150,13 +168,19 @@ class SiteFit:
     Attributes:
         graph: in place of the attention module, weights included.
         energy_kept, output_error: see `LayerReport`; None where not measured.
-        details: what the target wants to know of it in `notes`.
+        details: what the target wants to know of it in `fitted_notes`.
+        contract: what the new attention promises: `LOSSLESS`, or that its error is measured.
     """
 
     graph: fx.GraphModule
     energy_kept: float | None = None
     output_error: float | None = None
     details: Any = None
+    contract: Contract = learned
+
+
+LOSSLESS = Contract("close")
+"""The source's values to rounding, which verification holds the whole model to."""
 
 
 class AttentionTarget(ABC, Generic[S, F]):
@@ -213,9 +237,19 @@ class AttentionTarget(ABC, Generic[S, F]):
         result.fit_options, result.allocation = FitOptions.of(options.alternations), options.allocation
         return result
 
-    def towards(self, sizes: Callable[[list[AttentionSite]], Mapping[str, Any]]) -> Self:
-        """A copy for a profile's class, which has `sizes` of its own: asked of targets that such profiles hold."""
-        raise NotImplementedError(f"{type(self).__name__} has no profile")
+    def towards(self, given: ClassSizes) -> Self:
+        """A copy for a profile's class that has sizes of its own.
+
+        Args:
+            given: the sizes.
+
+        Returns:
+            A target of the same class.
+
+        Raises:
+            UsageError: the target has no shapes for such a class.
+        """
+        raise UsageError(f"{self.name} has no shapes for a class with one size for all layers; leave the profile out")
 
     def quick(self) -> Self:
         """A copy for fits that only tell layers apart."""
@@ -339,7 +373,7 @@ class AttentionTarget(ABC, Generic[S, F]):
             CaptureError: the site cannot be rewritten.
         """
         if shape.exact:
-            return SiteFit(self.build(work.result, work.site, shape, None))
+            return SiteFit(self.build(work.result, work.site, shape, None), contract=LOSSLESS)
 
         def make() -> F:
             samples = work.samples(self.queries or self.fit_options.output_queries)

@@ -21,7 +21,6 @@ from transformers import Cache
 from attnedit.compiler.capture.forwards import PAST
 from attnedit.compiler.capture.normalise import ChildCall, clean, merge_duplicates, raise_children, retarget_sizes
 from attnedit.compiler.capture.probe import AttentionCall
-from attnedit.compiler.capture.recorder import BATCH, LENGTH
 from attnedit.compiler.capture.written_out import Past, drop_past, emit_anchor
 from attnedit.compiler.compatibility.torch_names import (
     FakeTensor,
@@ -35,7 +34,7 @@ from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.graph.anchor import ANCHOR
 from attnedit.compiler.graph.dataflow import Evaluator, where
-from attnedit.compiler.graph.spec import verify
+from attnedit.compiler.graph.spec import BATCH, LENGTH, verify
 from attnedit.compiler.graph.surgery import prune
 
 PROBE_DTYPE = torch.bfloat16

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from attnedit.compiler.capture.sites import AttentionSite, Projection
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
-from attnedit.targets.attention.kinds import configs_in, kind_of
+from attnedit.targets.attention.kinds import configs_in
 from attnedit.targets.runtime.eager.classes import source_config, source_sites
 from attnedit.targets.runtime.hf.native import OTHER, Native, decoder_config, neutral_norm, refuse_half
+from attnedit.targets.runtime.hf.profiles import Profile
 from attnedit.targets.runtime.hf.rope import flat_rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -196,10 +197,9 @@ def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = Fa
     """
     layers = []
     for site in source_sites(model).values():
-        config = next((config for _, config in configs_in(model.get_submodule(site.name))), None)
+        found_here = configs_in(model.get_submodule(site.name))
+        config = cast(GateSWAConfig, found_here[0][1]) if found_here else None
         if config is not None:
-            if not isinstance(config, GateSWAConfig):
-                raise UsageError(f"{site.name} is {kind_of(config).title}, which {profile} does not have; {OTHER}")
             found = {
                 f"{config.sink_tokens} kept sink tokens (compile with --sinks none)": config.sink_tokens > 0,
                 "sink logits": config.sink_logit and not sink_logits,
@@ -336,3 +336,8 @@ def _renamed(name: str) -> str:
 def _notes(layers: list[Layer]) -> list[str]:
     count, window = sum(layer.window is not None for layer in layers), common_window(layers)
     return [f"{count} of {len(layers)} layers attend to the last {window} tokens, the token itself included."]
+
+
+LAGUNA = Profile(laguna_checkpoint, gates=("none",), sinks=("none",))
+LFM3 = Profile(lfm3_checkpoint, gates=("none", "head"), sinks=("none",))
+NATIVE = Profile(native_checkpoint, named=False, gates=("none",), sinks=("none", "logit"))
