@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where those are kept that can be made again."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def replaced(file: Path, *, shared: bool = False) -> Iterator[Path]:
     part = file.with_name(f"{file.name}.{os.getpid()}.part" if shared else f"{file.name}.part")
     yield part
     os.replace(part, file)
+
+
+def cache_directory(name: str) -> Path:
+    """Where files of one sort are kept, if it is there: in ``ATTNEDIT_CACHE``, ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    base = os.environ.get("ATTNEDIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "attnedit" / name

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from attnedit._stages import Log, said
 from attnedit.compiler.capture.capture import as_captured
+from attnedit.compiler.capture.kept_exports import keeping
 from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.transformers_names import repeated_heads
@@ -101,6 +102,7 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
     log, model = Log(options.progress), source.model
     modes = evaluating(model)
     implementation = contextlib.ExitStack()
+    implementation.enter_context(keeping(options.capture_cache))
     try:
         with log("capture", bar=True) as entry:
             sites = source.capture()

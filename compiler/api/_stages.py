@@ -35,11 +35,12 @@ class Stage:
 
 LOADING, TRAINING = tuple(SourceOptions.model_fields), tuple(CalibrationOptions.model_fields)
 PLANNING = ("target", "kv_budget", "full_layers", "profile", "kernel_dims", "engine")
+CAPTURE = (*PLANNING, "capture_cache")
 DATA = ("calibration", "calibration_tokens", "calibration_length", "seed")
 EDITING = ("fuel", "dump_graphs")
 STAGES = (
     Stage("load", "read the source, and refuse what cannot be rewritten", LOADING),
-    Stage("capture", "find attention by running it, read facts off its graph, plan what each site becomes", PLANNING),
+    Stage("capture", "find attention by running it, read facts off its graph, plan what each site becomes", CAPTURE),
     Stage("data", "cut calibration windows", DATA, lambda options, parts: options.planned),
     Stage("rewrite", "apply rewrites", ("partial", *EDITING, *DATA), lambda options, parts: not options.planned),
     Stage("lower", "put the new attention in place", ("in_place", *EDITING)),

@@ -195,6 +195,11 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
     For "mla" and "gateswa" a layer is one. The environment variable ATTNEDIT_FUEL unless given, else no limit."""
     dump_graphs: Annotated[str | PathLike[str] | None, Flag(Path)] = None
     """Directory for graphs before and after, as text and SVG."""
+    capture_cache: Switch = True
+    """Keep what was traced of attention modules, here and on disk, and take what was kept before.
+
+    Traces hold no weights, and are found by the code that they are of, the model's configuration, and versions. They
+    are in ``~/.cache/attnedit/captures`` (`ATTNEDIT_CACHE`)."""
     overwrite: Switch = False
     """Replace what the output directory holds."""
 

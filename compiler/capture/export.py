@@ -89,6 +89,21 @@ def shadow(
     return copy.deepcopy(module, memo).eval()
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What torch made of one call of an attention module.
+
+    Attributes:
+        program: in functional form.
+        children: calls of its child modules.
+        output: values of the output, True where they are tensors, and their structure.
+    """
+
+    program: torch.export.ExportedProgram
+    children: list[ChildCall]
+    output: tuple[list[Any], pytree.TreeSpec]
+
+
 class _Structure:
     """The arguments of the probe's call and the structure of its output.
 
@@ -155,26 +170,19 @@ def record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]
     return calls, handles
 
 
-def export_attention(call: AttentionCall) -> Exported:
-    """Export, unlift and normalise the attention module of one call.
-
-    Returns:
-        The graph: child modules are called, sizes are read from the hidden states, casts follow the hidden states'
-        dtype, the anchor stands for the attention interface.
+def trace_attention(call: AttentionCall) -> Trace:
+    """Trace the attention module of one call.
 
     Raises:
-        CaptureError: torch.export could not trace the module, or the graph holds something that is no plain op.
+        CaptureError: torch.export could not.
     """
     cached = call.cached
     # Constants that a module makes on the way have values on a real device only; nothing is computed there.
     implementation, device = (ANCHOR, "meta") if cached is None else (cached.implementation, "cpu")
     copied = shadow(call.module, implementation, device, PROBE_DTYPE)
-    given = (call.args, call.kwargs) if cached is None else (cached.args, cached.kwargs)
-    leaves, spec = pytree.tree_flatten((given[0], dict(given[1])))
-    leaves = [_empty(leaf, device) for leaf in leaves]
-    structure = _Structure(leaves, spec)
+    structure = _structure(call, device)
     flat = _Flat(copied, structure).eval()
-    inputs = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    inputs = tuple(leaf for leaf in structure.leaves if isinstance(leaf, torch.Tensor))
     if cached is not None:
         inputs += (_empty(cached.keys, device), _empty(cached.values, device))
     children, handles = record_children(copied)
@@ -184,7 +192,15 @@ def export_attention(call: AttentionCall) -> Exported:
     finally:
         for handle in handles:
             handle.remove()
-    return _assemble(call, program, structure, children)
+    if structure.output is None:
+        raise AssertionError("the module that is exported has run")
+    return Trace(program, children, structure.output)
+
+
+def _structure(call: AttentionCall, device: str) -> _Structure:
+    given = call if call.cached is None else call.cached
+    leaves, spec = pytree.tree_flatten((given.args, dict(given.kwargs)))
+    return _Structure([_empty(leaf, device) for leaf in leaves], spec)
 
 
 def export_program(
@@ -272,9 +288,17 @@ def _dynamic(tensor: torch.Tensor, written_out: bool) -> dict[int, Any]:
     return {dim: torch.export.Dim.AUTO for dim in dims}
 
 
-def _assemble(
-    call: AttentionCall, program: torch.export.ExportedProgram, structure: _Structure, children: list[ChildCall]
-) -> Exported:
+def export_attention(call: AttentionCall, trace: Trace) -> Exported:
+    """Unlift and normalise what was traced of one call.
+
+    Returns:
+        The graph: child modules are called, sizes are read from the hidden states, casts follow the hidden states'
+        dtype, the anchor stands for the attention interface.
+
+    Raises:
+        CaptureError: the graph holds something that is no plain op.
+    """
+    structure = _structure(call, "meta")
     graph = fx.Graph()
     users = _source_signature(graph, call)
     arguments: list[fx.Node] = []
@@ -283,8 +307,8 @@ def _assemble(
         arguments.append(next(users))
         return arguments[-1]
 
-    outputs, constants = unlift(program, graph, _ROOT, argument)
-    graph.output(_output(structure, outputs))
+    outputs, constants = unlift(trace.program, graph, _ROOT, argument)
+    graph.output(_output(trace.output, outputs))
     clean(graph)
     verify(graph, "clean", anchored=False, resized=False)
     if call.cached is not None:
@@ -298,7 +322,7 @@ def _assemble(
     if call.cached is not None:
         merge_duplicates(graph)
         verify(graph, "merge_duplicates")
-    raise_children(graph, children, _ROOT)
+    raise_children(graph, trace.children, _ROOT)
     prune(graph)
     verify(graph, "raise_children")
     return Exported(graph, constants)
@@ -368,9 +392,7 @@ def _step(entry: Any) -> Any:
     raise CaptureError(f"an argument holds a tensor inside an object that cannot be indexed ({entry})")
 
 
-def _output(structure: _Structure, tensors: list[fx.Node]) -> Any:
-    if structure.output is None:
-        raise RuntimeError("the module was never called during export")
-    marks, spec = structure.output
+def _output(output: tuple[list[Any], pytree.TreeSpec], tensors: list[fx.Node]) -> Any:
+    marks, spec = output
     given = iter(tensors)
     return pytree.tree_unflatten([next(given) if mark is True else mark for mark in marks], spec)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import os
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.model_inputs import position_ids
-from attnedit.compiler.files import replaced
+from attnedit.compiler.files import cache_directory, replaced
 from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, silent
@@ -137,7 +136,7 @@ def own_windows(
     for index, first in enumerate(chunks):
         size = min(CHUNK, count - first)
         key = hashlib.sha256(f"{whose} {size} {length} {seed} {index}".encode()).hexdigest()[:32]
-        file = _cache_directory() / f"{key}.safetensors"
+        file = cache_directory("samples") / f"{key}.safetensors"
         if file.exists():
             windows = load_file(file)["windows"]
         else:
@@ -206,11 +205,6 @@ def _fingerprint(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(flat[:: max(1, flat.numel() // 16)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("ATTNEDIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "attnedit" / "samples"
 
 
 def _half(model: PreTrainedModel) -> PreTrainedModel:
