@@ -24,7 +24,8 @@ from attnedit.compiler.files import replaced
 from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, weights_of
 from attnedit.compiler.progress import Progress, silent
-from attnedit.passes.target import AnyTarget, SiteWork
+from attnedit.passes.questions import SiteWork
+from attnedit.passes.target import AnyTarget
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, config_of, config_to_dict
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard

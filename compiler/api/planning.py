@@ -19,7 +19,8 @@ from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.reporting.records import KVUsage
 from attnedit.compiler.rewriting.registry import TARGETS, registered
 from attnedit.options import CalibrateOptions, CompileOptions
-from attnedit.passes.target import AnyTarget, Claim, Question
+from attnedit.passes.questions import Claim, Question
+from attnedit.passes.target import AnyTarget
 from attnedit.passes.targets import OWN
 from attnedit.targets.attention.kinds import KINDS
 from attnedit.targets.runtime.hf.towards import check_source, class_sizes

@@ -15,9 +15,10 @@ from attnedit.passes.mla.build import build, exact_factors
 from attnedit.passes.mla.fit import Fit, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
 from attnedit.passes.mla.shapes import Shape, common_shapes, fixed_shapes, shape_for
+from attnedit.passes.questions import Claim, ClassSizes, Question, SiteFit, SiteWork
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import output_weight
-from attnedit.passes.target import AttentionTarget, Claim, ClassSizes, Question, SiteFit, SiteWork
+from attnedit.passes.target import AttentionTarget
 from attnedit.targets.attention.kinds import KINDS
 from attnedit.targets.attention.mla.graph import MLA_MODULE
 
