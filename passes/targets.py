@@ -7,10 +7,15 @@ from attnedit.passes.mla.target import LatentTarget
 from attnedit.passes.target import AnyTarget
 
 OWN: dict[str, AnyTarget] = {target.name: target for target in (LatentTarget(), WindowTarget())}
-NAMES = (*OWN, *(f"{a}+{b}" for a in OWN for b in OWN if OWN[a].leaves and not OWN[b].leaves))
+OURS: dict[str, tuple[AnyTarget, ...]] = {name: (target,) for name, target in OWN.items()} | {
+    f"{first}+{last}": (OWN[first], OWN[last])
+    for first in OWN
+    for last in OWN
+    if OWN[first].leaves and not OWN[last].leaves
+}
 """With the compositions: what one leaves another changes."""
 
 
 def readers(option: str) -> list[str]:
     """Names of those that read an option of a compilation."""
-    return [name for name in NAMES if any(option in OWN[part].reads for part in name.split("+"))]
+    return [name for name, targets in OURS.items() if any(option in target.reads for target in targets)]

@@ -30,10 +30,11 @@ from attnedit.passes.budget import Allocation
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.fit_options import FitOptions
 from attnedit.passes.target import AnyTarget, AttentionTarget
-from attnedit.passes.targets import NAMES, OWN, readers
+from attnedit.passes.targets import OURS as OURS
+from attnedit.passes.targets import OWN, readers
 from attnedit.targets.runtime.hf.towards import Form, form_for
 
-TARGETS = NAMES
+TARGETS = tuple(OURS)
 READERS: dict[str, list[str]] = {
     name: readers(name) for name in dict.fromkeys(name for target in OWN.values() for name in sorted(target.reads))
 } | {"partial": []}
@@ -238,8 +239,8 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
             return (self.target,)
         if isinstance(self.target, Target):
             return ()
-        if self.target in TARGETS:
-            return tuple(OWN[name] for name in self.target.split("+"))
+        if self.target in OURS:
+            return OURS[self.target]
         points = registered(REGISTERED_TARGETS, dict.fromkeys(TARGETS, ""))
         found = []
         for name in (part.strip() for part in self.target.split("+")):
