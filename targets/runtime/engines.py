@@ -218,6 +218,8 @@ def export_profile(engine: str, profile: str | None, kinds: Mapping[str, Attenti
     """
     check_choice("--engine", engine, ENGINES)
     able = [kind for kind in known_kinds() if kind in kinds.values() and _taken(kind, engine)]
+    if not kinds:
+        raise UsageError(f"no layer was rewritten, and {engine} runs the source as it is")
     if not able:
         name, kind = next(iter(kinds.items()))
         raise UsageError(

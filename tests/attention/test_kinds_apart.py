@@ -6,8 +6,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import attnedit
 from attnedit.passes.targets import OWN
 from attnedit.targets.attention.kinds import KINDS
+from attnedit.testing import refused, tiny_model, tokens
 
 ROOT = Path(__file__).parents[2]
 NAMES = {"mla", "gateswa"}
@@ -18,6 +20,7 @@ SHARED = {
     "targets/runtime/latent.py": "what the lowerings of latent attention share",
     "targets/runtime/windowed.py": "what the lowerings of windows share",
     "targets/runtime/hf/latent.py": "latent attention as matrices, for its profiles and its GGUF",
+    "targets/runtime/hf/windowed.py": "layers with windows, for their profiles and their GGUF",
     "targets/runtime/vllm/attention.py": "the modules that vllm/served.py names, which only vLLM can import",
 }
 LISTS = {
@@ -76,3 +79,30 @@ def test_what_kinds_name_is_there() -> None:
         assert all(kind.lowering(runtime) is not None for runtime in kind.lowerings if runtime != "gguf"), kind.name
         assert all(kind.profile(name) is not None for name in kind.profiles), kind.name
     assert {target.kind.name for target in OWN.values()} == NAMES
+
+
+def test_a_result_without_new_attention_is_refused_in_a_line(tmp_path: Path) -> None:
+    result = attnedit.compile(tiny_model(), kv_budget=1.0, fuel=0, verify=False)
+    with refused("no layer was rewritten, and vllm runs the source as it is", result.model):
+        result.export("hf", tmp_path / "out", engine="vllm")
+    with refused("no layer was rewritten; save the result", result.model):
+        result.export("gguf", tmp_path / "out")
+
+
+def test_layers_of_two_kinds_are_refused_by_what_holds_one(tmp_path: Path) -> None:
+    model = tiny_model()
+    data = tokens(4, 48)
+    options = {"window": 8, "full_layers": [1], "kv_budget": 0.6, "calibration": data, "alternations": 0}
+    result = attnedit.compile(model, "gateswa+mla", verify=False, **options)  # type: ignore[arg-type]
+    for runtime, options, words in (
+        ("hf", {"profile": "deepseek_v3"}, "(GateSWA), which profile deepseek_v3 does not have; use --profile remote"),
+        ("hf", {"profile": "native"}, "(MLA), which profile native does not have; use --profile remote"),
+        (
+            "gguf",
+            {},
+            "llama.cpp has no architecture with gated sliding-window attention (GateSWA) and multi-head latent",
+        ),
+    ):
+        with refused(words, result.model):
+            result.export(runtime, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()

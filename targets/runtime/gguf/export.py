@@ -165,6 +165,8 @@ def _form(model: PreTrainedModel, *, half: bool) -> Form:
     """
     found = kinds_in(model.config)
     kinds = list(dict.fromkeys(found.values()))
+    if not kinds:
+        raise UsageError(f"a .gguf holds attention that attnedit made, and no layer was rewritten; {ELSEWHERE}")
     if len(kinds) > 1:
         titles = " and ".join(kind.title for kind in kinds)
         raise UsageError(f"llama.cpp has no architecture with {titles} in one model; {ELSEWHERE}")

@@ -13,7 +13,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
 from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.gguf.form import HEAD, Form, common_keys, decoder_tensors, named, plain_theta
-from attnedit.targets.runtime.hf.gateswa import Layer, check_plain, common_window, gate_weight, windowed_layers
+from attnedit.targets.runtime.hf.windowed import Layer, check_plain, common_window, gate_weight, windowed_layers
 
 GATED, WITH_SINKS = "step35", "granite_swa"
 NO_SINK = -1e30
