@@ -181,6 +181,8 @@ class _Sizes:
             raise _BrokenError(f"{where(node)}: nothing is noted of its shape")
         noted = self._value(node.meta["val"]) if "val" in node.meta else None
         inputs: Any = fx.node.map_arg((node.args, node.kwargs), self._of)
+        if self._root is not None:  # a program names its device
+            inputs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), inputs)
         target: Any = node.target
         try:
             found = target(*inputs[0], **inputs[1])
