@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import attnedit
-from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.processes import processes
 from attnedit.compiler.reporting.report import peak_memory_bytes
 
 COMMON = {"head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False}

@@ -31,7 +31,7 @@ What each command takes. `attnedit COMMAND --help` says the same; the [user guid
 |---|---|
 | `ATTNEDIT_DEBUG=1` | adds the traceback to a failure |
 | `ATTNEDIT_FUEL=N` | stops after so many rewrites, as `--fuel` |
-| `ATTNEDIT_CACHE=DIR` | where own samples are kept, in place of `~/.cache` (or `XDG_CACHE_HOME`) |
+| `ATTNEDIT_CACHE=DIR` | where own samples and traces are kept, in place of `~/.cache` (or `XDG_CACHE_HOME`) |
 """
 GROUPS = {
     "Data": DataOptions,

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
+from attnedit.compiler.files import replaced
+
 Fitted = TypeVar("Fitted")
 
 
@@ -53,9 +55,8 @@ class KeptFits:
         """Write a fit; it appears whole or not at all."""
         self.directory.mkdir(parents=True, exist_ok=True)
         file = self._file(type(fit), site)
-        part = file.with_suffix(".part")
-        torch.save({"made_from": made_from, "fit": dataclasses.asdict(fit)}, part)
-        part.replace(file)
+        with replaced(file) as part:
+            torch.save({"made_from": made_from, "fit": dataclasses.asdict(fit)}, part)
 
     def _file(self, kind: type, site: str) -> Path:
         return self.directory / f"{kind.__name__.lower()}-{site}.pt"

@@ -14,7 +14,8 @@ from attnedit.compiler.progress import Progress, track
 from attnedit.passes.effort import effort_on
 from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.layer_loss import loss_increases, measured_rows
-from attnedit.passes.target import AnyTarget, Claim, SiteFit, SiteWork
+from attnedit.passes.questions import Claim, SiteFit, SiteWork
+from attnedit.passes.target import AnyTarget
 
 FIT_TOKENS = 16_384
 """Calibration tokens of each length for the quick fits whose losses are measured; at least two windows."""

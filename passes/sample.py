@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from attnedit.compiler.capture.rope import turn
 from attnedit.passes.solve import second_moment
 
 CHUNK_ELEMENTS = 1 << 22
@@ -209,11 +210,7 @@ class LayerSample:
         cos, sin = self.cos[:, columns], self.sin[:, columns]
         if positions is not None:
             cos, sin = cos[positions], sin[positions]
-        re, im = states[..., self.rotation.real], states[..., self.rotation.imaginary]
-        out = states.clone()
-        out[..., self.rotation.real] = re * cos - im * sin
-        out[..., self.rotation.imaginary] = im * cos + re * sin
-        return out
+        return turn(states, self.rotation.real, self.rotation.imaginary, (cos, sin))
 
     @cached_property
     def _teacher(self) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from torch import Tensor, fx
 from transformers import PreTrainedModel
@@ -14,149 +13,28 @@ from transformers import PreTrainedModel
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.model_inputs import given_digest
-from attnedit.compiler.execution.stream import AttentionInputs
 from attnedit.compiler.rewriting.rewrite import Reject
-from attnedit.passes.beginnings import begins, without_beginnings
+from attnedit.passes.beginnings import begins
 from attnedit.passes.budget import Allocation, by_loss, least_values, plan
-from attnedit.passes.effort import queries_for
 from attnedit.passes.fit_options import FitOptions
-from attnedit.passes.kept_fits import KeptFits, digest
+from attnedit.passes.kept_fits import digest
+from attnedit.passes.questions import (
+    LOSSLESS,
+    Claim,
+    ClassSizes,
+    Question,
+    Shape,
+    SiteFit,
+    SiteFitted,
+    SiteWork,
+    TargetOptions,
+)
 from attnedit.passes.sample import LayerSample
-from attnedit.passes.site_sample import take_samples
 from attnedit.targets.attention.kind import AttentionKind
 from attnedit.targets.attention.kinds import use_kind
 
-
-class TargetOptions(Protocol):
-    """What a target reads of a compilation's options."""
-
-    @property
-    def alternations(self) -> int:
-        """Rounds of least squares."""
-        ...
-
-    @property
-    def allocation(self) -> Allocation:
-        """How layers share the budget."""
-        ...
-
-    def asked(self, name: str, default: object) -> Any:
-        """A field by its name; what a profile asks for where it is None; or else the default."""
-        ...
-
-
-class SiteFitted(Protocol):
-    """Weights of one site: a dataclass, `energy_kept` among its fields where that is known."""
-
-    @property
-    def output_error(self) -> float | None:
-        """Relative squared error of the attention output on what it was fitted on."""
-        ...
-
-
-class Shape(Protocol):
-    """What one layer will cache. A dataclass: its text tells one fit from another."""
-
-    @property
-    def values(self) -> float:
-        """Cached values per token, averaged over the context."""
-        ...
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing is lost, so that no data is needed."""
-        ...
-
-
 S = TypeVar("S", bound=Shape)
 F = TypeVar("F", bound=SiteFitted)
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a target plans by.
-
-    Attributes:
-        sites: all attention sites of the model.
-        chosen: those that it may change.
-        before: cached values per token of the source by layer, at the context length.
-        length: of the context.
-        budget: fraction of the source's cached values that all layers together may keep; None for the target's own.
-        changed: what layers cache that a target before this one has changed, by layer.
-        last: whether no other target comes after this one.
-        losses: what each chosen site costs alone at an even share, in nats, by name; None for even shares.
-    """
-
-    sites: list[AttentionSite]
-    chosen: list[AttentionSite]
-    before: Mapping[int, float]
-    length: int
-    budget: float | None = None
-    changed: Mapping[int, float] = field(default_factory=dict)
-    last: bool = True
-    losses: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a target will make of sites.
-
-    Attributes:
-        shapes: of each site that it may change, by name.
-        leave: layers of the chosen sites that it leaves as they are, or how many: those that would cost most.
-    """
-
-    shapes: Mapping[str, Any]
-    leave: int | list[int] = 0
-
-
-@dataclass(frozen=True)
-class SiteWork:
-    """One site to fit.
-
-    Attributes:
-        source: live source model in eval mode.
-        result: the model that the graph is for; it shares the source's tensors.
-        site: the attention site.
-        inputs: batches of what its module is called with.
-        windows: calibration token ids [N, T] of each length T, int64.
-        seed: of sampled queries.
-        kept: where fits are kept and looked for.
-    """
-
-    source: PreTrainedModel
-    result: PreTrainedModel
-    site: AttentionSite
-    inputs: Iterator[AttentionInputs]
-    windows: Sequence[Tensor]
-    seed: int = 0
-    kept: KeptFits | None = None
-
-    def samples(self, queries: int, *, hidden: bool = False) -> list[LayerSample]:
-        """The site's queries, keys and values on the calibration data.
-
-        Args:
-            queries: to sample over all windows (`attnedit.passes.effort`).
-            hidden: whether to keep the hidden states.
-        """
-        count = queries_for(self.source, without_beginnings(self.windows)[0], queries)
-        return take_samples(self.source, self.site, self.inputs, count, self.seed, hidden=hidden)
-
-
-@dataclass(frozen=True)
-class SiteFit:
-    """One site as it was fitted.
-
-    Attributes:
-        graph: in place of the attention module, weights included.
-        energy_kept, output_error: see `LayerReport`; None where not measured.
-        details: what the target wants to know of it in `notes`.
-    """
-
-    graph: fx.GraphModule
-    energy_kept: float | None = None
-    output_error: float | None = None
-    details: Any = None
 
 
 class AttentionTarget(ABC, Generic[S, F]):
@@ -213,9 +91,19 @@ class AttentionTarget(ABC, Generic[S, F]):
         result.fit_options, result.allocation = FitOptions.of(options.alternations), options.allocation
         return result
 
-    def towards(self, sizes: Callable[[list[AttentionSite]], Mapping[str, Any]]) -> Self:
-        """A copy for a profile's class, which has `sizes` of its own: asked of targets that such profiles hold."""
-        raise NotImplementedError(f"{type(self).__name__} has no profile")
+    def towards(self, given: ClassSizes) -> Self:
+        """A copy for a profile's class that has sizes of its own.
+
+        Args:
+            given: the sizes.
+
+        Returns:
+            A target of the same class.
+
+        Raises:
+            UsageError: the target has no shapes for such a class.
+        """
+        raise UsageError(f"{self.name} has no shapes for a class with one size for all layers; leave the profile out")
 
     def quick(self) -> Self:
         """A copy for fits that only tell layers apart."""
@@ -339,7 +227,7 @@ class AttentionTarget(ABC, Generic[S, F]):
             CaptureError: the site cannot be rewritten.
         """
         if shape.exact:
-            return SiteFit(self.build(work.result, work.site, shape, None))
+            return SiteFit(self.build(work.result, work.site, shape, None), contract=LOSSLESS)
 
         def make() -> F:
             samples = work.samples(self.queries or self.fit_options.output_queries)

@@ -15,17 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attnedit._stages import Log, said
 from attnedit.arguments import CalibrateArguments, check_known, shown
 from attnedit.compiler.capture.capture import as_captured, capture
-from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.data.lengths import record_lengths
 from attnedit.compiler.data.sampling import own_windows
 from attnedit.compiler.data.token_windows import context_length, shares_of, token_windows
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluation.positions import loss_curve
-from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.execution.verify import check_tokens, decode_error, same_decode
+from attnedit.compiler.graph.modules import evaluation_mode
 from attnedit.compiler.model_io.devices import device_failures
 from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.model_io.source_checks import model_name
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
 from attnedit.compiler.reporting.records import PipelineStage, StageReport
 from attnedit.compiler.reporting.report import Report, used_memory

@@ -21,13 +21,13 @@ from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import own_buffers
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, checkpoint_directory, weight_files
 from attnedit.compiler.model_io.demo_model import SMOLLM2
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
 from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.compiler.model_io.models import load_config_only, load_processor, load_tokenizer
 from attnedit.compiler.model_io.remote_code import copy_code
+from attnedit.compiler.processes import processes
 from attnedit.compiler.reporting.report import Report
 from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
@@ -179,6 +179,7 @@ class CheckpointSource(Source):
             {name: kind_of(config).graph(self.model, named[name], config) for name, config in configs.items()},
             matched={target.name: [name for name in claim.shapes if name in configs] for target, claim in claims},
             spent=written.rule_seconds,
+            contracts=written.contracts,
             energy_kept=written.energy_kept,
             output_error=written.output_error,
             full=full if isinstance(full, list) or full is None else [],

@@ -17,12 +17,12 @@ from attnedit.arguments import CompileArguments, check_known, shown
 from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.model_io.devices import device_failures
 from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.remote_code import is_own_class
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
+from attnedit.compiler.processes import processes
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.pipeline import Target
@@ -173,6 +173,7 @@ class LiveSource(Source):
             graphs,
             matched={name: layers.fits for name, layers in done.items()},
             spent=spent,
+            contracts={name: fit.contract.kind for name, fit in fits.items()},
             energy_kept={name: fit.energy_kept for name, fit in fits.items() if fit.energy_kept is not None},
             output_error={name: fit.output_error for name, fit in fits.items() if fit.output_error is not None},
             loss_increase=losses,

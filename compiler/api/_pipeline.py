@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from attnedit._stages import Log, said
 from attnedit.compiler.capture.capture import as_captured
+from attnedit.compiler.capture.kept_exports import keeping
 from attnedit.compiler.capture.probe import sees_ahead
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.transformers_names import repeated_heads
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.lengths import record_lengths
-from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
+from attnedit.compiler.evaluation.evaluate import kv_usage
 from attnedit.compiler.evaluation.positions import loss_curve
 from attnedit.compiler.execution.model_inputs import giving
 from attnedit.compiler.execution.verify import (
@@ -29,8 +30,10 @@ from attnedit.compiler.execution.verify import (
     same_decode,
     same_logits,
 )
+from attnedit.compiler.graph.modules import evaluating, set_modes
 from attnedit.compiler.model_io.devices import resolve_device
 from attnedit.compiler.model_io.heads import has_language_head
+from attnedit.compiler.reporting.records import KVUsage
 from attnedit.compiler.reporting.report import Report
 from attnedit.figures import engine_notes, site_graphs
 from attnedit.options import CompileOptions
@@ -99,6 +102,7 @@ def run(source: Source, options: CompileOptions) -> tuple[PreTrainedModel, Repor
     log, model = Log(options.progress), source.model
     modes = evaluating(model)
     implementation = contextlib.ExitStack()
+    implementation.enter_context(keeping(options.capture_cache))
     try:
         with log("capture", bar=True) as entry:
             sites = source.capture()
@@ -188,17 +192,3 @@ def on_device(model: PreTrainedModel, options: CompileOptions) -> PreTrainedMode
     moved: Any = model if options.in_place else share_copy(model)
     found: PreTrainedModel = moved.to(resolve_device(options.device))
     return found
-
-
-def evaluating(model: PreTrainedModel) -> dict[str, bool]:
-    """Put a model into evaluation mode; its modes before, for `set_modes`."""
-    modes = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    return modes
-
-
-def set_modes(model: PreTrainedModel, modes: dict[str, bool]) -> None:
-    """Training or evaluation as it was for every module; new modules take after what they are in."""
-    for name, module in model.named_modules():  # parents come first
-        if name in modes:
-            module.train(modes[name])

@@ -20,11 +20,11 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.token_windows import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.compiler.execution.verify import LENGTH, check_tokens
 from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
+from attnedit.compiler.reporting.records import KVUsage
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.graft import SiteGraph

@@ -10,9 +10,10 @@ from typing import Any
 
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.reporting.records import PipelineStage, Verification
-from attnedit.options import OURS, CompileOptions, SourceOptions
+from attnedit.options import CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.target import AnyTarget
+from attnedit.passes.targets import OWN
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class Stage:
 
 LOADING, TRAINING = tuple(SourceOptions.model_fields), tuple(CalibrationOptions.model_fields)
 PLANNING = ("target", "kv_budget", "full_layers", "profile", "kernel_dims", "engine")
+CAPTURE = (*PLANNING, "capture_cache")
 DATA = ("calibration", "calibration_tokens", "calibration_length", "seed")
 EDITING = ("fuel", "dump_graphs")
 STAGES = (
     Stage("load", "read the source, and refuse what cannot be rewritten", LOADING),
-    Stage("capture", "find attention by running it, read facts off its graph, plan what each site becomes", PLANNING),
+    Stage("capture", "find attention by running it, read facts off its graph, plan what each site becomes", CAPTURE),
     Stage("data", "cut calibration windows", DATA, lambda options, parts: options.planned),
     Stage("rewrite", "apply rewrites", ("partial", *EDITING, *DATA), lambda options, parts: not options.planned),
     Stage("lower", "put the new attention in place", ("in_place", *EDITING)),
@@ -62,7 +64,7 @@ def stages_of(options: CompileOptions, *, parts: bool = False) -> list[dict[str,
         Of each the stage's name, what it does, and the options that it reads with their values; those of the whole job
         are with the first.
     """
-    placed = {name for each in STAGES for name in each.options}.union(*(part.reads for part in sum(OURS.values(), ())))
+    placed = {name for each in STAGES for name in each.options}.union(*(target.reads for target in OWN.values()))
     whole = [name for name in CompileOptions.model_fields if name not in placed and name not in HIDDEN]
     stages = [*STAGES[:FITTING], *_fitting(options, parts), *STAGES[FITTING:]]
     there = [each for each in stages if each.runs(options, parts)]

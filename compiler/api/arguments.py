@@ -50,6 +50,7 @@ class AttentionArguments(DataArguments, total=False):
     calibration_length: int | None
     alternations: int
     device: str | torch.device | None
+    capture_cache: bool
 
 
 class CheckpointArguments(AttentionArguments, total=False):

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.capture import graph_module
 from attnedit.compiler.capture.sites import AttentionSite
-from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.compiler.reporting.graph_svg import sketch
-from attnedit.compiler.reporting.records import KVCurve, SiteGraphs
+from attnedit.compiler.reporting.records import KVCurve, KVUsage, SiteGraphs
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.cost import BATCH, LENGTH, attention_cost, attention_values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,12 @@ from attnedit.compiler.compatibility.transformers_names import set_conversions
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.execution.model_inputs import given_digest
 from attnedit.compiler.execution.stream import AttentionInputs, Stream, decoder_layers
+from attnedit.compiler.files import replaced
 from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, weights_of
 from attnedit.compiler.progress import Progress, silent
-from attnedit.passes.target import AnyTarget, SiteWork
+from attnedit.passes.questions import SiteWork
+from attnedit.passes.target import AnyTarget
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, config_of, config_to_dict
 from attnedit.targets.runtime.eager.shards import Shard, plan_shards, write_shard
@@ -44,7 +45,7 @@ class Rewritten:
     Attributes:
         done: shards written.
         configs: of the new attention, by the site's name.
-        energy_kept, output_error: of the fits, by the site's name.
+        energy_kept, output_error, contracts: of the fits, by the site's name.
         seconds: spent on all shards.
         rule_seconds: of that on layers that were rewritten, by target.
         hidden: the source's hidden states [N, T, D] before the next layer, of each length; None where they are not
@@ -55,6 +56,7 @@ class Rewritten:
     configs: dict[str, SiteConfig] = field(default_factory=dict)
     energy_kept: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
+    contracts: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     rule_seconds: dict[str, float] = field(default_factory=dict)
     hidden: list[Tensor] | None = None
@@ -63,10 +65,9 @@ class Rewritten:
         """Replace what an earlier `save` left there."""
         values = {name: value for name, value in vars(self).items() if name != "hidden"}
         values["configs"] = {name: config_to_dict(config) for name, config in self.configs.items()}
-        part = directory / f"{_STATE_FILE}.part"
         tensors = {f"hidden.{index}": part.cpu().contiguous() for index, part in enumerate(self.hidden or [])}
-        save_file(tensors, part, metadata={"state": json.dumps({FORMAT_KEY: FORMAT_VERSION, **values})})
-        os.replace(part, directory / _STATE_FILE)
+        with replaced(directory / _STATE_FILE) as part:
+            save_file(tensors, part, metadata={"state": json.dumps({FORMAT_KEY: FORMAT_VERSION, **values})})
 
     @classmethod
     def load(cls, directory: Path) -> Rewritten:
@@ -213,6 +214,7 @@ class LayerwiseRewrite:
         for figures, figure in found:
             if figure is not None:
                 figures[site.name] = figure
+        rewritten.contracts[site.name] = fit.contract.kind
         return fit.graph
 
     def _enter(self, index: int, hidden: list[Tensor] | None) -> Stream:
@@ -245,6 +247,5 @@ class LayerwiseRewrite:
                         "give that, or --overwrite"
                     )
             return
-        part = file.with_suffix(".part")
-        save_file(named, part)
-        os.replace(part, file)
+        with replaced(file) as part:
+            save_file(named, part)

@@ -29,20 +29,14 @@ from attnedit.compiler.rewriting.registry import load, names_of, registered
 from attnedit.passes.budget import Allocation
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.fit_options import FitOptions
-from attnedit.passes.gateswa.target import WindowTarget
-from attnedit.passes.mla.target import LatentTarget
 from attnedit.passes.target import AnyTarget, AttentionTarget
-from attnedit.targets.runtime.hf.towards import GATES, Form, form_for
+from attnedit.passes.targets import OURS as OURS
+from attnedit.passes.targets import OWN, readers
+from attnedit.targets.runtime.hf.towards import Form, form_for
 
-OURS: dict[str, tuple[AnyTarget, ...]] = {
-    "mla": (LatentTarget(),),
-    "gateswa": (WindowTarget(),),
-    "gateswa+mla": (WindowTarget(), LatentTarget()),
-}
 TARGETS = tuple(OURS)
 READERS: dict[str, list[str]] = {
-    name: [target for target, parts in OURS.items() if any(name in part.reads for part in parts)]
-    for name in dict.fromkeys(name for parts in OURS.values() for part in parts for name in sorted(part.reads))
+    name: readers(name) for name in dict.fromkeys(name for target in OWN.values() for name in sorted(target.reads))
 } | {"partial": []}
 """Of options that not every target reads: those of ours that do; none for an option of rewrites."""
 
@@ -204,6 +198,11 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
     For "mla" and "gateswa" a layer is one. The environment variable ATTNEDIT_FUEL unless given, else no limit."""
     dump_graphs: Annotated[str | PathLike[str] | None, Flag(Path)] = None
     """Directory for graphs before and after, as text and SVG."""
+    capture_cache: Switch = True
+    """Keep what was traced of attention modules, here and on disk, and take what was kept before.
+
+    Traces hold no weights, and are found by the code that they are of, the model's configuration, and versions. They
+    are in ``~/.cache/attnedit/captures`` (`ATTNEDIT_CACHE`)."""
     overwrite: Switch = False
     """Replace what the output directory holds."""
 
@@ -211,10 +210,10 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
     def _agree(self) -> Self:
         """Refuse what contradicts itself, whatever the model."""
         reads = frozenset().union(*(target.reads for target in self.targets))
-        for name, readers in READERS.items():
-            known = name in reads if self.planned else not readers
+        for name, known_readers in READERS.items():
+            known = name in reads if self.planned else not known_readers
             if not known and getattr(self, name) != type(self).model_fields[name].default:
-                *most, last = readers or ["of rewrites"]
+                *most, last = known_readers or ["of rewrites"]
                 listed = f"{', '.join(most)} and {last}" if most else last
                 raise UsageError(f"{name} is for the targets {listed}, not for {self.target_name}")
         if self.leaves and self.kv_budget is not None and self.full_layers is not None:
@@ -247,7 +246,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
         points = registered(REGISTERED_TARGETS, dict.fromkeys(TARGETS, ""))
         found = []
         for name in (part.strip() for part in self.target.split("+")):
-            made: Any = OURS[name][0] if name in OURS else load(points[name], "target") if name in points else None
+            made: Any = OWN[name] if name in OWN else load(points[name], "target") if name in points else None
             found.append(made() if isinstance(made, type) and issubclass(made, AttentionTarget) else made)
         planned = [made for made in found if isinstance(made, AttentionTarget)]
         if len(planned) == len(found) and all(made.leaves for made in planned[:-1]):
@@ -274,7 +273,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
 
     def asked(self, name: str, default: object) -> Any:
         """A field; where it is None what the profile or engine asks for in its place, or else a default."""
-        forced = {} if self.form is None else {"gate": GATES.get(self.form.profile, (None,))[0], "sinks": "none"}
+        forced = {} if self.form is None else self.form.asks
         forced |= {} if self.engine is None else {"sinks": "none"}
         found = getattr(self, name)
         return forced.get(name, default) if found is None else found
@@ -282,5 +281,6 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
     @cached_property
     def form(self) -> Form | None:
         """The form that a profile asks for, or None."""
-        asked = (self.profile, self.kernel_dims, self.target_name, self.kv_budget, self.gate, self.sinks, self.engine)
-        return form_for(*asked) if self.planned else None
+        kinds = [target.kind for target in self.targets]
+        asked = (self.kv_budget, self.gate, self.sinks, self.engine)
+        return form_for(self.profile, self.kernel_dims, self.target_name, kinds, *asked) if kinds else None

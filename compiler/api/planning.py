@@ -15,20 +15,16 @@ from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.calibration_windows import calibration_windows as cut_windows
 from attnedit.compiler.data.window_sources import DEFAULT_WINDOW as SHORT_LENGTH
 from attnedit.compiler.errors import CaptureError, UsageError
-from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
+from attnedit.compiler.reporting.records import KVUsage
 from attnedit.compiler.rewriting.registry import TARGETS, registered
 from attnedit.options import CalibrateOptions, CompileOptions
-from attnedit.passes.budget import least_values
-from attnedit.passes.mla.shapes import Shape, common_shapes, fixed_shapes
-from attnedit.passes.target import AnyTarget, Claim, Question
+from attnedit.passes.questions import Claim, Question
+from attnedit.passes.target import AnyTarget
+from attnedit.passes.targets import OWN
 from attnedit.targets.attention.kinds import KINDS
-from attnedit.targets.runtime.engines import stock_rank
-from attnedit.targets.runtime.hf.mla import KERNEL_DIMS
-from attnedit.targets.runtime.hf.towards import Form, check_source, kernel_fold, slot_columns
+from attnedit.targets.runtime.hf.towards import check_source, class_sizes
 
-DEFAULT_BUDGET = 0.5
-"""Of the layers that become latent."""
 LATENT_ALREADY, SLIDES = "multi-head latent attention already", "a window of their own already"
 REASONS = {
     LATENT_ALREADY: "sites are latent already and stay as they are",
@@ -121,15 +117,11 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
         CaptureError: there is nothing to convert.
     """
     targets, form = options.configured, options.form
-    if form is not None and form.latent:
+    if form is not None and form.holds.uniform:
         facts = check_source(model, sites, form)
         notes = [f"profile {form.profile} has linear maps in place of {', '.join(facts)}"] if facts else []
-        columns = slot_columns(model, sites, form)
-
-        def sizes(latent: list[AttentionSite]) -> dict[str, Shape]:
-            return _common_shapes(latent, form, columns, before, len(sites), options.kv_budget)
-
-        return Plan(sites, sites, before, options, tuple(target.towards(sizes) for target in targets), notes)
+        given = class_sizes(model, sites, form)
+        return Plan(sites, sites, before, options, tuple(target.towards(given) for target in targets), notes)
     chosen, notes, rejected = choose_sites(sites, targets)
     caching = sum(values > 0 for values in before.per_layer)
     if caching > len(sites):
@@ -137,7 +129,7 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
     if any(target.cached_tokens for target in targets) and sees_ahead(model):
         raise UsageError(
             f"{type(model).__name__} lets the tokens of an image see each other both ways, and a window only looks "
-            "back; take the target mla"
+            f"back; take the target {' or '.join(name for name, own in OWN.items() if not own.cached_tokens)}"
         )
     notes += [note for target in targets for note in target.notes(chosen)]
     known = registered(TARGETS)
@@ -147,27 +139,6 @@ def plan_sites(model: PreTrainedModel, sites: list[AttentionSite], before: KVUsa
         if target.kind.name not in {*KINDS, *known}
     ]
     return Plan(sites, chosen, before, options, targets, notes, rejected)
-
-
-def _common_shapes(
-    latent: list[AttentionSite],
-    form: Form,
-    columns: Mapping[str, list[int]],
-    before: KVUsage,
-    count: int,
-    kv_budget: float | None,
-) -> dict[str, Shape]:
-    """Shapes of a class that has one size for all layers."""
-    if form.kernel_dims:
-        return fixed_shapes(latent, KERNEL_DIMS["kv_lora_rank"], kernel_fold(latent[0]), columns)
-    budget = DEFAULT_BUDGET if kv_budget is None else kv_budget
-    source = min(int(values) for values in before.per_layer if values)
-    if (rank := stock_rank(form.engine, source, budget)) is not None:
-        return fixed_shapes(latent, rank, kernel_fold(latent[0]), columns)
-    values = int(budget * sum(before.per_layer) / count + 1e-6)
-    if values < (least := max(least_values(site) for site in latent)):
-        raise UsageError(f"kv_budget {budget:g} leaves {values} cached values per token and layer, {least} are needed")
-    return common_shapes(latent, values, columns)
 
 
 def calibration_windows(model: PreTrainedModel, options: CompileOptions) -> CalibrationWindows:

@@ -12,14 +12,17 @@ from transformers import PreTrainedModel
 from attnedit._calibrate import calibration_name
 from attnedit.compiler.capture.sites import left_of
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
-from attnedit.compiler.evaluation.evaluate import KVUsage, kv_usage
+from attnedit.compiler.evaluation.evaluate import kv_usage
 from attnedit.compiler.formats import own_version
-from attnedit.compiler.reporting.records import LayerReport, RuleReport, Verification
+from attnedit.compiler.reporting.records import KVUsage, LayerReport, RuleReport, Verification
 from attnedit.compiler.reporting.report import Report, kv_fields, used_memory
 from attnedit.figures import memory_curve
 from attnedit.planning import Plan
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import kind_of
+
+_CONTRACTS = ("exact", "close", "learned")
+_WEAKEST = _CONTRACTS[-1]
 
 
 @dataclass
@@ -30,10 +33,11 @@ class Fitted:
         graphs: with their weights, or on meta where these are written already.
         matched: names of the sites that each target was fitted for, by the target's name.
         spent: seconds for that, by the target's name.
+        contracts: what the fit of each site promises, by its name: kinds of `Contract`.
         energy_kept, output_error, loss_increase: where measured; see `LayerReport`.
         full: layers that keep no window, where others got one.
         notes: what the user should know.
-        rules: of rewrites; those of targets follow from `matched` and `spent`.
+        rules: of rewrites; those of targets follow from `matched`, `spent` and `contracts`.
         kinds: what the report calls the new attention, where that is not its kind's name.
         earlier: names of the sites that changed before, and not now.
         checks: contracts that were held while fitting.
@@ -43,6 +47,7 @@ class Fitted:
     graphs: dict[str, fx.GraphModule]
     matched: Mapping[str, Collection[str]] = field(default_factory=dict)
     spent: Mapping[str, float] = field(default_factory=dict)
+    contracts: Mapping[str, str] = field(default_factory=dict)
     energy_kept: Mapping[str, float] = field(default_factory=dict)
     output_error: Mapping[str, float] = field(default_factory=dict)
     loss_increase: Mapping[str, float] = field(default_factory=dict)
@@ -53,6 +58,10 @@ class Fitted:
     earlier: frozenset[str] = frozenset()
     checks: list[Verification] = field(default_factory=list)
     rounding: float = 0.0
+
+    def promised(self, target: str) -> str:
+        """The weakest contract of a target's sites."""
+        return max((self.contracts.get(name, _WEAKEST) for name in self.matched[target]), key=_CONTRACTS.index)
 
 
 def compile_report(
@@ -77,7 +86,7 @@ def compile_report(
     rules = [
         RuleReport(
             name=target.name,
-            contract="close" if windows is None else "learned",
+            contract=fitted.promised(target.name),
             matched=len(fitted.matched[target.name]),
             rewritten=sum(name in configs for name in fitted.matched[target.name]),
             rejected=plan.rejected,

@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnedit.compiler.capture.export import Exported, export_attention, export_program, shadow, unlift
+from attnedit.compiler.capture import stored_traces
+from attnedit.compiler.capture.export import Exported, export_attention, unlift
 from attnedit.compiler.capture.facts import FactReader, NoOutputProjectionError
-from attnedit.compiler.capture.forwards import evaluation_mode, probe_inputs
-from attnedit.compiler.capture.kept_exports import forget, keep, key_of, recall
+from attnedit.compiler.capture.forwards import probe_inputs
+from attnedit.compiler.capture.kept_exports import Key, forget, keep, key_of, recall
 from attnedit.compiler.capture.normalise import clean
 from attnedit.compiler.capture.probe import AttentionCall, discover
-from attnedit.compiler.capture.recorder import LENGTH
 from attnedit.compiler.capture.sites import AttentionSite, Facts, Sites, by_reason
+from attnedit.compiler.capture.trace import export_program, shadow, trace_attention
 from attnedit.compiler.compatibility.torch_names import pytree, temporary_buffers
 from attnedit.compiler.errors import CaptureError, OtherAttentionError
 from attnedit.compiler.graph.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.graph.dataflow import anchors, structure_hash
 from attnedit.compiler.graph.masks import dense_mask
-from attnedit.compiler.graph.spec import verify
+from attnedit.compiler.graph.modules import evaluation_mode
+from attnedit.compiler.graph.spec import LENGTH, verify
 from attnedit.compiler.model_io.heads import outputs_of
 
 _log = logging.getLogger(__name__)
@@ -45,8 +47,8 @@ def capture(model: torch.nn.Module, *, fresh: bool = False) -> Sites:
     Args:
         model: a transformers causal language model in any dtype, on any device; on meta too, where only buffers may
             need values (see `attnedit.compiler.capture.rope.rope_angles`).
-        fresh: trace every kind of module anew, also where one that cannot be told apart was traced before in this
-            process (`attnedit.compiler.capture.kept_exports`).
+        fresh: trace every kind of module anew, also where one that cannot be told apart was traced before, in this
+            process (`attnedit.compiler.capture.kept_exports`) or in another (`stored_traces`).
 
     Returns:
         One site per attention module, in the order they run. Sites of one kind share their graph: copy it before
@@ -109,19 +111,35 @@ def _kind_or_error(call: AttentionCall, fresh: bool) -> _Kind | CaptureError:
         return OtherAttentionError("its mask is neither causal nor a sliding window")
     key = None if fresh else key_of(call)
     try:
-        if (kept := recall(key)) is not None:
+        for place in ("memory", "disk"):
             try:
-                return _read_kind(call, kept)
+                if (kept := recall(key) if place == "memory" else _restored(call, key)) is not None:
+                    return _read_kind(call, kept)
             except NoOutputProjectionError:
                 raise
-            except CaptureError as error:
-                _log.debug("what was kept of %s does not fit (%s); tracing it anew", call.name, error)
+            except Exception as error:  # of a file anything
+                if place == "memory" and not isinstance(error, CaptureError):
+                    raise
+                _log.debug("what was kept in %s of %s does not fit (%s)", place, call.name, error)
                 forget(key)
-        exported = export_attention(call)
+                stored_traces.drop(key)
+        trace = trace_attention(call)
+        stored_traces.write(key, trace)
+        exported = export_attention(call, trace)
         keep(key, exported)
         return _read_kind(call, exported)
     except CaptureError as error:
         return error
+
+
+def _restored(call: AttentionCall, key: Key | None) -> Exported | None:
+    """What an earlier process traced, kept in this one from now on."""
+    trace = stored_traces.read(key)
+    if trace is None:
+        return None
+    exported = export_attention(call, trace)
+    keep(key, exported)
+    return exported
 
 
 def _read_kind(call: AttentionCall, exported: Exported) -> _Kind:

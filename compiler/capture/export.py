@@ -1,45 +1,30 @@
-"""Exports one attention module with the anchor in it, as an fx graph whose forward has the module's own signature.
-
-The export runs on a bfloat16 copy on the meta device: no weight is touched, and every cast the source makes shows up
-in the graph whatever the dtype of the live model is.
-"""
+"""Makes of a traced attention module an fx graph with the anchor in it, and the module's own signature."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from transformers import Cache
 
 from attnedit.compiler.capture.forwards import PAST
-from attnedit.compiler.capture.normalise import ChildCall, clean, merge_duplicates, raise_children, retarget_sizes
+from attnedit.compiler.capture.normalise import clean, merge_duplicates, raise_children, retarget_sizes
 from attnedit.compiler.capture.probe import AttentionCall
-from attnedit.compiler.capture.recorder import BATCH, LENGTH
-from attnedit.compiler.capture.written_out import Past, drop_past, emit_anchor
+from attnedit.compiler.capture.trace import ROOT, Structure, Trace, structure_of
+from attnedit.compiler.capture.written_out import drop_past, emit_anchor
 from attnedit.compiler.compatibility.torch_names import (
     FakeTensor,
     HigherOrderOperator,
-    TorchDynamoException,
-    forward_hooks,
     pytree,
-    without_fake_cache,
 )
-from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD
 from attnedit.compiler.errors import CaptureError
-from attnedit.compiler.graph.anchor import ANCHOR
 from attnedit.compiler.graph.dataflow import Evaluator, where
-from attnedit.compiler.graph.spec import verify
+from attnedit.compiler.graph.spec import LENGTH, verify
 from attnedit.compiler.graph.surgery import prune
-
-PROBE_DTYPE = torch.bfloat16
-_ROOT = "attn"
 
 
 @dataclass(frozen=True)
@@ -50,159 +35,10 @@ class Exported:
     constants: Mapping[str, torch.Tensor]
 
 
-def shadow(
-    module: torch.nn.Module, implementation: str, device: str, dtype: torch.dtype, seed: int | None = None
-) -> torch.nn.Module:
-    """A copy of `module` that shares no storage with it and whose attention implementation is `implementation`.
-
-    Args:
-        module: any attention module.
-        implementation: for the copy of its configuration; the module's own is left alone.
-        device: "meta", or where parameters are made.
-        dtype: of the floating parameters and buffers.
-        seed: for random parameters; None for empty ones.
-    """
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    memo: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        floating = tensor.is_floating_point()
-        replacement: torch.Tensor
-        if generator is None:
-            replacement = torch.empty_like(tensor, device=device, dtype=dtype if floating else tensor.dtype)
-        elif floating and (isinstance(tensor, torch.nn.Parameter) or tensor.is_meta):
-            # Variance 1/fan_in keeps activations near 1, vectors near 1 keep norms from vanishing.
-            spread = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
-            replacement = torch.empty(tensor.shape, dtype=dtype).uniform_(-1.7, 1.7, generator=generator) * spread
-        else:
-            replacement = tensor.detach().to(device=device, dtype=dtype if floating else tensor.dtype, copy=True)
-        if isinstance(tensor, torch.nn.Parameter):
-            replacement = torch.nn.Parameter(replacement, requires_grad=False)
-        memo[id(tensor)] = replacement
-    for child in module.modules():
-        config = getattr(child, "config", None)
-        if config is not None and id(config) not in memo:
-            twin = copy.copy(config)
-            if hasattr(twin, ATTENTION_FIELD):
-                setattr(twin, ATTENTION_FIELD, implementation)
-            memo[id(config)] = twin
-    hooks = {id(hook): hook for child in module.modules() for hook in forward_hooks(child)}
-    memo.update(hooks)
-    return copy.deepcopy(module, memo).eval()
-
-
-class _Structure:
-    """The arguments of the probe's call and the structure of its output.
-
-    Not attributes of the module: export restores those after tracing.
-    """
-
-    def __init__(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
-        self.leaves = leaves
-        self.spec = spec
-        self.output: tuple[list[Any], pytree.TreeSpec] | None = None
-
-
-class _Flat(torch.nn.Module):
-    """Calls the attention module with tensors put back among its other arguments; keeps its output structure."""
-
-    def __init__(self, module: torch.nn.Module, structure: _Structure) -> None:
-        super().__init__()
-        self.attn = module
-        self.structure = structure
-
-    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.structure.leaves]
-        if past := tuple(given):
-            leaves = [Past(*past) if isinstance(leaf, Cache) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.structure.spec)
-        output = self.attn(*args, **kwargs)
-        values, spec = pytree.tree_flatten(output)
-        self.structure.output = ([isinstance(v, torch.Tensor) or v for v in values], spec)
-        return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _empty(leaf: Any, device: str) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    dtype = PROBE_DTYPE if leaf.is_floating_point() else leaf.dtype
-    # Contiguous and distinct: a view of another argument would become a guard on its base.
-    return torch.empty(leaf.shape, dtype=dtype, device=device)
-
-
 def bind(call: AttentionCall) -> inspect.BoundArguments:
     """The arguments of the call that is exported by parameter name, without defaults."""
     given = call if call.cached is None else call.cached
     return inspect.signature(call.module.forward).bind(*given.args, **given.kwargs)
-
-
-def record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]]:
-    """Note every call of a child module from now on; returns the calls so far, and hooks to remove."""
-    calls: list[ChildCall] = []
-    counts: dict[str, int] = {}
-    handles = []
-    for name, child in module.named_modules():
-        if not name:
-            continue
-
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            number = counts.get(name, 0)
-            counts[name] = number + 1
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            marked = [ChildCall.TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            calls.append(ChildCall(name, number, marked, spec))
-
-        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
-    return calls, handles
-
-
-def export_attention(call: AttentionCall) -> Exported:
-    """Export, unlift and normalise the attention module of one call.
-
-    Returns:
-        The graph: child modules are called, sizes are read from the hidden states, casts follow the hidden states'
-        dtype, the anchor stands for the attention interface.
-
-    Raises:
-        CaptureError: torch.export could not trace the module, or the graph holds something that is no plain op.
-    """
-    cached = call.cached
-    # Constants that a module makes on the way have values on a real device only; nothing is computed there.
-    implementation, device = (ANCHOR, "meta") if cached is None else (cached.implementation, "cpu")
-    copied = shadow(call.module, implementation, device, PROBE_DTYPE)
-    given = (call.args, call.kwargs) if cached is None else (cached.args, cached.kwargs)
-    leaves, spec = pytree.tree_flatten((given[0], dict(given[1])))
-    leaves = [_empty(leaf, device) for leaf in leaves]
-    structure = _Structure(leaves, spec)
-    flat = _Flat(copied, structure).eval()
-    inputs = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    if cached is not None:
-        inputs += (_empty(cached.keys, device), _empty(cached.values, device))
-    children, handles = record_children(copied)
-    dynamic = (tuple(_dynamic(tensor, cached is not None) for tensor in inputs),)
-    try:
-        program = export_program(flat, inputs, dynamic)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _assemble(call, program, structure, children)
-
-
-def export_program(
-    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: Any
-) -> torch.export.ExportedProgram:
-    """Non-strict export in functional form, every composite op kept; CaptureError where torch.export fails."""
-    program: torch.export.ExportedProgram
-    try:
-        # With gradients on, the no_grad regions of rotary embeddings would become higher-order ops.
-        with torch.no_grad(), without_fake_cache(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch's own copy of it
-            program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-            program = program.run_decompositions({})
-    except (RuntimeError, ValueError, TypeError, AssertionError, TorchDynamoException) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"torch.export failed: {reason}") from error
-    return program
 
 
 def unlift(
@@ -258,24 +94,17 @@ def unlift(
     return outputs, constants
 
 
-def _dynamic(tensor: torch.Tensor, written_out: bool) -> dict[int, Any]:
-    # Batch, and whatever is as long as the sequence; feature dims stay numbers.
-    lengths = {size for size in tensor.shape if size in (BATCH, LENGTH, PAST, PAST + LENGTH)}
-    dims = [
-        dim
-        for dim, size in enumerate(tensor.shape)
-        if size in lengths and dim < max(tensor.dim() - 1, 2 if tensor.dim() < 4 else 4)
-    ]
-    if written_out and tensor.dim() and tensor.shape[0] % BATCH == 0:
-        dims.append(0)  # batch and heads in one
-    if written_out and tensor.dim() and tensor.shape[-1] == PAST + LENGTH:
-        dims.append(tensor.dim() - 1)
-    return {dim: torch.export.Dim.AUTO for dim in dims}
+def export_attention(call: AttentionCall, trace: Trace) -> Exported:
+    """Unlift and normalise what was traced of one call.
 
+    Returns:
+        The graph: child modules are called, sizes are read from the hidden states, casts follow the hidden states'
+        dtype, the anchor stands for the attention interface.
 
-def _assemble(
-    call: AttentionCall, program: torch.export.ExportedProgram, structure: _Structure, children: list[ChildCall]
-) -> Exported:
+    Raises:
+        CaptureError: the graph holds something that is no plain op.
+    """
+    structure = structure_of(call, "meta")
     graph = fx.Graph()
     users = _source_signature(graph, call)
     arguments: list[fx.Node] = []
@@ -284,8 +113,8 @@ def _assemble(
         arguments.append(next(users))
         return arguments[-1]
 
-    outputs, constants = unlift(program, graph, _ROOT, argument)
-    graph.output(_output(structure, outputs))
+    outputs, constants = unlift(trace.program, graph, ROOT, argument)
+    graph.output(_output(trace.output, outputs))
     clean(graph)
     verify(graph, "clean", anchored=False, resized=False)
     if call.cached is not None:
@@ -299,7 +128,7 @@ def _assemble(
     if call.cached is not None:
         merge_duplicates(graph)
         verify(graph, "merge_duplicates")
-    raise_children(graph, children, _ROOT)
+    raise_children(graph, trace.children, ROOT)
     prune(graph)
     verify(graph, "raise_children")
     return Exported(graph, constants)
@@ -350,7 +179,7 @@ def _source_signature(graph: fx.Graph, call: AttentionCall) -> Any:
     return iter(nodes)
 
 
-def _attended(arguments: list[fx.Node], structure: _Structure) -> tuple[fx.Node, int] | None:
+def _attended(arguments: list[fx.Node], structure: Structure) -> tuple[fx.Node, int] | None:
     """An argument that is as long as what is attended to, new and cached tokens, and its dim."""
     tensors = [leaf for leaf in structure.leaves if isinstance(leaf, torch.Tensor)]
     for node, tensor in zip(arguments, tensors, strict=True):
@@ -369,9 +198,7 @@ def _step(entry: Any) -> Any:
     raise CaptureError(f"an argument holds a tensor inside an object that cannot be indexed ({entry})")
 
 
-def _output(structure: _Structure, tensors: list[fx.Node]) -> Any:
-    if structure.output is None:
-        raise RuntimeError("the module was never called during export")
-    marks, spec = structure.output
+def _output(output: tuple[list[Any], pytree.TreeSpec], tensors: list[fx.Node]) -> Any:
+    marks, spec = output
     given = iter(tensors)
     return pytree.tree_unflatten([next(given) if mark is True else mark for mark in marks], spec)

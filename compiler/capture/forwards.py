@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from attnedit.compiler.capture.recorder import BATCH, LENGTH, Frame, Recorder
+from attnedit.compiler.capture.recorder import Frame, Recorder
 from attnedit.compiler.compatibility.caches import cache_parameter, with_cache
 from attnedit.compiler.compatibility.torch_names import own_buffers, pytree
 from attnedit.compiler.compatibility.transformers_names import supports_sdpa
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.graph.anchor import PROBE, attention_implementation, experts_implementation
+from attnedit.compiler.graph.modules import evaluation_mode
+from attnedit.compiler.graph.spec import BATCH, LENGTH
 from attnedit.compiler.model_io.heads import runner
 
 PAST = 6  # tokens cached, where attention is probed with a cache
@@ -44,18 +46,6 @@ class CachedCall:
     values: torch.Tensor
     implementation: str
     layer: int
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout and gradient checkpointing off inside the block; every module's `training` flag is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def probe_inputs(model: torch.nn.Module, length: int = LENGTH) -> dict[str, torch.Tensor]:

@@ -13,7 +13,9 @@ import hashlib
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +40,19 @@ class Key:
 
     digest: str
     held: tuple[Any, ...] = field(compare=False)
+
+
+_KEEPING: ContextVar[bool] = ContextVar("_KEEPING", default=True)
+
+
+@contextmanager
+def keeping(wanted: bool) -> Iterator[None]:
+    """Inside the block captures keep what they trace, and take what was kept before; or trace all anew."""
+    token = _KEEPING.set(wanted)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(token)
 
 
 _EXPORTS: OrderedDict[Key, Exported] = OrderedDict()
@@ -74,12 +89,14 @@ def _copied(exported: Exported) -> Exported:
 
 
 def key_of(call: AttentionCall) -> Key | None:
-    """What an export of a call would be kept under; None where an attribute of its module cannot be read.
+    """What an export of a call would be kept under; None where nothing is kept, or an attribute cannot be read.
 
     Of the module and all in it: classes with their code, that of the functions beside them, attributes,
     configuration, hooks, shapes and dtypes of weights, values of other tensors. Of its call in the probe: arguments,
     mask, and the ops that ran (`AttentionCall.signature`).
     """
+    if not _KEEPING.get():
+        return None
     try:
         contents = _Contents(call)
     except _UnknownError:
@@ -212,4 +229,7 @@ class _Contents:
             code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_flags, code.co_exceptiontable
         )
         for constant in code.co_consts:
-            self._code(constant) if isinstance(constant, types.CodeType) else self._add(constant)
+            if isinstance(constant, types.CodeType):
+                self._code(constant)
+            else:  # the order of a set is another in every process
+                self._add(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)

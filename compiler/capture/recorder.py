@@ -13,8 +13,7 @@ import torch
 
 from attnedit.compiler.compatibility.torch_names import TorchDispatchMode, pytree
 from attnedit.compiler.graph.anchor import InterfaceCall
-
-BATCH, LENGTH = 2, 11  # two primes that no head count, group count or number of experts is likely to be at once
+from attnedit.compiler.graph.spec import LENGTH
 
 _SOFTMAX = ("_softmax", "softmax", "_safe_softmax")
 

@@ -172,14 +172,37 @@ def _read_pairs(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope | Rotation) -> torch.Tensor:
     """Rotate x [..., T, d] by the columns of cos and sin [T, columns] (or [B, T, columns] with heads put between)."""
-    result = x.clone()
     if not rope.pairs:
-        return result
+        return x.clone()
     real, imag = (torch.tensor([pair[k] for pair in rope.pairs], device=x.device) for k in (0, 1))
     a = torch.tensor(rope.columns, device=x.device)
     b = torch.tensor(rope.imaginary_columns, device=x.device)
-    result[..., real] = x[..., real] * cos[..., a] - x[..., imag] * sin[..., a]
-    result[..., imag] = x[..., imag] * cos[..., b] + x[..., real] * sin[..., b]
+    return turn(x, real, imag, (cos[..., a], sin[..., a]), (cos[..., b], sin[..., b]))
+
+
+def turn(
+    x: torch.Tensor,
+    real: torch.Tensor,
+    imaginary: torch.Tensor,
+    by: tuple[torch.Tensor, torch.Tensor],
+    imaginary_by: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Turn pairs of dims.
+
+    Args:
+        x: [..., d].
+        real: dims of the n pairs' real parts.
+        imaginary: dims of their imaginary parts.
+        by: cos and sin [..., n].
+        imaginary_by: those of the imaginary parts, where they are others.
+
+    Returns:
+        [..., d]; dims that are in no pair stay.
+    """
+    result, first, second = x.clone(), x[..., real], x[..., imaginary]
+    (cos, sin), (other_cos, other_sin) = by, imaginary_by or by
+    result[..., real] = first * cos - second * sin
+    result[..., imaginary] = second * other_cos + first * other_sin
     return result
 
 

@@ -100,7 +100,7 @@ def emit_anchor(graph: fx.Graph, evaluator: Evaluator) -> None:
         raise CaptureError(f"its graph has {len(reading)} softmaxes over the cached keys ({names}); expected 1")
     found = reading[0]
     if found.target is _SDPA:
-        query, factor, bias, mixed = _from_sdpa(graph, found, keys, values)
+        query, factor, bias, mixed = _from_sdpa(found, keys, values)
     else:
         query, factor, bias = _from_softmax(graph, found, keys, evaluator)
         mixed = _mixed(found, values)
@@ -157,9 +157,7 @@ def _split_baddbmm(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _from_sdpa(
-    graph: fx.Graph, node: fx.Node, keys: fx.Node, values: fx.Node
-) -> tuple[fx.Node, float, fx.Node | None, fx.Node]:
+def _from_sdpa(node: fx.Node, keys: fx.Node, values: fx.Node) -> tuple[fx.Node, float, fx.Node | None, fx.Node]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if keys not in value_ancestors(given["key"]) or values not in value_ancestors(given["value"]):

@@ -6,16 +6,16 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.execution.model_inputs import position_ids
+from attnedit.compiler.files import cache_directory, replaced
 from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, silent
@@ -136,7 +136,7 @@ def own_windows(
     for index, first in enumerate(chunks):
         size = min(CHUNK, count - first)
         key = hashlib.sha256(f"{whose} {size} {length} {seed} {index}".encode()).hexdigest()[:32]
-        file = _cache_directory() / f"{key}.safetensors"
+        file = cache_directory("samples") / f"{key}.safetensors"
         if file.exists():
             windows = load_file(file)["windows"]
         else:
@@ -158,9 +158,8 @@ def _keep(windows: torch.Tensor, file: Path) -> None:
     """Write windows into the cache; one that cannot be written costs time, nothing else."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        save_file({"windows": windows.to(torch.int32)}, part)
-        os.replace(part, file)
+        with replaced(file, shared=True) as part:
+            save_file({"windows": windows.to(torch.int32)}, part)
 
 
 def _packed(
@@ -206,22 +205,6 @@ def _fingerprint(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(flat[:: max(1, flat.numel() // 16)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("ATTNEDIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "attnedit" / "samples"
-
-
-def position_ids(model: nn.Module, ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
-    """The argument of that name for tokens [B, T] after `start` others, where the model takes it.
-
-    Most models count what is in the cache; some always start at 0 unless told.
-    """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return {}
-    positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-    return {"position_ids": positions.expand(ids.shape)}
 
 
 def _half(model: PreTrainedModel) -> PreTrainedModel:

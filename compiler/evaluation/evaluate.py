@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.compatibility.caches import given_cache, with_cache
 from attnedit.compiler.data.token_windows import context_length, position_limit
 from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.evaluation.intervals import Interval, exponential, interval_of_exponential
 from attnedit.compiler.evaluation.logits import token_losses
 from attnedit.compiler.graph.meta import runnable_on_meta
+from attnedit.compiler.graph.modules import evaluation_mode
 from attnedit.compiler.model_io.heads import need_language_head, runner
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, track
+from attnedit.compiler.reporting.records import KVUsage
 
 
 @dataclass(frozen=True)
@@ -132,27 +133,6 @@ def window_losses(model: PreTrainedModel, rows: Tensor, *, batch: int = 1, progr
     if len(broken):
         raise AttneditError(f"the model's loss on the evaluation text is {float(broken[0])}; its outputs are broken")
     return losses
-
-
-@dataclass(frozen=True)
-class KVUsage:
-    """What a model's cache holds, measured on a live cache.
-
-    Attributes:
-        per_layer: cached values per token of each layer, averaged over ``length`` positions: a layer that keeps
-            only a window of W tokens and n sinks costs (W + n) / length of its width.
-        bytes_per_token: of all layers together, in the dtype the cache really has.
-        length: the context length that the average is over.
-    """
-
-    per_layer: tuple[float, ...]
-    bytes_per_token: float
-    length: int
-
-    @property
-    def values_per_token_layer(self) -> float:
-        """Mean of ``per_layer``."""
-        return sum(self.per_layer) / len(self.per_layer)
 
 
 @torch.inference_mode()

@@ -7,12 +7,14 @@ model is run on it, and the model merges them into the embeddings as it always d
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -119,3 +121,14 @@ def _give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def _key(ids: Tensor) -> bytes:
     return hashlib.sha256(ids.detach().cpu().contiguous().numpy().tobytes()).digest()
+
+
+def position_ids(model: nn.Module, ids: Tensor, start: int) -> dict[str, Tensor]:
+    """The argument of that name for tokens [B, T] after `start` others, where the model takes it.
+
+    Most models count what is in the cache; some always start at 0 unless told.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+    return {"position_ids": positions.expand(ids.shape)}

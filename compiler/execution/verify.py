@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from attnedit.compiler.compatibility.caches import with_cache
-from attnedit.compiler.data.sampling import position_ids
 from attnedit.compiler.errors import VerificationError
+from attnedit.compiler.execution.model_inputs import position_ids
 from attnedit.compiler.model_io.heads import has_language_head, outputs_of, runner
 from attnedit.compiler.reporting.records import Verification
 

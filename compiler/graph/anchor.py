@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from attnedit.compiler.compatibility.caches import CACHE_NAMES
 from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD, EXPERTS_FIELD
 from attnedit.compiler.errors import CaptureError
-from attnedit.compiler.graph.masks import causal
+from attnedit.compiler.graph.masks import causal, masked
 
 PROBE = "attnedit_probe"
 ANCHOR = "attnedit_anchor"
@@ -78,14 +78,13 @@ def reference_attention(
     logits = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    lowest = torch.finfo(logits.dtype).min
     if mask is None or mask.dim() == 2:
         visible = causal(length, total, total - length, window, query.device)
         if mask is not None:
             visible = visible & mask[:, None, None, :].to(torch.bool)
-        logits = logits.masked_fill(~visible, lowest)
+        logits = masked(logits, visible)
     elif mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask[..., :total], lowest)
+        logits = masked(logits, mask[..., :total])
     else:
         logits = logits + mask[..., :total]
     if sinks is not None:

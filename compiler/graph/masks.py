@@ -25,6 +25,15 @@ def causal(
     return visible[None, None]
 
 
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""Half of the lowest number: a float32 logit added to it stays finite, and a row that sees nothing stays defined."""
+
+
+def as_bias(visible: Tensor) -> Tensor:
+    """Turn a mask, True where to attend, into float32 to add to logits."""
+    return (~visible).float() * HIDDEN
+
+
 def hidden_value(mask: Tensor) -> float:
     """What a mask, bool or floats to add, holds where nothing is seen."""
     return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

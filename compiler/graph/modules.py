@@ -1,8 +1,10 @@
-"""Copies of module trees."""
+"""Module trees: copies, and the modes of their modules."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -38,3 +40,27 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     # transformers marks tensors it has initialised.
     alias.__dict__.update(tensor.__dict__)
     return alias
+
+
+def evaluating(model: nn.Module) -> dict[str, bool]:
+    """Put a model into evaluation mode: no dropout, no gradient checkpointing; its modes before, for `set_modes`."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    return modes
+
+
+def set_modes(model: nn.Module, modes: dict[str, bool]) -> None:
+    """Training or evaluation as it was for every module; new modules take after what they are in."""
+    for name, module in model.named_modules():  # parents come first
+        if name in modes:
+            module.train(modes[name])
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`evaluating` inside the block; every module's mode is as it was afterwards."""
+    modes = evaluating(model)
+    try:
+        yield
+    finally:
+        set_modes(model, modes)

@@ -7,17 +7,18 @@ and dtypes that a pass has baked in, or notes that it forgot to change, show the
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from attnedit.compiler.capture.recorder import BATCH, LENGTH
 from attnedit.compiler.compatibility.torch_names import OpOverload, hint_of, pytree, schema_of
 from attnedit.compiler.errors import AttneditError, CaptureError
 from attnedit.compiler.graph.dataflow import anchors, where
 
+BATCH, LENGTH = 2, 11
+"""Of probes: two primes that no head count, group count or number of experts is likely to be at once."""
 # Sizes that no probe has and no model will, so that one that is baked in shows.
 _ELSEWHERE = {BATCH: 101, LENGTH: 103}
 _LETTERS = {101: "B", 103: "T"}
@@ -48,22 +49,27 @@ def verify(
     anchored: bool = True,
     resized: bool = True,
     loose: str | None = None,
+    placed: Collection[fx.Node] = (),
+    program: bool = False,
     error: type[AttneditError] = CaptureError,
 ) -> None:
     """Check a graph.
 
     Args:
-        graph: of an attention module: captured, or pure (with `attnedit::cache` where a rewrite put it).
+        graph: of a program, or of an attention module, captured or pure (with `attnedit::cache` where rewritten).
         made_by: the pass that it comes from, for messages.
         root: holds its modules and tensors; None where they are not at hand.
         anchored: attention is one node at least; exactly one, unless a cache is called.
         resized: casts follow the hidden states already: none is to the probe's dtype or device.
         loose: name of a node that graphs traced apart take in another length, the mask; what depends on it is not
             computed anew.
+        placed: nodes in place of the attention: they may call methods and functions, and what is noted of them, such as
+            the shape of what a new module returns, is not computed anew but goes into what is.
+        program: the graph is a runtime's: its ops may write to caches, and what is not noted is computed.
         error: raised with one line.
     """
     try:
-        _check(graph, root, anchored, resized, loose)
+        _check(graph, root, anchored, resized, loose, placed, program)
     except _BrokenError as broken:
         raise error(f"after {made_by}: {broken}") from None
 
@@ -72,13 +78,21 @@ class _BrokenError(Exception):
     """What is wrong with a graph."""
 
 
-def _check(graph: fx.Graph, root: torch.nn.Module | None, anchored: bool, resized: bool, loose: str | None) -> None:
+def _check(
+    graph: fx.Graph,
+    root: torch.nn.Module | None,
+    anchored: bool,
+    resized: bool,
+    loose: str | None,
+    placed: Collection[fx.Node],
+    program: bool,
+) -> None:
     try:
         graph.lint()
     except (RuntimeError, AssertionError) as error:
         raise _BrokenError(str(error).splitlines()[0]) from error  # the graph itself follows
     for node in graph.nodes:
-        _check_call(node, root, anchored)
+        _check_call(node, root, anchored, plain=node not in placed, writes=program)
         for leaf in pytree.tree_leaves((node.args, node.kwargs)):
             if not isinstance(leaf, _ARGUMENTS):
                 raise _BrokenError(
@@ -88,21 +102,21 @@ def _check(graph: fx.Graph, root: torch.nn.Module | None, anchored: bool, resize
                 raise _BrokenError(f"{where(node)} has the probe's {leaf} baked in")
     if anchored:
         _check_anchors(graph)
-    _Sizes(graph).check(loose)
+    _Sizes(graph, root if program else None).check(loose, placed)
 
 
-def _check_call(node: fx.Node, root: torch.nn.Module | None, anchored: bool) -> None:
+def _check_call(node: fx.Node, root: torch.nn.Module | None, anchored: bool, plain: bool, writes: bool) -> None:
     """Only plain ops, child modules and tensors that are there."""
-    if node.op == "call_method":
+    if plain and node.op == "call_method":
         raise _BrokenError(f"{where(node)} calls the method {node.target}; only ops and modules can be called")
     if node.op == "call_function":
         schema = schema_of(node.target)
         if isinstance(node.target, OpOverload):
-            if schema.is_mutable:
+            if schema.is_mutable and not writes:
                 raise _BrokenError(f"{where(node)} changes its arguments ({node.target})")
             if anchored and schema.name == _STAND_IN:
                 raise _BrokenError(f"{where(node)} still reads the stand-in of a cache")
-        elif not _on_numbers(node):
+        elif plain and not _on_numbers(node):
             raise _BrokenError(f"{where(node)} calls {_name(node.target)}, which is no op")
     elif root is not None and node.op in ("call_module", "get_attr"):
         try:
@@ -138,10 +152,11 @@ def _check_anchors(graph: fx.Graph) -> None:
 
 
 class _Sizes:
-    """Values of a graph at another batch and length, without data."""
+    """Values of a graph at another batch and length, without data; with a root what is not noted is computed."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: fx.Graph, root: torch.nn.Module | None = None) -> None:
+        self._graph, self._root = graph, root
+        self._found: dict[fx.Node, Any] = {}
         self._known: dict[tuple[int, Any], int] = {}
         for node in graph.nodes:
             for value in pytree.tree_leaves(node.meta.get("val")):
@@ -150,34 +165,45 @@ class _Sizes:
                         hint = hint_of(size)
                         self._known[id(size.node.shape_env), size.node.expr] = _ELSEWHERE.get(hint, hint)
 
-    def check(self, loose: str | None) -> None:
+    def check(self, loose: str | None, placed: Collection[fx.Node] = ()) -> None:
         """Compute every op anew; what is noted of it must hold."""
         unsure: set[fx.Node] = set()
         for node in self._graph.nodes:
+            if node in placed:
+                continue
             if node.name == loose or any(source in unsure for source in node.all_input_nodes):
                 unsure.add(node)
             elif isinstance(node.target, OpOverload) and schema_of(node.target).name != _CACHE:
                 self._check_node(node)
 
     def _check_node(self, node: fx.Node) -> None:
-        if "val" not in node.meta:
+        if "val" not in node.meta and self._root is None:
             raise _BrokenError(f"{where(node)}: nothing is noted of its shape")
-        noted = self._value(node.meta["val"])
+        noted = self._value(node.meta["val"]) if "val" in node.meta else None
         inputs: Any = fx.node.map_arg((node.args, node.kwargs), self._of)
+        if self._root is not None:  # a program names its device
+            inputs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), inputs)
         target: Any = node.target
         try:
             found = target(*inputs[0], **inputs[1])
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise _BrokenError(f"{where(node)} works at the probe's sizes only: {reason}") from error
-        if _form(found) != _form(noted):
+        if noted is None:
+            self._found[node] = found
+        elif _form(found) != _form(noted):
             raise _BrokenError(f"{where(node)} gives {_text(found)}, but is noted as {_text(noted)}")
 
     def _of(self, node: fx.Node) -> Any:
         if "val" in node.meta:
             return self._value(node.meta["val"])
-        if node.target is getattr and isinstance(node.args[0], fx.Node):
-            return getattr(self._of(node.args[0]), str(node.args[1]))
+        if node in self._found:
+            return self._found[node]
+        if node.target in (getattr, operator.getitem) and isinstance(node.args[0], fx.Node):
+            of = self._of(node.args[0])
+            return getattr(of, str(node.args[1])) if node.target is getattr else of[node.args[1]]
+        if node.op == "get_attr" and self._root is not None:
+            return operator.attrgetter(str(node.target))(self._root).to("meta")
         raise _BrokenError(f"{where(node)}: nothing is noted of its shape")
 
     def _value(self, value: Any) -> Any:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.compiler.execution.processes import accelerator, processes
+from attnedit.compiler.processes import accelerator, processes
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:

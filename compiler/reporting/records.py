@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,6 +67,27 @@ class Verification(BaseModel):
         error = "" if self.error is None else f", error {self.error:.1e}"
         allowed = "" if self.tolerance is None else f" (allowed {self.tolerance:.1e})"
         return f"{self.what}: {self.contract}{error}{allowed}"
+
+
+@dataclass(frozen=True)
+class KVUsage:
+    """What a model's cache holds, measured on a live cache.
+
+    Attributes:
+        per_layer: cached values per token of each layer, averaged over ``length`` positions: a layer that keeps
+            only a window of W tokens and n sinks costs (W + n) / length of its width.
+        bytes_per_token: of all layers together, in the dtype the cache really has.
+        length: the context length that the average is over.
+    """
+
+    per_layer: tuple[float, ...]
+    bytes_per_token: float
+    length: int
+
+    @property
+    def values_per_token_layer(self) -> float:
+        """Mean of ``per_layer``."""
+        return sum(self.per_layer) / len(self.per_layer)
 
 
 class RuleReport(BaseModel):

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from attnedit.compiler.capture.sites import by_reason
-from attnedit.compiler.evaluation.evaluate import KVUsage
 from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.reporting.records import (
     KVCurve,
+    KVUsage,
     LayerReport,
     LossCurve,
     PipelineStage,

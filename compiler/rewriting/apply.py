@@ -133,7 +133,7 @@ def _next(rewrite: Rewrite, pattern: Pattern, state: SiteGraph, left: set[str], 
         if outcome.nearest is None or found.matched > outcome.nearest.matched:
             outcome.nearest = found
     if outcome.nearest is None:
-        outcome.nearest = pattern.absent(state.root)
+        outcome.nearest = pattern.absent()
     return None
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.tools_common import stable_topological_sort
 
-from attnedit.compiler.capture.export import PROBE_DTYPE
 from attnedit.compiler.capture.normalise import follow_dtype
-from attnedit.compiler.capture.recorder import LENGTH
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.capture.trace import PROBE_DTYPE
 from attnedit.compiler.compatibility.torch_names import hint_of
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.graph import provenance
 from attnedit.compiler.graph.dataflow import anchors, aten, is_size, value_ancestors, where
+from attnedit.compiler.graph.spec import LENGTH
 from attnedit.compiler.graph.surgery import prune, with_graph
 from attnedit.compiler.rewriting.canonical import Weight, size_of
 from attnedit.compiler.rewriting.language import SETTINGS

@@ -139,7 +139,7 @@ class Pattern:
                     captured[name] = given[name]
             return code(**given, **stand_ins)
 
-        dynamic = {name: dynamic_dims(name, tensor) for name, tensor in inputs.items()}
+        dynamic = {name: dynamic_dims(name) for name in inputs}
         traced = trace(call, function, inputs, dynamic, None, captured)
         for output in traced.outputs:
             if output.op == "placeholder":
@@ -156,7 +156,7 @@ class Pattern:
             if target_of(node, root) == target_of(first, root):
                 yield _Search(self, root).run(node)
 
-    def absent(self, root: fx.GraphModule) -> Miss:
+    def absent(self) -> Miss:
         """The miss of a graph in which no node does what the pattern returns."""
         first = self.traced.outputs[0]
         return Miss(first, 0, lambda: f"no node is {called(first)}, which {self.name} ({self.place}) returns")

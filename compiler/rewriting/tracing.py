@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnedit.compiler.capture.export import PROBE_DTYPE, export_program, record_children, shadow, unlift
+from attnedit.compiler.capture.export import unlift
 from attnedit.compiler.capture.forwards import PAST as PROBED_PAST
 from attnedit.compiler.capture.normalise import clean, raise_children
-from attnedit.compiler.capture.recorder import BATCH, LENGTH
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.capture.trace import PROBE_DTYPE, export_program, record_children, shadow
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError, RewriteError
 from attnedit.compiler.graph.anchor import ANCHOR
+from attnedit.compiler.graph.spec import BATCH, LENGTH
 from attnedit.compiler.graph.surgery import prune
 from attnedit.compiler.rewriting.language import LEGEND, AttentionUse, Speaking, known_sizes, shape_letters, speaking
 
@@ -111,7 +112,7 @@ def example(name: str, where: str, site: AttentionSite, free: dict[str, int]) ->
     return torch.empty(shape, dtype=PROBE_DTYPE, device="meta")
 
 
-def dynamic_dims(name: str, tensor: Tensor) -> dict[int, Any]:
+def dynamic_dims(name: str) -> dict[int, Any]:
     """The dims of a capture that change from call to call."""
     letters = shape_letters(name) or ""
     return {dim: torch.export.Dim.AUTO for dim, letter in enumerate(letters) if letter in "BTS"}
@@ -194,7 +195,7 @@ def trace(
         torch.set_default_dtype(dtype)
         for handle in handles:
             handle.remove()
-    return _assemble(program, names, children, copied, where, dynamic, tuple(speech.uses))
+    return _assemble(program, names, children, where, dynamic, tuple(speech.uses))
 
 
 def _line_of(error: BaseException, function: Callable[..., Any]) -> str | None:
@@ -226,7 +227,6 @@ def _assemble(
     program: torch.export.ExportedProgram,
     names: list[str],
     children: list[Any],
-    parts: nn.Module,
     where: str,
     dynamic: Mapping[str, dict[int, Any]],
     uses: tuple[AttentionUse, ...],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnedit.compiler.compatibility.transformers_names import as_if_not_capturing
 from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.processes import processes
 
 WARM_UP = 3
 """Calls of one shape that run as they are: they compile, and allocate what stays."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from attnedit.compiler.errors import AttneditError
-from attnedit.compiler.execution.processes import processes
+from attnedit.compiler.files import replaced
 from attnedit.compiler.formats import FORMAT_KEY, check_format
+from attnedit.compiler.processes import processes
 from attnedit.passes.calibration.parameters import snapshot
 
 STATE_FILE = "calibration.pt"
@@ -85,11 +85,10 @@ class Journal:
             "best": dict(best),
         }
         self._stages[state["name"]] = saved
-        part = self._file.with_suffix(".part")
-        torch.save({FORMAT_KEY: FORMAT_VERSION, **self._stages}, part)
-        if processes().sharded:
-            processes().wait()  # all parts of a checkpoint, or none
-        os.replace(part, self._file)
+        with replaced(self._file) as part:
+            torch.save({FORMAT_KEY: FORMAT_VERSION, **self._stages}, part)
+            if processes().sharded:
+                processes().wait()  # all parts of a checkpoint, or none
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Add a line of JSON."""

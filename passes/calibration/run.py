@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.evaluation.evaluate import perplexity
-from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.execution.stream import decoder_layers, replaced_forwards
 from attnedit.compiler.model_io.heads import has_language_head
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile

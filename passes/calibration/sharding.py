@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
-from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.execution.stream import decoder_layers
 from attnedit.compiler.graph.modules import share_copy
+from attnedit.compiler.processes import processes
 from attnedit.passes.calibration.parameters import share
 
 Models = tuple[PreTrainedModel, PreTrainedModel, dict[str, nn.Parameter]]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from attnedit.compiler.compatibility.torch_names import foreach_mul_
 from attnedit.compiler.errors import AttneditError
-from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.execution.stream import fast_bfloat16
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress, silent
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.optimiser import Optimiser, size_of

@@ -23,8 +23,9 @@ from attnedit.passes.gateswa.options import (
     full_count,
     full_layers_of,
 )
+from attnedit.passes.questions import Claim, Question, TargetOptions
 from attnedit.passes.sample import LayerSample
-from attnedit.passes.target import AttentionTarget, Claim, Question, TargetOptions
+from attnedit.passes.target import AttentionTarget
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.cost import gateswa_values
 from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE

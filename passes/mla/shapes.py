@@ -69,11 +69,10 @@ def shape_for(site: AttentionSite, values: int) -> Shape:
     return Shape(rank=rank, slots=slots, fold=fold)
 
 
-def table_shape(site: AttentionSite, values: int, columns: Sequence[int]) -> Shape:
+def table_shape(values: int, columns: Sequence[int]) -> Shape:
     """Split `values` into latent and slots of frequencies that are all different and equally spaced.
 
     Args:
-        site: the attention site.
         values: cached values per token.
         columns: of cos and sin, fastest first. Every one, or every second, ... gets a slot: what comes closest to
             one slot for `VALUES_PER_SLOT` values.
@@ -98,7 +97,7 @@ def common_shapes(
         values: cached values per token of a layer that rotates.
         columns: of cos and sin, fastest first, by the site's name.
     """
-    shapes = {site.name: table_shape(site, values, columns[site.name]) for site in sites}
+    shapes = {site.name: table_shape(values, columns[site.name]) for site in sites}
     rank = min(shape.rank for shape in shapes.values())
     return {site.name: _of_rank(site, shapes[site.name], rank) for site in sites}
 

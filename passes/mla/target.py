@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 from torch import fx
 from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.errors import UsageError
 from attnedit.passes.mla.build import build, exact_factors
 from attnedit.passes.mla.fit import Fit, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
-from attnedit.passes.mla.shapes import Shape, shape_for
+from attnedit.passes.mla.shapes import Shape, common_shapes, fixed_shapes, shape_for
+from attnedit.passes.questions import Claim, ClassSizes, Question, SiteFit, SiteWork
 from attnedit.passes.sample import LayerSample
 from attnedit.passes.site_sample import output_weight
-from attnedit.passes.target import AttentionTarget, Claim, Question, SiteFit, SiteWork
+from attnedit.passes.target import AttentionTarget
 from attnedit.targets.attention.kinds import KINDS
 from attnedit.targets.attention.mla.graph import MLA_MODULE
 
@@ -28,8 +30,8 @@ class LatentTarget(AttentionTarget[Shape, Fit]):
     """Latent attention in every layer; see docs/method.md.
 
     Attributes:
-        sizes: shapes of the sites of a class whose queries, keys and values are linear in the hidden states, without
-            norm and bias, be the source's so or not; nothing is exact then. None for shapes by budget.
+        given: sizes of a class whose queries, keys and values are linear in the hidden states, without norm and bias,
+            be the source's so or not; nothing is exact then. None for shapes by budget.
     """
 
     name = "mla"
@@ -38,24 +40,25 @@ class LatentTarget(AttentionTarget[Shape, Fit]):
     reads = AttentionTarget.reads | {"profile", "kernel_dims", "engine"}
     does = "fit latent attention"
     fits = Fit
-    sizes: Callable[[list[AttentionSite]], Mapping[str, Shape]] | None = None
+    default_budget: ClassVar[float] = 0.5
+    given: ClassSizes | None = None
 
-    def towards(self, sizes: Callable[[list[AttentionSite]], Mapping[str, Shape]]) -> Self:
+    def towards(self, given: ClassSizes) -> Self:
         """A copy for a class that has such sizes, and linear maps."""
         result = copy.copy(self)
-        result.sizes = sizes
+        result.given = given
         return result
 
     def quick(self) -> Self:
         """A copy for fits that only tell layers apart; maps are none of their business."""
         result = super().quick()
-        result.sizes = None
+        result.given = None
         return result
 
     def notes(self, chosen: list[AttentionSite]) -> list[str]:
         """Positions in what is compressed."""
         turned = [site for site in chosen if site.unread_rope]
-        if not turned or self.sizes is not None:
+        if not turned or self.given is not None:
             return []
         return [
             f"keys of {len(turned)} layers are compressed with their positions in them, which needs a larger cache for "
@@ -78,15 +81,27 @@ class LatentTarget(AttentionTarget[Shape, Fit]):
 
     def plan(self, question: Question) -> Claim:
         """By the budget, or as the class has it."""
-        return super().plan(question) if self.sizes is None else Claim(self.sizes(question.chosen))
+        given, latent, before = self.given, question.chosen, question.before
+        if given is None:
+            return super().plan(question)
+        budget = self.default_budget if question.budget is None else question.budget
+        rank = given.rank(min(int(values) for values in before.values() if values), budget)
+        if rank is not None:
+            return Claim(fixed_shapes(latent, rank, given.fold, given.columns))
+        values = int(budget * sum(before.values()) / len(question.sites) + 1e-6)
+        if values < (least := max(self.least(site) for site in latent)):
+            raise UsageError(
+                f"kv_budget {budget:g} leaves {values} cached values per token and layer, {least} are needed"
+            )
+        return Claim(common_shapes(latent, values, given.columns))
 
     def by_loss(self, claim: Claim, sites: list[AttentionSite]) -> bool:
         """Not where the class has one size for all layers."""
-        return self.sizes is None and super().by_loss(claim, sites)
+        return self.given is None and super().by_loss(claim, sites)
 
     def fit_site(self, work: SiteWork, shape: Shape) -> SiteFit:
         """Fit one site, on linear maps where the class has them; those are not kept."""
-        if self.sizes is None or shape.exact:
+        if self.given is None or shape.exact:
             return super().fit_site(work, shape)
         samples = work.samples(self.fit_options.output_queries, hidden=True)
         maps, samples = linearise(work.source, work.site, samples)

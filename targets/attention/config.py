@@ -30,6 +30,11 @@ class SiteConfig:
         """Heads, key size and value size of what a layer caches; None where only its first forward tells."""
         return None
 
+    @property
+    def made_by(self) -> list[str]:
+        """Rewrites that made the attention's graph, which nobody without them can make again."""
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values: what a saved result's ``config.json`` has for an attention.
 

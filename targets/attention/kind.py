@@ -14,7 +14,7 @@ from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.cost import AttentionCost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionKind:
     """One kind of attention.
 
@@ -26,8 +26,15 @@ class AttentionKind:
             see `attnedit.targets.attention.site_graph.replace_attention`.
         cost: what a configuration costs (`attnedit.targets.attention.cost`); None where nobody can say.
         figures: fields and properties of the configuration that a report shows for each layer.
-        lowerings: by runtime ("onnx", "npu"), ``module:name`` of the class that takes the module's place in an export;
-            made from the module. A runtime without one traces the module itself, if it can.
+        lowerings: what a runtime needs of the kind, by the runtime's name, as ``module:name``. "onnx" and "npu": the
+            class that takes the module's place, made from the module; without one they trace the module, if they can.
+            "gguf": a function that brings a model into a `attnedit.targets.runtime.gguf.form.Form`; "vllm": a
+            `attnedit.targets.runtime.vllm.served.Served`; "engines": an `attnedit.targets.runtime.engines.Taken` by
+            engine. Without one these refuse the kind.
+        profiles: of checkpoints that classes of transformers load, by name: ``module:name`` of a
+            `attnedit.targets.runtime.hf.profiles.Profile`.
+        cache_layer: puts a layer of its own into a cache, as the module's ``bind_cache`` does, where there is no module
+            yet: ``cache_layer(cache, config)``.
     """
 
     name: str
@@ -37,14 +44,25 @@ class AttentionKind:
     cost: Callable[[Any], AttentionCost] | None = None
     figures: tuple[str, ...] = ()
     lowerings: Mapping[str, str] = field(default_factory=dict)
+    profiles: Mapping[str, str] = field(default_factory=dict)
+    cache_layer: Callable[[Any, Any], object] | None = None
 
     def lowering(self, runtime: str) -> Any:
-        """The class that takes the module's place in exports to a runtime; None where there is none."""
-        if runtime not in self.lowerings:
-            return None
-        module, _, name = self.lowerings[runtime].partition(":")
-        return getattr(import_module(module), name)
+        """What a runtime needs of the kind; None where there is none."""
+        return _found(self.lowerings.get(runtime))
+
+    def profile(self, name: str) -> Any:
+        """The profile of checkpoints of that name; None where it is none of this kind's."""
+        return _found(self.profiles.get(name))
 
     def figures_of(self, config: SiteConfig) -> dict[str, Any]:
         """What a report shows of a configuration, by name."""
         return {name: getattr(config, name) for name in self.figures}
+
+
+def _found(place: str | None) -> Any:
+    """The object at ``module:name``."""
+    if place is None:
+        return None
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

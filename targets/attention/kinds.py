@@ -16,7 +16,6 @@ from attnedit.compiler.rewriting.registry import TARGETS, load, registered
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.gateswa.kind import GATESWA_KIND
 from attnedit.targets.attention.kind import AttentionKind
-from attnedit.targets.attention.mla.graph import MLA_MODULE
 from attnedit.targets.attention.mla.kind import MLA_KIND
 from attnedit.targets.attention.rewritten.kind import REWRITTEN_KIND
 
@@ -53,13 +52,18 @@ def find_kind(name: str) -> AttentionKind | None:
     return use_kind(kind) if isinstance(kind, AttentionKind) and kind.name == name else None
 
 
+def known_kinds() -> list[AttentionKind]:
+    """Ours, and those of packages that were used so far."""
+    return [*KINDS.values(), *_OTHERS.values()]
+
+
 def kind_of(config: SiteConfig) -> AttentionKind:
     """Return the kind that a configuration describes.
 
     Raises:
         UsageError: no kind that is known has such configurations.
     """
-    found = next((kind for kind in (*KINDS.values(), *_OTHERS.values()) if type(config) is kind.config), None)
+    found = next((kind for kind in known_kinds() if type(config) is kind.config), None)
     if found is None:
         raise UsageError(f"{type(config).__name__} belongs to no kind of attention that is known here")
     return found
@@ -78,7 +82,7 @@ def config_from_dict(values: Mapping[str, Any]) -> SiteConfig:
     """
     rest = dict(values)
     # The first files knew latent attention only, and did not say so.
-    name = rest.pop("kind", MLA_MODULE)
+    name = rest.pop("kind", MLA_KIND.name)
     kind = find_kind(str(name))
     if kind is None:
         raise UsageError(
@@ -98,3 +102,13 @@ def configs_in(graph: nn.Module) -> list[tuple[str, SiteConfig]]:
     """The children of a graph that are attention of some kind: names and configurations."""
     children = ((name, getattr(child, "config", None)) for name, child in graph.named_children())
     return [(name, config) for name, config in children if isinstance(config, SiteConfig)]
+
+
+def kinds_in(config: Any) -> dict[str, AttentionKind]:
+    """The kind of each attention module that a rewritten model's configuration names, by the module's name.
+
+    Raises:
+        UsageError: nobody knows a kind.
+    """
+    record = getattr(config, "attnedit", None) or {"sites": {}}
+    return {name: kind_of(config_from_dict(values)) for name, values in record["sites"].items()}

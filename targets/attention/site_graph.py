@@ -14,6 +14,7 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.caches import CACHE_NAMES, known_cache
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.graph import provenance
+from attnedit.compiler.graph.spec import verify
 from attnedit.compiler.graph.surgery import prune, with_graph
 
 _ANCHOR_ARGUMENTS = ("q", "k", "v", "mask", "scale", "softcap", "sinks", "window", "layer")
@@ -61,7 +62,7 @@ def replace_attention(
 
     Raises:
         UsageError: ``output_projection`` does not fit the site.
-        CaptureError: the attention module is not given the cache.
+        CaptureError: the attention module is not given the cache, or the graph is none any more.
     """
     root = graph_module(model, site)
     for other, replacement in {name: module, **(others or {})}.items():
@@ -71,9 +72,9 @@ def replace_attention(
         _check_same_parameters(site, projection, output_projection)
         root.set_submodule(site.o_proj.module, output_projection)
     graph = copy.deepcopy(root.graph)
-    _rewrite(graph, site, name, arguments)
+    placed = _rewrite(graph, site, name, arguments)
     prune(graph)
-    graph.lint()
+    verify(graph, f"attnedit.{name}", root=root, anchored=False, loose=site.mask, placed=placed)
     result = with_graph(root, graph, f"{type(module).__name__}{type(root).__name__}")
     # For the loader, which empties what no checkpoint holds (`attnedit.targets.runtime.eager.classes`).
     tables = {name: site.constants[name] for name, _ in result.named_buffers() if name in site.constants}
@@ -118,14 +119,16 @@ def _named(anchor: fx.Node) -> dict[str, Any]:
 
 def _rewrite(
     graph: fx.Graph, site: AttentionSite, name: str, arguments: Callable[[AnchorCall], tuple[Any, ...]]
-) -> None:
+) -> set[fx.Node]:
     nodes = {node.name: node for node in graph.nodes}
     anchor = nodes[site.anchor]
     cache = checked_cache(graph, site)
     with graph.inserting_before(anchor):
         call = AnchorCall(graph, nodes.__getitem__, _named(anchor), cache)
         node = graph.call_module(name, arguments(call))
-    provenance.replace(anchor, node, f"attnedit.{name}", set(graph.nodes) - {*nodes.values(), node})
+    fresh = set(graph.nodes) - {*nodes.values(), node}
+    provenance.replace(anchor, node, f"attnedit.{name}", fresh)
+    return {*fresh, node}
 
 
 def checked_cache(graph: fx.Graph, site: AttentionSite) -> fx.Node:

@@ -5,99 +5,18 @@ Shapes: B batch, T new tokens, S keys, H heads, G key/value heads, d query size,
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnedit.compiler.errors import AttneditError, UsageError
-from attnedit.targets.attention.gateswa.module import GateSWA
+from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.kinds import kind_of
-from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.attention.module import AttentionModule, attention_modules
-
-# Half of the lowest number: a logit added to it stays finite, and a row that sees nothing stays defined.
-HIDDEN = torch.finfo(torch.float32).min / 2
 
 Virtual = Sequence[tuple[Tensor, Tensor | None]]
 """Logits [H] of keys that every query sees, with their values [G, dv] if they have any."""
-
-
-class WindowedAttention(nn.Module, ABC):
-    """`GateSWA` as exports have it: sinks and gate are the same everywhere, caches are not.
-
-    Args:
-        module: the trained module.
-    """
-
-    def __init__(self, module: GateSWA) -> None:
-        super().__init__()
-        self.config = module.config
-        self.g_proj, self.sink_logit, self.sink_value = module.g_proj, module.sink_logit, module.sink_value
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden: Tensor | None,
-        mask: Any,
-        cache: Any,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; as `GateSWA.forward`, with a cache of the export. The mask follows from the current step.
-
-        Returns:
-            [B, T, H, dv].
-        """
-        config = self.config
-        virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
-        if self.sink_logit is not None:
-            virtual.append((self.sink_logit, self.sink_value))
-        out = self.attend(cache.layers[config.layer_idx], query, key, value, virtual).transpose(1, 2)
-        if self.g_proj is None or hidden is None:
-            return out
-        gate: Tensor = torch.sigmoid(self.g_proj(hidden)).unflatten(-1, (config.num_attention_heads, -1))
-        return out * gate
-
-    @abstractmethod
-    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, virtual: Virtual) -> Tensor:
-        """Attend to the window, and write what is new; returns [B, H, T, dv]."""
-
-
-class AbsorbedAttention(nn.Module):
-    """`MLA` as exports have it: queries can be taken down to what is cached, outputs up from it.
-
-    Args:
-        mla: the trained module; weights are computed from it.
-        scale: factor on the queries that is computed into the weights.
-    """
-
-    query_down: Tensor
-    value_up: Tensor
-    columns: Tensor
-
-    def __init__(self, mla: MLA, scale: float = 1.0) -> None:
-        super().__init__()
-        self.config = mla.config
-        self.kv_a_proj_with_mqa, self.sinks = mla.kv_a_proj_with_mqa, mla.sinks
-        query_down, value_up = absorbed(mla)
-        self.register_buffer("query_down", query_down * scale)  # [H, d, r + 2 s], or [H, d, 2 s] without nope
-        self.register_buffer("value_up", value_up)  # [H, r, dv]
-        self.register_buffer("columns", torch.tensor(mla.config.rope_columns, dtype=torch.int64))
-
-    def tables(self, cos: Tensor | None, sin: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of cos and sin, one per slot, [B or 1, 1, T, s].
-
-        Raises:
-            AttneditError: the graph has none.
-        """
-        if cos is None or sin is None:
-            raise AttneditError(f"layer {self.config.layer_idx}: rotary slots need cos and sin, and its graph has none")
-        picked = (table.index_select(-1, self.columns).to(like.dtype).unsqueeze(-3) for table in (cos, sin))
-        return next(picked), next(picked)
 
 
 def lowering_of(module: AttentionModule, runtime: str) -> Any:
@@ -210,27 +129,3 @@ def probabilities(
     if not sinks:
         return weights, weights[..., :0]
     return weights[..., :count], weights[..., count:]
-
-
-def as_bias(visible: Tensor) -> Tensor:
-    """Turn a mask, True where to attend, into float32 to add to logits."""
-    return (~visible).float() * HIDDEN
-
-
-@torch.no_grad()
-def absorbed(mla: MLA) -> tuple[Tensor, Tensor]:
-    """Compute weights that take queries down to what is cached, and outputs up from it.
-
-    Returns:
-        [H, d, r + 2 s] ([H, d, 2 s] where nothing of a query meets the latent), and [H, r, dv].
-    """
-    config = mla.config
-    nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
-    like = next(mla.kv_a_proj_with_mqa.parameters())
-    # Read off the output: an adapter may stand in front of the weight.
-    up = mla.kv_b_proj(torch.eye(rank, dtype=like.dtype, device=like.device))
-    up = up.unflatten(-1, (config.num_attention_heads, -1)).permute(1, 2, 0)  # [H, nope + dv, r]
-    down = [up[:, :nope]] if nope else []
-    if mla.q_rope_proj is not None:
-        down.append(mla.q_rope_proj.transpose(1, 2))
-    return torch.cat(down, dim=-1), up[:, nope:].transpose(1, 2).contiguous()

@@ -7,10 +7,13 @@ SGLang: any size that is the same in all layers, windows in Laguna. llama.cpp: a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from attnedit.compiler.errors import UsageError
+from attnedit.targets.attention.kind import AttentionKind
+from attnedit.targets.attention.kinds import known_kinds
 from attnedit.targets.runtime.staging import check_choice
 
 VLLM, SGLANG, LLAMA_CPP = "vllm", "sglang", "llama.cpp"
@@ -19,7 +22,6 @@ SLOT_VALUES = 64
 """Rotary values per token in stock vLLM's sizes."""
 STOCK_VALUES = (576, 512, 320)
 """Cached values per token and layer of latent attention that stock vLLM admits."""
-LATENT_PROFILE = "deepseek_v3"
 VLLM_WINDOWS = ("gemma2", "gemma3_text", "gpt_oss", "laguna")
 """Types whose classes in vLLM read ``layer_types``."""
 VLLM_LLAMA = ("ministral", "smollm3")
@@ -30,6 +32,32 @@ VLLM_STEP, VLLM_BLOCK = 512, 32
 """``--max-num-batched-tokens`` and ``--block-size`` that the report counts a window with."""
 LLAMA_CPP_STEP, LLAMA_CPP_BLOCK = 256, 256
 """``-ub`` that it counts with, and what llama.cpp rounds up to."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an engine takes of one kind of attention; a kind's lowering "engines" has one for each engine.
+
+    Attributes:
+        profiles: of a checkpoint, the first unless asked for; none where it takes a .gguf alone.
+        normed: those where queries or keys are normalised; the same unless given.
+    """
+
+    profiles: tuple[str, ...]
+    normed: tuple[str, ...] | None = None
+
+    @property
+    def wanted(self) -> str | None:
+        """The profile that a compilation goes towards."""
+        return next(iter(self.profiles), None)
+
+
+LATENT = dict.fromkeys(ENGINES, Taken(("deepseek_v3",)))
+WINDOWED = {
+    VLLM: Taken(("native", "laguna"), normed=("laguna",)),
+    SGLANG: Taken(("laguna",)),
+    LLAMA_CPP: Taken(()),
+}
 
 # What was run with which form, for model cards; the others were only read.
 TRIED = {
@@ -43,9 +71,24 @@ TRIED = {
 
 
 def check_engine(
-    engine: str | None, target: str, profile: str | None, kernel_dims: bool, gate: str | None, sinks: str | None
+    engine: str | None,
+    target: str,
+    kinds: Sequence[AttentionKind],
+    profile: str | None,
+    kernel_dims: bool,
+    gate: str | None,
+    sinks: str | None,
 ) -> str | None:
     """Hold the arguments of a compilation against an engine.
+
+    Args:
+        engine: its name, or None.
+        target: what the user asked for.
+        kinds: of attention that it makes.
+        profile: asked for, or None.
+        kernel_dims: as the option.
+        gate: as the option.
+        sinks: as the option.
 
     Returns:
         The profile that the engine asks for; `profile` where it asks for none.
@@ -56,10 +99,12 @@ def check_engine(
     if engine is None:
         return profile
     check_choice("engine", engine, ENGINES)
-    if target not in ("mla", "gateswa"):
+    taken = _taken(kinds[0], engine) if len(kinds) == 1 else None
+    if taken is None:
         other = f"; use {PLUGIN}" if engine == VLLM else ""
-        raise UsageError(f"engine {engine} holds target mla or gateswa, not {target}{other}")
-    wanted = LATENT_PROFILE if target == "mla" else _windowed_profile(engine)
+        able = " or ".join(kind.name for kind in known_kinds() if _taken(kind, engine))
+        raise UsageError(f"engine {engine} holds target {able}, not {target}{other}")
+    wanted = taken.wanted
     if profile not in (None, wanted):
         raise UsageError(
             f"engine {engine} takes {_named(wanted)} of target {target}, not profile {profile}; leave it out"
@@ -67,9 +112,9 @@ def check_engine(
     if kernel_dims:
         raise UsageError(f"kernel_dims and engine {engine} both say which sizes there are; give one of them")
     if wanted is None:
-        kinds = sorted({*(sinks or "none").split(",")} - {"none", "logit"})
-        if kinds:
-            raise UsageError(f"engine {engine} holds no sinks {kinds[0]}; give sinks none or logit")
+        held = sorted({*(sinks or "none").split(",")} - {"none", "logit"})
+        if held:
+            raise UsageError(f"engine {engine} holds no sinks {held[0]}; give sinks none or logit")
         if gate == "element":
             raise UsageError(f"engine {engine} holds a gate per head or none, not per element")
         if gate == "head" and "logit" in (sinks or ""):
@@ -77,8 +122,9 @@ def check_engine(
     return wanted
 
 
-def _windowed_profile(engine: str) -> str | None:
-    return {VLLM: "native", SGLANG: "laguna"}.get(engine)
+def _taken(kind: AttentionKind, engine: str) -> Taken | None:
+    by_engine: Mapping[str, Taken] = kind.lowering("engines") or {}
+    return by_engine.get(engine)
 
 
 def _named(profile: str | None) -> str:
@@ -158,27 +204,34 @@ def _up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def export_profile(engine: str, profile: str | None, *, latent: bool, normed: bool) -> str:
+def export_profile(engine: str, profile: str | None, kinds: Mapping[str, AttentionKind], *, normed: bool) -> str:
     """Return the profile of a checkpoint for an engine.
 
     Args:
         engine: its name.
         profile: as asked for, or as the result was compiled for.
-        latent: whether its attention is latent.
+        kinds: of attention, by the layer's name.
         normed: whether queries or keys are normalised.
 
     Raises:
-        UsageError: the engine takes no checkpoint, or not of that profile.
+        UsageError: the engine takes no checkpoint, not of that profile, or nothing of such a kind.
     """
     check_choice("--engine", engine, ENGINES)
-    if engine == LLAMA_CPP and not latent:
-        raise UsageError("llama.cpp takes a GGUF of this result: give --to gguf")
-    windowed = "laguna" if normed or engine == SGLANG else "native"
-    wanted = LATENT_PROFILE if latent else windowed
-    able = {wanted} if latent or engine == SGLANG else {wanted, "laguna"}
-    if profile is not None and profile not in able:
-        raise UsageError(f"{engine} takes profile {wanted} of this result, not {profile}; leave --profile out")
-    return profile or wanted
+    able = [kind for kind in known_kinds() if kind in kinds.values() and _taken(kind, engine)]
+    if not kinds:
+        raise UsageError(f"no layer was rewritten, and {engine} runs the source as it is")
+    if not able:
+        name, kind = next(iter(kinds.items()))
+        raise UsageError(
+            f"{name} is {kind.title}, which {engine} has no class for; save the result, or use --profile remote"
+        )
+    taken = _taken(able[0], engine) or Taken(())
+    profiles = taken.normed if normed and taken.normed is not None else taken.profiles
+    if not profiles:
+        raise UsageError(f"{engine} takes a GGUF of this result: give --to gguf")
+    if profile is not None and profile not in profiles:
+        raise UsageError(f"{engine} takes profile {profiles[0]} of this result, not {profile}; leave --profile out")
+    return profile or profiles[0]
 
 
 def check_checkpoint(engine: str, config: Any) -> list[str] | None:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.compatibility.torch_names import TorchDynamoException
 from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.graph.anchor import attention_implementation, experts_implementation
+from attnedit.compiler.graph.modules import evaluation_mode
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -28,8 +28,8 @@ from attnedit.passes.budget import plan, source_values
 from attnedit.passes.layers import fit_layers, single_losses
 from attnedit.passes.mla.shapes import shape_for
 from attnedit.passes.mla.target import LatentTarget
+from attnedit.passes.questions import Claim
 from attnedit.passes.repeats import with_repeats
-from attnedit.passes.target import Claim
 from attnedit.targets.runtime.eager import share_copy, splice
 from attnedit.testing import tiny_model
 

@@ -176,8 +176,12 @@ def test_what_knows_its_own_attention_alone_refuses_it_in_a_line(tmp_path: Path)
     limits: Any = importlib.import_module("attnedit.targets.runtime.vllm.limits")
     result = attnedit.compile(build("qwen3"), "gla", kv_budget=0.5, calibration=DATA, alternations=0)
     asked: list[tuple[str, dict[str, Any], str]] = [
-        ("hf", {"profile": "deepseek_v3"}, "is no latent attention, and the class has no other"),
-        ("gguf", {}, "holds attention that attnedit made, latent or windowed"),
+        (
+            "hf",
+            {"profile": "deepseek_v3"},
+            "is grouped latent attention (GLA), which profile deepseek_v3 does not have",
+        ),
+        ("gguf", {}, "is grouped latent attention (GLA), which llama.cpp does not have; save the result instead"),
         ("onnx", {"flavor": "genai"}, "keys and values of one size, and grouped latent attention (GLA) caches"),
     ]
     for runtime, options, words in asked:

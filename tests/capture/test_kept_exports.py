@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +16,9 @@ from families import build, shared
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
+import attnedit
 from attnedit.compiler.capture import capture as capturing
-from attnedit.compiler.capture import kept_exports
+from attnedit.compiler.capture import kept_exports, stored_traces
 from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.capture.kept_exports import Key, key_of
 from attnedit.compiler.capture.probe import discover
@@ -22,7 +27,8 @@ from attnedit.compiler.graph.graph_text import as_text
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
+def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ATTNEDIT_CACHE", str(tmp_path))
     kept_exports.forget()
     yield
     kept_exports.forget()
@@ -45,7 +51,7 @@ def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("it is traced anew")
 
-    monkeypatch.setattr(capturing, "export_attention", refuse)
+    monkeypatch.setattr(capturing, "trace_attention", refuse)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gptj"])
@@ -60,6 +66,54 @@ def test_a_second_capture_is_the_same_and_traces_nothing(family: str, monkeypatc
     assert other.training
     with pytest.raises(AssertionError, match="traced anew"):
         capture(other, fresh=True)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gptj", "gpt_neo"])
+def test_another_process_traces_nothing(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = described(shared(family))
+    assert list(tmp_path.rglob("*.pt2"))
+    kept_exports.forget()
+    no_tracing(monkeypatch)
+    assert described(shared(family)) == first
+
+
+def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
+    capture(build("llama"))
+    code = (
+        "from families import build; from attnedit.compiler.capture import capture as c; "
+        "c.trace_attention = None; print(len(c.capture(build('llama'))))"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "2", done.stderr
+
+
+def test_what_is_on_disk_and_does_not_fit_is_traced_anew(tmp_path: Path) -> None:
+    expected = described(shared("llama"))
+    described(shared("qwen3"))
+    llama, qwen = sorted(tmp_path.rglob("*.pt2"), key=lambda file: file.stat().st_mtime_ns)
+    good = llama.read_bytes()
+    for content in (qwen.read_bytes(), good[: len(good) // 2], b""):
+        llama.write_bytes(content)
+        kept_exports.forget()
+        assert described(shared("llama")) == expected
+        assert llama.stat().st_size > len(good) // 2 + 1
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_nothing_is_kept_where_that_is_not_wanted(wanted: bool, tmp_path: Path) -> None:
+    attnedit.compile(build("llama"), kv_budget=1.0, verify=False, capture_cache=wanted)
+    assert bool(kept_exports._EXPORTS) == bool(list(tmp_path.rglob("*.pt2"))) == wanted
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no users here")
+def test_files_that_others_could_have_written_are_not_read(tmp_path: Path) -> None:
+    key = keys(shared("llama"))[0]
+    capture(shared("llama"))
+    assert stored_traces.read(key) is not None
+    next(tmp_path.rglob("*.pt2")).parent.chmod(0o777)
+    assert stored_traces.read(key) is None
 
 
 def with_attribute(model: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import shared
-from torch import fx
+from torch import fx, nn
 
 import attnedit
 from attnedit.compiler.capture import export
@@ -19,8 +19,11 @@ from attnedit.compiler.errors import CaptureError, RewriteError
 from attnedit.compiler.graph.dataflow import anchors, aten
 from attnedit.compiler.graph.spec import verify
 from attnedit.compiler.rewriting import graft
+from attnedit.targets.attention import site_graph
+from attnedit.targets.runtime.npu import fuse
 
 Break = Callable[[fx.Graph], None]
+WINDOWED: dict[str, Any] = {"window": 8, "full_layers": "every:2", "calibration": [torch.arange(48) % 60] * 4}
 
 
 @functools.cache
@@ -180,6 +183,45 @@ def test_the_pass_that_broke_a_graph_is_named(
     monkeypatch.setattr(export, name, broken)
     with pytest.raises(CaptureError, match=rf"\(\w+\): after {name}: .*{words}"):
         capture(shared(family), fresh=True)
+
+
+@pytest.mark.parametrize(("target", "options"), [("mla", {"kv_budget": 1.0}), ("gateswa", WINDOWED)])
+def test_a_kind_that_breaks_a_graph_is_named(
+    target: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attnedit.compile(shared("llama"), target, verify=False, **options)
+    done = site_graph.prune
+
+    def broken(graph: fx.Graph) -> None:
+        done(graph)
+        module = first(graph, target)
+        output = next(iter(module.users))
+        output.meta["val"] = output.meta["val"].to(torch.float16)
+
+    monkeypatch.setattr(site_graph, "prune", broken)
+    with pytest.raises(CaptureError, match=f"^after attnedit.{target}: .*is noted as .*float16"):
+        attnedit.compile(shared("llama"), target, verify=False, **options)
+
+
+@pytest.mark.parametrize("name", ["simplify", "fuse_norm", "fuse_swiglu"])
+def test_a_pass_over_a_program_that_breaks_it_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.dropout(x, 0.0, False).exp().sum(-1)
+
+    def broken(module: fx.GraphModule, *_: Any) -> None:
+        done(module, *_)
+        first(module.graph, aten.exp.default).meta["val"] = torch.empty(3, device="meta")
+
+    program = torch.export.export(Block(), (torch.randn(2, 4),))
+    assert any(node.target == aten.exp.default for node in fuse.fuse(program).graph.nodes)
+    own = name.removeprefix("fuse")
+    done: Any = getattr(fuse, own)
+    broken.__name__ = own
+    monkeypatch.setattr(fuse, own, broken)
+    monkeypatch.setattr(fuse, "PATTERNS", [broken if pattern is done else pattern for pattern in fuse.PATTERNS])
+    with pytest.raises(attnedit.AttneditError, match=f"^after {name}: .*is noted as"):
+        fuse.fuse(program)
 
 
 def test_a_rewrite_that_breaks_a_graph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,11 @@ def test_trained_gates_as_lfm3(family: str, tmp_path: Path) -> None:
         (lambda: half("phi3").model, "deepseek_v3", "gate_up_proj"),
         (lambda: compile_tiny(build("granite", logits_scaling=2.0), 0.5).model, "youtu", "logits_scaling"),
         (lambda: half("llama").model, "laguna", "latent attention"),
-        (lambda: windowed(source("llama")), "deepseek_v3", "no latent attention"),
+        (
+            lambda: windowed(source("llama")),
+            "deepseek_v3",
+            r"\(GateSWA\), which profile deepseek_v3",
+        ),
         (lambda: gated(windowed(source("qwen3"), gate="head")), "laguna", "sigmoid"),
         pytest.param(lambda: gated(windowed(source("qwen3"), gate="element")), "lfm3", "per element", marks=needs_lfm3),
         (lambda: gated(windowed(source("qwen3"), gate="head")), "native", "trained gate"),
@@ -160,7 +164,7 @@ def test_command_line(tmp_path: Path, capsys: Captured) -> None:
 
 def test_a_class_that_transformers_lacks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = half("llama")
-    monkeypatch.setattr(sys.modules["attnedit.targets.runtime.hf.export"], "CONFIG_MAPPING", {})
+    monkeypatch.setattr(sys.modules["attnedit.targets.runtime.hf.profiles"], "CONFIG_MAPPING", {})
     with pytest.raises(attnedit.UsageError, match=r"youtu: transformers .* has no such class"):
         result.export("hf", tmp_path / "out", profile="youtu")
     with pytest.raises(attnedit.UsageError, match="has no such class"):

@@ -94,7 +94,7 @@ def latent(name: str) -> MLA:
 def test_latent_attention_is_the_trained_one(name: str, soc: str) -> None:
     mla = latent(name)
     config = mla.config
-    plan = legalise(Site.of_mla(config), SOCS[soc], SOCS[soc].dtypes[0])
+    plan = legalise(LatentAttention.describe(config), SOCS[soc], SOCS[soc].dtypes[0])
     prompts, tokens = [5, 2, 7], 3
     total = max(prompts) + tokens
     query = torch.randn(3, config.num_attention_heads, total, 24)
@@ -130,7 +130,7 @@ def test_windowed_attention_is_the_trained_one(name: str, soc: str) -> None:
     module = GateSWA(config)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    plan = legalise(Site.of_gateswa(config), SOCS[soc], SOCS[soc].dtypes[0])
+    plan = legalise(WindowAttention.describe(config), SOCS[soc], SOCS[soc].dtypes[0])
     assert plan.decode.fused == (soc == "910b" and name != "softcap")
     prompts, tokens = [5, 2, 9, 3], 12  # around the window, and around it again and again
     total = max(prompts) + tokens

@@ -28,7 +28,7 @@ def site(family: str) -> Any:
 def find(function: Any, family: str = "llama") -> list[Binding | Miss]:
     root = graph_module(source(family), site(family))
     pattern = Pattern.of(function, site(family))
-    return list(pattern.find(root)) or [pattern.absent(root)]
+    return list(pattern.find(root)) or [pattern.absent()]
 
 
 def bindings(function: Any, family: str = "llama") -> list[Binding]:

@@ -23,8 +23,8 @@ from attnedit.cli.terminal import (
     show,
 )
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.model_io.models import load_source
+from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import stage
 from attnedit.compiler.reporting.report import Report
 from attnedit.options import CompileOptions

@@ -13,10 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from attnedit.compiler.evaluation.evaluate import KVUsage, mean_perplexity
+from attnedit.compiler.evaluation.evaluate import mean_perplexity
 from attnedit.compiler.evaluation.intervals import Interval, exponential, interval_of_exponential
 from attnedit.compiler.evaluation.positions import losses_by_position
 from attnedit.compiler.evaluation.retrieval import OPTIONS, Answer, scores, scores_by_length
+from attnedit.compiler.reporting.records import KVUsage
 
 Figures = dict[str, Any]
 

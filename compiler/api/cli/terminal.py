@@ -31,8 +31,8 @@ from transformers.utils import logging as transformers_logging
 from attnedit import run_directory
 from attnedit.compiler.data.token_windows import shares_of
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.execution.processes import processes
 from attnedit.compiler.model_io.models import Source
+from attnedit.compiler.processes import processes
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE
 
 ModelArgument = Annotated[

@@ -15,5 +15,12 @@ MLA_KIND = AttentionKind(
     lowerings={
         "onnx": "attnedit.targets.runtime.onnx.attention:LatentAttention",
         "npu": "attnedit.targets.runtime.npu.latent:LatentAttention",
+        "gguf": "attnedit.targets.runtime.gguf.latent:latent_form",
+        "vllm": "attnedit.targets.runtime.vllm.served:LATENT",
+        "engines": "attnedit.targets.runtime.engines:LATENT",
+    },
+    profiles={
+        "deepseek_v3": "attnedit.targets.runtime.hf.mla:DEEPSEEK_V3",
+        "youtu": "attnedit.targets.runtime.hf.mla:YOUTU",
     },
 )

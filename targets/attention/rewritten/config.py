@@ -42,3 +42,8 @@ class RewrittenConfig(SiteConfig):
                 and all(isinstance(entry[name], form) for name, form in forms.items())
             ):
                 raise UsageError(f"RewrittenConfig of layer {self.layer_idx}: {entry!r} describes no rewrite")
+
+    @property
+    def made_by(self) -> list[str]:
+        """Their classes."""
+        return [entry["rewrite"] for entry in self.rewrites]

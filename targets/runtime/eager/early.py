@@ -8,9 +8,7 @@ import torch
 from transformers import Cache
 
 from attnedit.compiler.compatibility.live import before_early_initialization
-from attnedit.targets.attention.gateswa.config import GateSWAConfig
-from attnedit.targets.attention.gateswa.layers import bounded_layer
-from attnedit.targets.attention.kinds import config_from_dict
+from attnedit.targets.attention.kinds import config_from_dict, kind_of
 
 
 def initialize_early(cache: Cache, config: Any, batch_size: int, dtype: torch.dtype, device: Any) -> None:
@@ -25,8 +23,8 @@ def initialize_early(cache: Cache, config: Any, batch_size: int, dtype: torch.dt
     """
     for values in (getattr(config, "attnedit", None) or {"sites": {}})["sites"].values():
         site = config_from_dict(values)
-        if isinstance(site, GateSWAConfig):
-            bounded_layer(cache, site)
+        if (own_layer := kind_of(site).cache_layer) is not None:
+            own_layer(cache, site)
         layer: Any = cache.layers[site.layer_idx]
         if site.cached is not None and not layer.is_initialized:
             heads, *widths = site.cached

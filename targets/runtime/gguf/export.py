@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,20 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.graph.modules import evaluation_mode
 from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
 from attnedit.compiler.progress import Progress, stage
-from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
-from attnedit.targets.attention.mla.graph import MLA_MODULE
+from attnedit.targets.attention.kinds import kinds_in
 from attnedit.targets.runtime.check import check_model
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
 from attnedit.targets.runtime.engines import ENGINES, LLAMA_CPP
 from attnedit.targets.runtime.gguf.file import KINDS, check_file, write_file
 from attnedit.targets.runtime.gguf.form import Form
-from attnedit.targets.runtime.gguf.latent import latent_form
 from attnedit.targets.runtime.gguf.reference import Reference
 from attnedit.targets.runtime.gguf.tokenizer import tokenizer_keys
-from attnedit.targets.runtime.gguf.windowed import windowed_form
 from attnedit.targets.runtime.hf.card import write_about
 from attnedit.targets.runtime.hf.check import TOLERANCES
 from attnedit.targets.runtime.hf.native import OTHER
@@ -124,9 +123,7 @@ def export(
         raise UsageError(f"a .gguf is not written in {kind}; give --dtype {' or '.join(DTYPES)}")
     target = Path(directory).expanduser().resolve()
     place = _place(target)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluation_mode(model):
         form = _form(model, half=kind in ("float16", "q8_0"))
         rows: Any = model.get_input_embeddings()
         keys, notes = tokenizer_keys(getattr(result, "tokenizer", None), model, int(rows.weight.shape[0]))
@@ -142,9 +139,6 @@ def export(
                 rounded = kind in QUANTIZERS
                 tolerance = ROUNDED_TOLERANCES[kind] if rounded else _tolerance(kind, model.dtype)
                 checks = check_model(model, reference, tolerance, rounded=rounded)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return GGUFManifest(form.architecture, kind, [check.to_dict() for check in checks], form.notes + notes)
 
 
@@ -169,21 +163,18 @@ def _form(model: PreTrainedModel, *, half: bool) -> Form:
     Raises:
         UsageError: there is none that holds it; the message says what of it.
     """
-    record: Any = model.config
-    parts = {
-        kind
-        for name in record.attnedit["sites"]
-        for kind in (MLA_MODULE, GATESWA_MODULE)
-        if hasattr(model.get_submodule(name), kind)
-    }
-    if parts == {MLA_MODULE, GATESWA_MODULE}:
-        raise UsageError(f"llama.cpp has no architecture with latent attention and windows; {ELSEWHERE}")
+    found = kinds_in(model.config)
+    kinds = list(dict.fromkeys(found.values()))
+    if not kinds:
+        raise UsageError(f"a .gguf holds attention that attnedit made, and no layer was rewritten; {ELSEWHERE}")
+    if len(kinds) > 1:
+        titles = " and ".join(kind.title for kind in kinds)
+        raise UsageError(f"llama.cpp has no architecture with {titles} in one model; {ELSEWHERE}")
+    form: Callable[..., Form] | None = kinds[0].lowering("gguf")
+    if form is None:
+        raise UsageError(f"{next(iter(found))} is {kinds[0].title}, which llama.cpp does not have; {ELSEWHERE}")
     try:
-        if parts == {MLA_MODULE}:
-            return latent_form(model, half=half)
-        if parts == {GATESWA_MODULE}:
-            return windowed_form(model)
+        return form(model, half=half)
     except UsageError as error:
         # What reads the layers is shared with checkpoints, which have another way out.
         raise type(error)(str(error).replace(OTHER, ELSEWHERE)) from error
-    raise UsageError(f"a .gguf holds attention that attnedit made, latent or windowed; {ELSEWHERE}")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from gguf import Keys
 from torch import Tensor
 
+from attnedit.compiler.graph.masks import as_bias
 from attnedit.targets.runtime.gguf.file import Written
 from attnedit.targets.runtime.gguf.latent import ARCHITECTURE as LATENT
 from attnedit.targets.runtime.gguf.windowed import GATED, WITH_SINKS
@@ -141,4 +142,4 @@ def _bias(real: Tensor, window: int | None) -> Tensor:
     ahead = torch.arange(length)[:, None] - torch.arange(length)
     seen = (ahead >= 0) & (ahead < (window or length))
     shown = seen & real[:, None, :] | torch.eye(length, dtype=torch.bool)  # padding sees itself
-    return torch.where(shown, 0.0, torch.finfo(torch.float32).min / 2)[:, None]
+    return as_bias(shown)[:, None]

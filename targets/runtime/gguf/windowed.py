@@ -13,7 +13,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
 from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.gguf.form import HEAD, Form, common_keys, decoder_tensors, named, plain_theta
-from attnedit.targets.runtime.hf.gateswa import Layer, check_plain, common_window, gate_weight, windowed_layers
+from attnedit.targets.runtime.hf.windowed import Layer, check_plain, common_window, gate_weight, windowed_layers
 
 GATED, WITH_SINKS = "step35", "granite_swa"
 NO_SINK = -1e30
@@ -22,8 +22,12 @@ PROJECTIONS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_pr
 NORMS = {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
 
 
-def windowed_form(model: PreTrainedModel) -> Form:
+def windowed_form(model: PreTrainedModel, *, half: bool) -> Form:
     """Bring a model with sliding windows into the form of the architecture that holds it.
+
+    Args:
+        model: the rewritten model.
+        half: whether weights will be float16 or blocks with float16 scales, which is all the same to this form.
 
     Raises:
         UsageError: none does; the message says what of it.

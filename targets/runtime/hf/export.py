@@ -4,59 +4,35 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from attnedit.compiler.capture.forwards import evaluation_mode
 from attnedit.compiler.errors import UsageError
+from attnedit.compiler.graph.modules import evaluation_mode
 from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
 from attnedit.compiler.progress import Progress, stage
-from attnedit.targets.attention.mla.graph import MLA_MODULE
-from attnedit.targets.attention.rewritten.graph import KV_CACHE_MODULE
+from attnedit.targets.attention.kinds import config_from_dict, kinds_in
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_sites
 from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, TRIED, VLLM, check_checkpoint, export_profile
 from attnedit.targets.runtime.hf.card import NATIVE, REMOTE, write_about
 from attnedit.targets.runtime.hf.check import Check, check_same
 from attnedit.targets.runtime.hf.files import check_files
-from attnedit.targets.runtime.hf.gateswa import laguna_checkpoint, lfm3_checkpoint, native_checkpoint
-from attnedit.targets.runtime.hf.mla import latent_checkpoint
 from attnedit.targets.runtime.hf.native import Native, read_native, write_native
+from attnedit.targets.runtime.hf.profiles import (
+    PROFILES,
+    REMOTE_PROFILE,
+    check_layers,
+    check_profile,
+    find_profile,
+    kind_with,
+    uniform_profiles,
+)
 from attnedit.targets.runtime.hf.remote import load_code, write_remote
-from attnedit.targets.runtime.staging import Exportable, check_choice, staged
-
-REMOTE_PROFILE = "remote"
-LATENT = ("deepseek_v3", "youtu")
-WINDOWED: dict[str, Callable[[PreTrainedModel], Native]] = {
-    "laguna": laguna_checkpoint,
-    "lfm3": lfm3_checkpoint,
-    "native": native_checkpoint,
-}
-PROFILES = (*LATENT, *WINDOWED, REMOTE_PROFILE)
-CLASSLESS = ("native", REMOTE_PROFILE)
-"""Profiles that are not named after one class."""
-
-
-def check_profile(name: str, profile: str) -> None:
-    """Refuse a profile that there is not, or whose class the installed transformers does not have.
-
-    Args:
-        name: of the option, for the message.
-        profile: as given.
-
-    Raises:
-        UsageError: it is one of these.
-    """
-    check_choice(name, profile, PROFILES)
-    if profile not in CLASSLESS and profile not in CONFIG_MAPPING:
-        raise UsageError(
-            f"{name} {profile}: transformers {transformers.__version__} has no such class; upgrade it or choose another"
-        )
+from attnedit.targets.runtime.staging import Exportable, staged
 
 
 @dataclass(frozen=True)
@@ -129,17 +105,16 @@ def export(
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
     check_text_alone(model.config, type(model).__name__, "a checkpoint of another class")
+    _check_code(model)
     profile = profile_of(model, engine, profile)
     if profile is None:
         raise UsageError(f"a checkpoint needs a --profile; give {' or '.join(PROFILES)}, or an --engine")
     check_profile("--profile", profile)
-    if kernel_dims and profile not in LATENT:
-        raise UsageError(f"--kernel-dims goes with --profile {' or '.join(LATENT)}, not with {profile}")
-    if gguf and profile not in LATENT:
-        raise UsageError(f"--gguf goes with --profile {' or '.join(LATENT)}, not with {profile}")
+    for option, given in {"--kernel-dims": kernel_dims, "--gguf": gguf}.items():
+        if given and profile not in (able := uniform_profiles()):
+            raise UsageError(f"{option} goes with --profile {' or '.join(able)}, not with {profile}")
     if gguf and engine is not None:
         raise UsageError(f"--gguf is for llama.cpp's converter, not for engine {engine}; leave it out")
-    _check_kinds(model)
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     with evaluation_mode(model), staged(target) as staging:
@@ -154,19 +129,18 @@ def export(
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)
 
 
-def _check_kinds(model: PreTrainedModel) -> None:
-    """Refuse what only attnedit can build again: graphs that rewrites of others made.
+def _check_code(model: PreTrainedModel) -> None:
+    """Refuse what only attnedit can build again.
 
     Raises:
-        UsageError: a layer is neither latent nor windowed.
+        UsageError: rewrites made a layer's graph.
     """
     record: Any = model.config
     for name, values in record.attnedit["sites"].items():
-        if values.get("kind") == KV_CACHE_MODULE:
-            rules = ", ".join(entry["rewrite"] for entry in values["rewrites"])
+        if rules := config_from_dict(values).made_by:
             raise UsageError(
-                f"{name} was rewritten by {rules}, which no class of transformers has; save the result instead, which "
-                "loads with attnedit, or export it to onnx"
+                f"{name} was rewritten by {', '.join(rules)}, which no class of transformers has; save the result "
+                "instead, which loads with attnedit, or export it to onnx"
             )
 
 
@@ -179,9 +153,8 @@ def profile_of(model: PreTrainedModel, engine: str | None, profile: str | None) 
     if engine is None:
         return profile
     sites = source_sites(model).values()
-    latent = any(hasattr(model.get_submodule(site.name), MLA_MODULE) for site in sites)
     normed = any(norm is not None for site in sites for norm in (site.query_norm, site.key_norm))
-    return export_profile(engine, profile, latent=latent, normed=normed)
+    return export_profile(engine, profile, kinds_in(model.config), normed=normed)
 
 
 def native_form(
@@ -192,10 +165,13 @@ def native_form(
     Raises:
         UsageError: the profile cannot express the model, or the engine could not serve it; the message says what of it.
     """
-    if profile in LATENT:
-        native = latent_checkpoint(model, profile, kernel_dims, gguf, SLOT_VALUES if engine == VLLM else None)
-    else:
-        native = WINDOWED[profile](model)
+    form = find_profile(profile)
+    if form is None:
+        raise AssertionError("the remote profile is no class of transformers")
+    check_layers(model, kind_with(profile), f"profile {profile}")
+    slots = SLOT_VALUES if engine == VLLM else None
+    sizes = {"kernel_dims": kernel_dims, "gguf": gguf, "slot_values": slots} if form.uniform else {}
+    native = form.write(model, **sizes)
     return native if engine is None else replace(native, architectures=check_checkpoint(engine, native.config))
 
 

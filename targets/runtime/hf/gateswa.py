@@ -11,21 +11,19 @@ import copy
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnedit.compiler.capture.sites import AttentionSite, Projection
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
-from attnedit.targets.attention.kinds import configs_in, kind_of
-from attnedit.targets.runtime.eager.classes import source_config, source_sites
+from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.hf.native import OTHER, Native, decoder_config, neutral_norm, refuse_half
+from attnedit.targets.runtime.hf.profiles import Profile
 from attnedit.targets.runtime.hf.rope import flat_rope
+from attnedit.targets.runtime.hf.windowed import Layer, check_plain, common_window, gate_weight, windowed_layers
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -38,19 +36,6 @@ LFM3_NAMES = (
     (r"\.mlp\.down_proj\.", ".feed_forward.w2."),
     (r"^model\.norm\.", "model.embedding_norm."),
 )
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer: its source, its configuration where it got a window, and the window that it has."""
-
-    site: AttentionSite
-    config: GateSWAConfig | None
-
-    @property
-    def window(self) -> int | None:
-        """Tokens a query sees; None for all."""
-        return self.site.window if self.config is None else self.config.sliding_window
 
 
 def laguna_checkpoint(model: PreTrainedModel) -> Native:
@@ -183,55 +168,6 @@ def _bias_names(layers: list[Layer]) -> list[str]:
     return [f"{layer.site.name}.{part}.bias" for layer in layers for part in parts]
 
 
-def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> list[Layer]:
-    """Read the layers of a model with sliding windows, and refuse what none of the classes has.
-
-    Args:
-        model: the rewritten model.
-        profile: what messages call the class.
-        sink_logits: whether the class has them.
-
-    Raises:
-        UsageError: a layer has something else, or there is more than one window.
-    """
-    layers = []
-    for site in source_sites(model).values():
-        config = next((config for _, config in configs_in(model.get_submodule(site.name))), None)
-        if config is not None:
-            if not isinstance(config, GateSWAConfig):
-                raise UsageError(f"{site.name} is {kind_of(config).title}, which {profile} does not have; {OTHER}")
-            found = {
-                f"{config.sink_tokens} kept sink tokens (compile with --sinks none)": config.sink_tokens > 0,
-                "sink logits": config.sink_logit and not sink_logits,
-                "a sink value": config.sink_value,
-                "a gate with a bias": config.gate_bias,
-            }
-            if fact := next((fact for fact, holds in found.items() if holds), None):
-                raise UsageError(f"{site.name} has {fact}, which {profile} does not; {OTHER}")
-        layers.append(Layer(site, config))
-    common_window(layers)
-    return layers
-
-
-def common_window(layers: list[Layer]) -> int:
-    """Return the window of all layers that have one.
-
-    Raises:
-        UsageError: there are several, or none.
-    """
-    windows = sorted({layer.window for layer in layers if layer.window is not None})
-    if len(windows) != 1:
-        raise UsageError(f"the class has one sliding window, the model {windows or 'none'}; {OTHER}")
-    return windows[0]
-
-
-def gate_weight(model: PreTrainedModel, layer: Layer) -> Tensor | None:
-    """Return the weight of the layer's gate [H or H e, D]; None without."""
-    if layer.config is None or layer.config.gate == "none":
-        return None
-    return model.get_parameter(f"{layer.site.name}.{GATESWA_MODULE}.g_proj.weight").detach()
-
-
 def _rope(source: Any) -> dict[str, Any]:
     """Rope parameters of the source, those of all its layers."""
     own = flat_rope(source)
@@ -255,37 +191,6 @@ def _fields(layers: list[Layer], source: Any, model: PreTrainedModel) -> dict[st
         "rope_parameters": {SLIDING: dict(rope), FULL: dict(rope)},
         "attention_bias": any(bool(bias.any()) for bias in _biases(model, layers).values()),
     }
-
-
-def check_plain(layers: list[Layer]) -> None:
-    """Refuse layers that are not Llama's attention with norms per head, biases and windows.
-
-    Raises:
-        UsageError: a layer is not; the message names what it has.
-    """
-    for layer in layers:
-        site = layer.site
-        found = {
-            "an output gate of its own": site.output_gate,
-            "sink logits": site.sinks is not None,
-            f"a softcap of {site.softcap}": site.softcap is not None,
-            "no rotary embedding": site.rope is None,
-            "rotary dims that are neighbours": site.rope is not None and site.rope.style != "half",
-            f"a {site.query_norm} norm on queries": site.query_norm not in (None, "per_head"),
-            f"a {site.key_norm} norm on keys": site.key_norm not in (None, "per_head"),
-            "one projection for queries, keys and values": not _plain(site),
-        }
-        if fact := next((fact for fact, holds in found.items() if holds), None):
-            raise UsageError(f"{site.name} has {fact}, which the class does not; {OTHER}")
-
-
-def _plain(site: AttentionSite) -> bool:
-    parts = (site.q_proj, site.k_proj, site.v_proj, site.o_proj)
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    return all(
-        isinstance(part, Projection) and part.module == name and not part.transposed and part.scale == 1
-        for part, name in zip(parts, names, strict=True)
-    )
 
 
 def _biases(model: PreTrainedModel, layers: list[Layer]) -> dict[str, Tensor]:
@@ -336,3 +241,8 @@ def _renamed(name: str) -> str:
 def _notes(layers: list[Layer]) -> list[str]:
     count, window = sum(layer.window is not None for layer in layers), common_window(layers)
     return [f"{count} of {len(layers)} layers attend to the last {window} tokens, the token itself included."]
+
+
+LAGUNA = Profile(laguna_checkpoint, gates=("none",), sinks=("none",))
+LFM3 = Profile(lfm3_checkpoint, gates=("none", "head"), sinks=("none",))
+NATIVE = Profile(native_checkpoint, named=False, gates=("none",), sinks=("none", "logit"))

@@ -7,6 +7,7 @@ turning together; the latent goes through a norm, which is neutralised (`neutral
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.hf.latent import LatentSite, LatentWeights, latent_sites, latent_weights
 from attnedit.targets.runtime.hf.native import Native, decoder_config, neutral_norm, refuse_half, skeleton
+from attnedit.targets.runtime.hf.profiles import Profile
 from attnedit.targets.runtime.hf.rope import Table, choose_table
 
 LATENT_EPSILON = 1e-6
@@ -265,3 +267,7 @@ def _notes(config: Any, table: Table) -> list[str]:
     elif table.type != "default":
         notes.append(f"Engines with a DeepSeek class of their own read rope_type {table.type} each in its own way.")
     return notes
+
+
+DEEPSEEK_V3 = Profile(partial(latent_checkpoint, model_type="deepseek_v3"), uniform=True)
+YOUTU = Profile(partial(latent_checkpoint, model_type="youtu"), uniform=True)

@@ -6,6 +6,7 @@ DeepSeek's attention does not have become linear maps; rotary slots get the freq
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +14,16 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.runtime.engines import VLLM, check_engine
-from attnedit.targets.runtime.hf.export import LATENT, REMOTE_PROFILE, check_profile, native_form, profile_of
+from attnedit.targets.attention.kind import AttentionKind
+from attnedit.targets.runtime.engines import VLLM, check_engine, stock_rank
+from attnedit.targets.runtime.hf.export import native_form, profile_of
 from attnedit.targets.runtime.hf.latent import lacking, positions, slot_frequencies
 from attnedit.targets.runtime.hf.mla import KERNEL_DIMS, Sizes, check_activation, latent_config
 from attnedit.targets.runtime.hf.native import OTHER, check_places, refuse_half, skeleton
+from attnedit.targets.runtime.hf.profiles import Profile, check_profile, find_profile, kind_with, uniform_profiles
 from attnedit.targets.runtime.hf.rope import BY_LENGTH, flat_rope, plain_table
 
 KERNEL_VALUES = KERNEL_DIMS["kv_lora_rank"] + KERNEL_DIMS["qk_rope_head_dim"]
-GATES = {"laguna": ("none",), "lfm3": ("none", "head"), "native": ("none",)}
-"""Trained gates that a profile for windows can hold; the first unless asked for another."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,23 @@ class Form:
         return self.kernel_dims or self.engine == VLLM
 
     @property
-    def latent(self) -> bool:
-        """Whether it has latent attention in every layer."""
-        return self.profile in LATENT
+    def holds(self) -> Profile:
+        """What the profile holds."""
+        found = find_profile(self.profile)
+        assert found is not None  # none asks for the remote one
+        return found
+
+    @property
+    def asks(self) -> dict[str, str | None]:
+        """Options that it sets, unless they are given."""
+        return {"gate": next(iter(self.holds.gates or ()), None), "sinks": "none"}
 
 
 def form_for(
     profile: str | None,
     kernel_dims: bool,
     target: str,
+    kinds: Sequence[AttentionKind],
     kv_budget: float | None = None,
     gate: str | None = None,
     sinks: str | None = None,
@@ -61,31 +70,41 @@ def form_for(
 ) -> Form | None:
     """Hold the arguments of a compilation against a profile.
 
+    Args:
+        profile: as the option.
+        kernel_dims: as the option.
+        target: what the user asked for.
+        kinds: of attention that it makes.
+        kv_budget: as the option; so are the others.
+        gate: output gates.
+        sinks: sinks.
+        engine: what will serve the result.
+
     Returns:
         The form that the model gets; None where the profile asks for nothing: none is given, or one for any result.
 
     Raises:
         UsageError: there is no such profile or engine, or an argument contradicts it.
     """
-    profile = check_engine(engine, target, profile, kernel_dims, gate, sinks)
+    profile = check_engine(engine, target, kinds, profile, kernel_dims, gate, sinks)
     if profile is None:
         if kernel_dims:
-            raise UsageError(f"kernel_dims goes with profile {' or '.join(LATENT)}")
+            raise UsageError(f"kernel_dims goes with profile {' or '.join(uniform_profiles())}")
         return None
     check_profile("profile", profile)
-    if kernel_dims and profile not in LATENT:
-        raise UsageError(f"kernel_dims goes with profile {' or '.join(LATENT)}, not with {profile}")
-    if profile == REMOTE_PROFILE:
+    holds = find_profile(profile)
+    if kernel_dims and not (holds is not None and holds.uniform):
+        raise UsageError(f"kernel_dims goes with profile {' or '.join(uniform_profiles())}, not with {profile}")
+    if holds is None:
         return None
-    if target != (wanted := "mla" if profile in LATENT else "gateswa"):
-        raise UsageError(f"profile {profile} holds target {wanted}, not {target}; {OTHER}")
+    if [kind.name for kind in kinds] != [kind_with(profile).name]:
+        raise UsageError(f"profile {profile} holds target {kind_with(profile).name}, not {target}; {OTHER}")
     if kernel_dims and kv_budget is not None:
         raise UsageError("kv_budget and kernel_dims both say how much is cached; give one of them")
-    if profile in GATES:
-        if gate is not None and gate not in GATES[profile]:
-            raise UsageError(f"profile {profile} holds gate {' or '.join(GATES[profile])}, not {gate}; {OTHER}")
-        if sinks is not None and sinks not in (("none", "logit") if profile == "native" else ("none",)):
-            raise UsageError(f"profile {profile} holds no sinks {sinks}; give sinks none")
+    if None not in (gate, holds.gates) and gate not in (holds.gates or ()):
+        raise UsageError(f"profile {profile} holds gate {' or '.join(holds.gates or ())}, not {gate}; {OTHER}")
+    if None not in (sinks, holds.sinks) and sinks not in (holds.sinks or ()):
+        raise UsageError(f"profile {profile} holds no sinks {sinks}; give sinks none")
     return Form(profile, kernel_dims, engine)
 
 
@@ -139,6 +158,40 @@ def _check_kernel_sizes(model: PreTrainedModel, sites: list[AttentionSite]) -> N
                 f"{site.name} caches {values} values per token, and engines' kernels {KERNEL_VALUES}: nothing would be "
                 "saved; leave kernel_dims out"
             )
+
+
+@dataclass(frozen=True)
+class ClassSizes:
+    """What a class that has one size for all layers takes.
+
+    Attributes:
+        form: of the profile.
+        columns: of cos and sin that rotary slots may have, fastest first, by the site's name.
+        fold: how many of a site's frequencies share a slot where the sizes are fixed.
+    """
+
+    form: Form
+    columns: Mapping[str, Sequence[int]]
+    fold: int
+
+    def rank(self, source_values: int, budget: float) -> int | None:
+        """Size of the latent; None for any.
+
+        Args:
+            source_values: what the source caches per token and layer.
+            budget: fraction of it that may be cached.
+
+        Raises:
+            UsageError: the class has none within the budget.
+        """
+        if self.form.kernel_dims:
+            return KERNEL_DIMS["kv_lora_rank"]
+        return stock_rank(self.form.engine, source_values, budget)
+
+
+def class_sizes(model: PreTrainedModel, sites: list[AttentionSite], form: Form) -> ClassSizes:
+    """Say which sizes the class of a form takes for a source."""
+    return ClassSizes(form, slot_columns(model, sites, form), kernel_fold(sites[0]))
 
 
 def slot_columns(model: PreTrainedModel, sites: list[AttentionSite], form: Form) -> dict[str, list[int]]:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from attnedit.compiler.graph.masks import as_bias
+from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.module import GateSWA
 from attnedit.targets.attention.module import AttentionModule
 from attnedit.targets.runtime.decomposed import (
     Virtual,
-    WindowedAttention,
-    as_bias,
     as_interface,
     attend,
     lower_attention,
@@ -29,6 +29,7 @@ from attnedit.targets.runtime.npu.extras import prompt_extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
 from attnedit.targets.runtime.npu.legalise import LayerPlan, Site
 from attnedit.targets.runtime.npu.limits import BLOCK
+from attnedit.targets.runtime.windowed import WindowedAttention
 
 NPU = "attnedit_npu"
 """Name of the attention implementation, to transformers."""
@@ -66,7 +67,21 @@ class WindowAttention(WindowedAttention):
         plan: how it runs.
     """
 
-    describe = staticmethod(Site.of_gateswa)
+    @staticmethod
+    def describe(config: GateSWAConfig) -> Site:
+        """What the kernels' limits are about."""
+        return Site(
+            config.layer_idx,
+            "window",
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.v_head_dim,
+            window=config.sliding_window,
+            sink_tokens=config.sink_tokens,
+            virtual=int(config.sinks) + int(config.sink_logit),
+            softcap=config.softcap is not None,
+        )
 
     def __init__(self, module: GateSWA, plan: LayerPlan) -> None:
         super().__init__(module)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnedit.targets.runtime.decomposed import HIDDEN, Virtual
+from attnedit.compiler.graph.masks import HIDDEN
+from attnedit.targets.runtime.decomposed import Virtual
 from attnedit.targets.runtime.npu.legalise import LayerPlan
 
 

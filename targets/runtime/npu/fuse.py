@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.graph.spec import verify
 from attnedit.targets.runtime.npu.simplify import simplify, value
 
 aten = torch.ops.aten
@@ -27,19 +29,29 @@ def fuse(program: ExportedProgram, fused: bool = True) -> fx.GraphModule:
     Args:
         program: in training form, not decomposed.
         fused: False only simplifies.
+
+    Raises:
+        AttneditError: a pass broke the graph; it is named.
     """
     module = program.module()
     if not isinstance(module, fx.GraphModule):
         raise AssertionError("an exported program is a graph")
     simplify(module)
+    _verify(module, "simplify")
     for pattern in PATTERNS if fused else ():
         for node in list(module.graph.nodes):
             pattern(module, node)
         module.graph.eliminate_dead_code()
+        _verify(module, f"fuse{pattern.__name__}")
     _drop_unused(module)
     module.graph.lint()
     module.recompile()
     return module
+
+
+def _verify(module: fx.GraphModule, made_by: str) -> None:
+    given: dict[str, Any] = {"anchored": False, "resized": False, "program": True, "error": AttneditError}
+    verify(module.graph, made_by, root=module, **given)
 
 
 def _is(node: Any, *targets: Any) -> bool:

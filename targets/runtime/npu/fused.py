@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnedit.targets.runtime.decomposed import as_bias
+from attnedit.compiler.graph.masks import as_bias
 from attnedit.targets.runtime.npu.cache import current_step
 from attnedit.targets.runtime.npu.extras import Extras
 from attnedit.targets.runtime.npu.legalise import LayerPlan

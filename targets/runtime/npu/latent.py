@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.attention.mla.rotary import rotate
-from attnedit.targets.runtime.decomposed import AbsorbedAttention, Virtual, attend
+from attnedit.targets.runtime.decomposed import Virtual, attend
+from attnedit.targets.runtime.latent import AbsorbedAttention
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_step
 from attnedit.targets.runtime.npu.extras import Extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
@@ -31,7 +33,23 @@ class LatentAttention(AbsorbedAttention):
         plan: how it runs.
     """
 
-    describe = staticmethod(Site.of_mla)
+    @staticmethod
+    def describe(config: MLAConfig) -> Site:
+        """What the kernels' limits are about."""
+        return Site(
+            config.layer_idx,
+            "latent",
+            config.num_attention_heads,
+            1,
+            config.head_dim,
+            config.v_head_dim,
+            rank=config.kv_lora_rank,
+            rope=config.qk_rope_head_dim,
+            nope=config.qk_nope_head_dim > 0,
+            window=config.window,
+            virtual=int(config.sinks),
+            softcap=config.softcap is not None,
+        )
 
     def __init__(self, mla: MLA, plan: LayerPlan) -> None:
         super().__init__(mla)

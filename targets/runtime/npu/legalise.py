@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from attnedit.targets.attention.gateswa.config import GateSWAConfig
-from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.runtime.npu.limits import (
     ALIGNMENT,
     BLOCK,
@@ -69,40 +67,6 @@ class Site:
     virtual: int = 0
     softcap: bool = False
     held: tuple[int, int, int] | None = None
-
-    @classmethod
-    def of_mla(cls, config: MLAConfig) -> Site:
-        """Describe latent attention."""
-        return cls(
-            config.layer_idx,
-            "latent",
-            config.num_attention_heads,
-            1,
-            config.head_dim,
-            config.v_head_dim,
-            rank=config.kv_lora_rank,
-            rope=config.qk_rope_head_dim,
-            nope=config.qk_nope_head_dim > 0,
-            window=config.window,
-            virtual=int(config.sinks),
-            softcap=config.softcap is not None,
-        )
-
-    @classmethod
-    def of_gateswa(cls, config: GateSWAConfig) -> Site:
-        """Describe windowed attention."""
-        return cls(
-            config.layer_idx,
-            "window",
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.v_head_dim,
-            window=config.sliding_window,
-            sink_tokens=config.sink_tokens,
-            virtual=int(config.sinks) + int(config.sink_logit),
-            softcap=config.softcap is not None,
-        )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ def simplify(module: fx.GraphModule) -> None:
             _as_cast(node)
     if hasattr(module, GUARDS):
         delattr(module, GUARDS)
-    module.graph.lint()
 
 
 def drop_assertions(graph: fx.Graph) -> None:

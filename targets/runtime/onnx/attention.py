@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from attnedit.compiler.graph.masks import as_bias
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.attention.mla.rotary import rotate
 from attnedit.targets.runtime.decomposed import (
-    AbsorbedAttention,
     Virtual,
-    WindowedAttention,
-    as_bias,
     as_interface,
     attend,
     lower_attention,
     probabilities,
 )
+from attnedit.targets.runtime.latent import AbsorbedAttention
 from attnedit.targets.runtime.onnx.cache import ExportLayer, Step, current_step
+from attnedit.targets.runtime.windowed import WindowedAttention
 
 EXPORT = "attnedit_onnx"
 """Name of the attention implementation, to transformers."""

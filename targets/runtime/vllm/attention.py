@@ -23,7 +23,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.rotary import rotate
-from attnedit.targets.runtime.vllm.decoder import ServedConfig
+from attnedit.targets.runtime.vllm.decoder import OrdinaryConfig
 from attnedit.targets.runtime.vllm.latent_layer import PagedLatents
 from attnedit.targets.runtime.vllm.paged_latents import Logits
 
@@ -104,10 +104,10 @@ class ServedWindow(nn.Module):
         sinks: [H], the source's own sink logits; the parameter that is loaded, or None.
     """
 
-    def __init__(self, config: ServedConfig, vllm_config: Any, prefix: str, sinks: nn.Parameter | None) -> None:
+    def __init__(
+        self, config: GateSWAConfig | OrdinaryConfig, vllm_config: Any, prefix: str, sinks: nn.Parameter | None
+    ) -> None:
         super().__init__()
-        if isinstance(config, MLAConfig):
-            raise AssertionError("latent attention has a module of its own")
         self.config = config
         ranks = get_tensor_model_parallel_world_size()
         if config.num_key_value_heads % ranks:  # of layers that were not rewritten nothing stands in config.json

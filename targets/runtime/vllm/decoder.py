@@ -19,14 +19,12 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.transformers_names import attention_of as implementation_of
 from attnedit.compiler.compatibility.transformers_names import set_implementations
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.gateswa.config import GateSWAConfig
-from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
+from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, kind_of
-from attnedit.targets.attention.mla.config import MLAConfig
-from attnedit.targets.attention.mla.graph import MLA_MODULE
 from attnedit.targets.attention.site_graph import AnchorCall, anchor_arguments, replace_attention
 from attnedit.targets.runtime.eager.classes import attnedit_classes, sites_of_class, source_config_class
 from attnedit.targets.runtime.eager.splice import splice
+from attnedit.targets.runtime.vllm.served import ORDINARY, Served
 
 ORDINARY_MODULE = "ordinary"
 
@@ -63,9 +61,6 @@ class OrdinaryConfig:
         return cls(**{name: getattr(site, name) for name in names}, **read)
 
 
-ServedConfig = MLAConfig | GateSWAConfig | OrdinaryConfig
-
-
 class Ordinary(nn.Module):
     """Stands where the source attends; an engine's attention takes its place."""
 
@@ -83,13 +78,15 @@ class Placed:
         graph: that module.
         child: the name in it of the module that attends.
         config: shape of the attention.
+        served: how attention of its kind is.
         sinks: name in the graph of the source's own sink logits, where it has them.
     """
 
     name: str
     graph: fx.GraphModule
     child: str
-    config: ServedConfig
+    config: Any
+    served: Served
     sinks: str | None
 
 
@@ -143,11 +140,19 @@ def attention_of(decoder: nn.Module) -> list[Placed]:
     found = []
     for name, module in decoder.named_modules():
         if isinstance(module, fx.GraphModule):
-            for child in (MLA_MODULE, GATESWA_MODULE, ORDINARY_MODULE):
-                if hasattr(module, child):
-                    part: Any = getattr(module, child)
-                    found.append(Placed(name, module, child, part.config, _sinks(module, child)))
+            for child, part in module.named_children():
+                config = getattr(part, "config", None)
+                if (served := served_as(config)) is not None:
+                    found.append(Placed(name, module, child, config, served, _sinks(module, child, served.sinks)))
     return found
+
+
+def served_as(config: Any) -> Served | None:
+    """How attention of a shape is served; None of what is no attention, or of a kind that is not served."""
+    if isinstance(config, OrdinaryConfig):
+        return ORDINARY
+    served: Served | None = kind_of(config).lowering("vllm") if isinstance(config, SiteConfig) else None
+    return served
 
 
 def inputs_of(graph: fx.GraphModule, child: str, argument: int) -> set[str]:
@@ -165,8 +170,9 @@ def inputs_of(graph: fx.GraphModule, child: str, argument: int) -> set[str]:
 def without_mask_and_cache(graph: fx.GraphModule, child: str) -> None:
     """Let the attention of a graph be given neither: the engine has both. In place."""
     call = _call(graph, child)
-    masks = {MLA_MODULE: (4, 5), GATESWA_MODULE: (4, 5), ORDINARY_MODULE: ()}[child]
-    call.args = tuple(None if index in masks else value for index, value in enumerate(call.args))
+    served = served_as(graph.get_submodule(child).config)
+    engines = () if served is None else served.engines
+    call.args = tuple(None if index in engines else value for index, value in enumerate(call.args))
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
 
@@ -205,9 +211,8 @@ def _call(graph: fx.GraphModule, child: str) -> fx.Node:
     return found
 
 
-def _sinks(graph: fx.GraphModule, child: str) -> str | None:
-    """The name of the parameter that a graph gives its attention as sink logits."""
-    index = {GATESWA_MODULE: 6, ORDINARY_MODULE: 3}.get(child)
+def _sinks(graph: fx.GraphModule, child: str, index: int | None) -> str | None:
+    """The name of the parameter that a graph gives its attention as sink logits, by that argument."""
     if index is None:
         return None
     value = _call(graph, child).args[index]

@@ -8,9 +8,7 @@ from typing import Any
 
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import SiteConfig
-from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.kinds import config_from_dict, kind_of
-from attnedit.targets.attention.mla.config import MLAConfig
 
 TESTED = ("0.26", "0.32")
 """Releases of vLLM that the tests ran with."""
@@ -85,34 +83,8 @@ def _rope_types(parameters: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _problems(config: SiteConfig, settings: Settings) -> Iterator[tuple[str, str]]:
-    ranks = settings.tensor_parallel
-    if isinstance(config, MLAConfig):
-        if config.num_attention_heads % ranks:
-            yield (
-                f"{config.num_attention_heads} heads for {ranks} ranks",
-                "use a --tensor-parallel-size that divides it",
-            )
-        if settings.device != "cpu":
-            yield (
-                f"latent attention, of which no size was run on {settings.device}",
-                "serve it with vLLM on a CPU, or write a checkpoint of a class that vLLM has (attnedit export --to hf "
-                "--profile deepseek_v3)",
-            )
-    elif isinstance(config, GateSWAConfig):
-        if config.sink_tokens:
-            yield (
-                f"{config.sink_tokens} kept first tokens (--sinks keep:{config.sink_tokens}), for which vLLM's cache "
-                "has no place",
-                "compile with --sinks none or --sinks logit",
-            )
-        if config.sinks and config.sink_value:
-            yield "a sink value beside the source's own sink logits", "compile with --sinks none or --sinks logit"
-        if config.v_head_dim > config.head_dim:
-            yield f"values of {config.v_head_dim} numbers and keys of {config.head_dim}", "use attnedit.load"
-        if config.num_key_value_heads % ranks:
-            yield (
-                f"{config.num_key_value_heads} key/value heads for {ranks} ranks",
-                "use a --tensor-parallel-size that divides it",
-            )
-    else:
+    served = kind_of(config).lowering("vllm")
+    if served is None:
         yield f"{kind_of(config).title} of another package, which the plugin does not know", "use attnedit.load"
+    else:
+        yield from served.problems(config, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +12,7 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM, Tra
 from vllm.model_executor.models.transformers.utils import replace_linear_class
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.attention.mla.config import MLAConfig
-from attnedit.targets.runtime.vllm.attention import ServedLatent, ServedWindow, by_heads
+from attnedit.targets.runtime.vllm.attention import ServedWindow, by_heads
 from attnedit.targets.runtime.vllm.decoder import (
     Placed,
     attention_of,
@@ -87,10 +87,9 @@ def _serve(placed: Placed, vllm_config: Any, plan: dict[str, str]) -> None:
         sinks = by_heads(placed.config.num_attention_heads // ranks)
         owner, _, own = placed.sinks.rpartition(".")
         setattr(graph.get_submodule(owner), own, sinks)
-    if isinstance(placed.config, MLAConfig):
-        served: nn.Module = ServedLatent(placed.config, vllm_config, f"{name}.{child}")
-    else:
-        served = ServedWindow(placed.config, vllm_config, f"{name}.{child}", sinks)
+    module, _, made = placed.served.module.partition(":")
+    logits = () if placed.served.sinks is None else (sinks,)
+    served = getattr(import_module(module), made)(placed.config, vllm_config, f"{name}.{child}", *logits)
     graph.set_submodule(child, served)
 
 
@@ -101,11 +100,9 @@ def _styles(placed: Placed, plan: dict[str, str]) -> dict[str, str]:
         UsageError: the source's plan splits it in another way, or it has none.
     """
     linear = {path for path, module in placed.graph.named_modules() if isinstance(module, nn.Linear)}
-    latent = isinstance(placed.config, MLAConfig)
-    arguments = (0,) if latent else (0, 1, 2)
-    before = set().union(*(inputs_of(placed.graph, placed.child, index) for index in arguments))
+    before = _inputs(placed, placed.served.split)
     split = before & linear
-    shared = inputs_of(placed.graph, placed.child, 1) & linear if latent else set()
+    shared = _inputs(placed, placed.served.shared) & linear
     styles = {path: "replicate" for path in shared} | {path: "colwise" for path in split}
     after = {path for path in linear - split - shared if not path.startswith(f"{placed.child}.")}
     styles |= {path: "rowwise" for path in after}
@@ -124,6 +121,10 @@ def _styles(placed: Placed, plan: dict[str, str]) -> dict[str, str]:
                 f"{planned!r}, which the plugin does not know how to follow; use --tensor-parallel-size 1"
             )
     return styles
+
+
+def _inputs(placed: Placed, arguments: tuple[int, ...]) -> set[str]:
+    return set().union(*(inputs_of(placed.graph, placed.child, index) for index in arguments))
 
 
 def _starred(name: str) -> str:
