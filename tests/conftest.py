@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 # Graphs are many small objects, and looking for garbage among them takes an eighth of the time.
 gc.set_threshold(200_000, 50, 1000)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        # What one worker or command has traced, the others take; of this run alone.
+        cache = tempfile.TemporaryDirectory(prefix="attnedit-tests-")
+        os.environ["ATTNEDIT_CACHE"] = cache.name
+        config.add_cleanup(cache.cleanup)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -25,6 +25,7 @@ from attnedit.compiler.rewriting.registry import load as load_entry
 from attnedit.recipe import RECIPE_FILE, Recipe
 from attnedit.targets.runtime.eager import load_model, save
 from attnedit.targets.runtime.eager.checkpoint import HTML_FILE, REPORT_FILE
+from attnedit.targets.runtime.engines import tried
 from attnedit.targets.runtime.hf.card import CARD_FILE, model_card
 
 if TYPE_CHECKING:  # importing them takes the packages of every runtime
@@ -155,7 +156,7 @@ def with_license(report: Report) -> tuple[Report, dict[str, str]]:
     """The report with its source's licence, and the texts that go beside it by file name: recipe, card and page."""
     license = report.license or source_license(report.source)
     report = report.model_copy(update={"license": license})
-    texts = {CARD_FILE: model_card(report, license=license), HTML_FILE: report.to_html()}
+    texts = {CARD_FILE: model_card(report, license=license, notes=[tried("saved")]), HTML_FILE: report.to_html()}
     if report.recipe:
         texts[RECIPE_FILE] = Recipe.model_validate(report.recipe).to_yaml()
     return report, texts

@@ -59,15 +59,27 @@ WINDOWED = {
     LLAMA_CPP: Taken(()),
 }
 
-# What was run with which form, for model cards; the others were only read.
-TRIED = {
-    "deepseek_v3": "vLLM 0.32.0 (CPU; one of its sizes, or a plugin); llama.cpp through --to gguf; SGLang was not run.",
+_TRIED = {
+    "saved": "vLLM 0.26.0 and 0.32.0 (CPU), through attnedit's plugin.",
+    "gguf": "llama.cpp (CPU; xllamacpp 2026.10.11549).",
+    "deepseek_v3": "vLLM 0.32.0 (CPU, 512 + 64 values, without its rotary kernel); SGLang was not run. For llama.cpp "
+    "export the result with --to gguf.",
     "youtu": "None: neither vLLM 0.32 nor SGLang knows this class.",
     "laguna": "vLLM 0.32.0 (CPU); SGLang was not run.",
     "lfm3": "None: vLLM 0.32 does not know this class.",
     "native": "vLLM 0.32.0 (CPU), as its LlamaForCausalLM with layer_types; not as any other class.",
     "remote": "None: engines run their own classes.",
 }
+"""What was run with which form; the others were only read."""
+
+
+def tried(form: str) -> str:
+    """Return what a model card says of engines.
+
+    Args:
+        form: a profile, "gguf", or "saved" for attnedit's own.
+    """
+    return f"Engines that were tried with this form: {_TRIED[form]}"
 
 
 def check_engine(

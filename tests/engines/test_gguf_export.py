@@ -201,7 +201,9 @@ def test_the_command_line_writes_a_file_or_a_directory(tmp_path: Path, capsys: C
     answer(capsys, "export", result, "--to", "gguf", "-o", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model.gguf", "README.md", "attnedit-report.json", "report.html"}
-    assert "llama-server" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "llama-server" in card
+    assert "Engines that were tried with this form: llama.cpp (CPU" in card
     again = ("export", result, "--to", "gguf", "-o")
     assert "is a file" in refusal(capsys, *again, tmp_path / "new" / "m.gguf")
     both = ("--dtype", "float16", "--quantize", "q8_0")

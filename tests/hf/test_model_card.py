@@ -26,6 +26,7 @@ def test_every_directory_has_a_card(tmp_path: Path) -> None:
     for name, words in {"saved": "attnedit.load", "native": "profile deepseek_v3"}.items():
         text = (tmp_path / name / "README.md").read_text()
         assert words in text
+        assert "Engines that were tried with this form: vLLM" in text
         assert "0.5" in text
         assert "multi-head latent attention" in text
         assert str(tmp_path) not in text

@@ -20,7 +20,7 @@ from attnedit.targets.attention.kinds import kinds_in
 from attnedit.targets.runtime.check import check_model
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
-from attnedit.targets.runtime.engines import ENGINES, LLAMA_CPP
+from attnedit.targets.runtime.engines import ENGINES, LLAMA_CPP, tried
 from attnedit.targets.runtime.gguf.file import KINDS, check_file, write_file
 from attnedit.targets.runtime.gguf.form import Form
 from attnedit.targets.runtime.gguf.reference import Reference
@@ -133,7 +133,9 @@ def export(
                 write_file(form, keys, target.stem, kind, file)
                 if target.suffix != SUFFIX:
                     report, form_name = getattr(result, "report", None), "GGUF for llama.cpp"
-                    write_about(report, staging, loading=LOADING, form=form_name, notes=form.notes + notes)
+                    write_about(
+                        report, staging, loading=LOADING, form=form_name, notes=[*form.notes, *notes, tried("gguf")]
+                    )
             with stage("check", progress):
                 reference = Reference(check_file(form, keys, kind, file))
                 rounded = kind in QUANTIZERS

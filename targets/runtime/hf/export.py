@@ -17,7 +17,7 @@ from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import config_from_dict, kinds_in
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_sites
-from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, TRIED, VLLM, check_checkpoint, export_profile
+from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, VLLM, check_checkpoint, export_profile, tried
 from attnedit.targets.runtime.hf.card import NATIVE, REMOTE, write_about
 from attnedit.targets.runtime.hf.check import Check, check_same
 from attnedit.targets.runtime.hf.files import check_files
@@ -195,5 +195,5 @@ def _write_rest(result: Any, staging: Path, profile: str, notes: list[str]) -> N
         result.tokenizer.save_pretrained(staging)
     loading = REMOTE if profile == REMOTE_PROFILE else NATIVE
     form = "checkpoint with code of its own" if profile == REMOTE_PROFILE else f"checkpoint of profile {profile}"
-    notes = [*notes, f"Engines that were tried with this form: {TRIED[profile]}"]
+    notes = [*notes, tried(profile)]
     write_about(getattr(result, "report", None), staging, loading=loading, form=form, notes=notes)

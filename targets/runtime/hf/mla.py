@@ -257,7 +257,8 @@ def _notes(config: Any, table: Table) -> list[str]:
     if config.q_lora_rank is not None:
         notes.append(
             "For llama.cpp's convert_hf_to_gguf.py: convert to f32 or bf16, and quantise neither attn_q_a nor "
-            "attn_kv_a_mqa, whose values are too small for a scale in float16."
+            "attn_kv_a_mqa, whose values are too small for a scale in float16. attnedit export --to gguf writes the "
+            "file without it, in float16 too."
         )
     if table.type == "longrope":
         notes.append(

@@ -35,6 +35,14 @@ def by_heads(*shape: int) -> nn.Parameter:
     return parameter
 
 
+class WeightByHeads(nn.Module):
+    """Where a linear module stands in what is loaded, and its weight [rows of this rank's heads, r] alone is read."""
+
+    def __init__(self, rows: int, rank: int) -> None:
+        super().__init__()
+        self.weight = by_heads(rows, rank)
+
+
 class ServedLatent(nn.Module):
     """In place of `attnedit.targets.attention.MLA`.
 
@@ -59,9 +67,7 @@ class ServedLatent(nn.Module):
             return_bias=False,
             prefix=f"{prefix}.kv_a_proj_with_mqa",
         )
-        # No linear module: the products of its two halves go into queries and outputs.
-        self.kv_b_proj = nn.Module()
-        self.kv_b_proj.weight = by_heads(heads * (nope + config.v_head_dim), rank)
+        self.kv_b_proj = WeightByHeads(heads * (nope + config.v_head_dim), rank)
         self.q_rope_proj = by_heads(heads, rope, config.head_dim) if rope else None
         self.sinks = by_heads(heads) if config.sinks else None
         self.register_buffer("columns", torch.tensor(config.rope_columns, dtype=torch.long), persistent=False)
