@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from project import FOLDERS, MODULES, ROOT
 
-ENGINES = {f"attnedit.targets.runtime.vllm.{name}" for name in ("attention", "latent_backend", "model")}
+ENGINES = {f"attnedit.targets.runtime.vllm.{name}" for name in ("attention", "latent_layer", "model")}
 """They import an engine, which has an environment of its own: what serves in it imports them (make test-vllm)."""
 
 
