@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from attnedit.compiler.compatibility.vllm_names import add_attention
 from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.targets.runtime.eager.classes import PREFIX
 from attnedit.targets.runtime.vllm.limits import TESTED, Settings, check
@@ -18,7 +19,6 @@ MODEL = "attnedit.targets.runtime.vllm.model:AttneditForCausalLM"
 def register() -> None:
     """Tell vLLM of the classes that saved results name, and of what is checked before one is loaded."""
     from vllm import ModelRegistry
-    from vllm.config import CompilationConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
     class Checked(VerifyAndUpdateConfig):
@@ -26,9 +26,7 @@ def register() -> None:
         def verify_and_update_config(vllm_config: Any) -> None:
             check_engine(vllm_config)
 
-    # Compiled graphs are cut at attention.
-    if OPERATION not in CompilationConfig._attention_ops:
-        CompilationConfig._attention_ops.append(OPERATION)
+    add_attention(OPERATION)
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         for source in (name,) if isinstance(name, str) else name:
             ModelRegistry.register_model(f"{PREFIX}{source}", MODEL)
