@@ -132,6 +132,11 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def gated() -> dict[str, Any]:
+    """Windows without sink logits, where this vLLM has none on a CPU."""
+    return {"gate": "head", "gate_bias": True} if release() == "0.26" else {}
+
+
 class Directories:
     """Saved results by name, each made when first asked for."""
 
@@ -146,11 +151,9 @@ class Directories:
             else:
                 family, kind = CASES[name]
                 options = {"sizes": SLIDING} if family in ("mistral", "gemma3_text", "gpt_oss") else {}
-                if release() == "0.26":
-                    options |= {"gate": "head", "gate_bias": True}
-                if family == "gpt_oss":  # beside its own sink logits no sink value is served
-                    options |= {"gate": "element", "sink_logit": True}
-            save_random(family, path, KINDS[kind], **options)
+            if family == "gpt_oss":  # beside its own sink logits no sink value is served
+                options = {**options, "gate": "element", "sink_logit": True}
+            save_random(family, path, KINDS[kind], **{**gated(), **options})
         return path
 
 
@@ -173,6 +176,8 @@ def left_out(name: str) -> str | None:
         return "vLLM 0.26 has no kernel on a CPU for experts as small as these"
     if release() == "0.26" and "gpt_oss" in name and "gateswa" in name:
         return "vLLM 0.26 takes sink logits on a CPU in bfloat16 only"
+    if release() == "0.26" and name == "odd":
+        return "vLLM 0.26 has no blocks on a CPU for layers whose tokens' sizes do not divide one another"
     return None
 
 
@@ -185,7 +190,9 @@ def test_vllm_answers_as_eager(name: str, served: dict[str, Any], directories: D
 
 def test_prompts_in_parts_and_cached_prefixes(folder: Path, directories: Directories) -> None:
     """32 tokens a step, longer prompts come in parts; the second time they are in the prefix cache."""
-    names = ("llama-mla", "llama-gateswa", "llama-gateswa+mla", "mistral-mla", "gpt_oss-mla", "gemma3_text-gateswa+mla")
+    names = ["llama-mla", "llama-gateswa", "llama-gateswa+mla", "mistral-mla", "gemma3_text-gateswa+mla"]
+    if release() != "0.26":  # which gives gpt-oss 128 tokens
+        names.append("gpt_oss-mla")
     given = [prompts(1)[4][:64] + prompt for prompt in prompts()]
     settings = {"max_num_batched_tokens": 32, "block_size": 32}
     jobs = {name: {"directory": str(directories[name]), "settings": settings, "prompts": given} for name in names}
@@ -248,7 +255,7 @@ def test_a_window_has_the_blocks_that_vllm_allocates(folder: Path) -> None:
     """Of a window its tokens less one and those of a step, in whole blocks, and one for where it begins."""
     context, block, step, layers = 4096, 32, 64, 4
     sizes = {"max_position_embeddings": context, "num_hidden_layers": layers}
-    directory = save_random("llama", folder / "window", ("gateswa", "full"), sizes=sizes)
+    directory = save_random("llama", folder / "window", ("gateswa", "full"), sizes=sizes, **gated())
     settings = {"max_num_batched_tokens": step, "block_size": block, "max_model_len": context}
     found = serve(folder, {"window": {"directory": str(directory), "settings": settings}})["window"]
     assert_as_eager(found, load_model(directory), prompts())

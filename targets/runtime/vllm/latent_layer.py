@@ -93,6 +93,11 @@ class LatentBackend(AttentionBackend):
         return True
 
     @classmethod
+    def indexes_kv_by_block_stride(cls) -> bool:
+        """Blocks may be longer than what they hold, so that layers of other sizes share them."""
+        return True
+
+    @classmethod
     def is_mla(cls) -> bool:
         """One vector per token, for all heads."""
         return True
@@ -138,8 +143,11 @@ class PagedLatents(nn.Module, AttentionLayerBase):
             "head_size": self.rank + self.slots,
             "dtype": kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, vllm_config.model_config),
         }
-        # vLLM 0.26 has windows of latents for one model only: there the cache holds the whole context.
-        if self.logits.window is None or not hasattr(SlidingWindowMLASpec, "prefix_cacheable"):
+        if not hasattr(SlidingWindowMLASpec, "prefix_cacheable"):
+            # vLLM 0.26 has windows of latents for one model only: the cache holds the whole context. And it takes
+            # layers for alike, with the size of the first, unless something but their size differs.
+            return MLAAttentionSpec(**common, cache_dtype_str=f"{self.kv_cache_dtype} {self.rank + self.slots}")
+        if self.logits.window is None:
             return MLAAttentionSpec(**common)
         return SlidingWindowMLASpec(**common, sliding_window=self.logits.window)
 

@@ -40,6 +40,10 @@ class AttneditForCausalLM(TransformersForCausalLM):
         # Layers without a window would take that of the source's configuration.
         vllm_config.cache_config.sliding_window = None
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # vLLM 0.26 leaves out what the source does to its logits.
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        if cap is not None:
+            self.logits_processor.soft_cap = cap
 
     def recursive_replace(self) -> None:
         """Put vLLM's attention and linear modules into our graphs; all else is as for any transformers model."""
