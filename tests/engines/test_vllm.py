@@ -287,6 +287,8 @@ def test_stock_vllm_allocates_for_windows_what_the_report_says(folder: Path) -> 
 
 def test_stock_vllm_serves_latents_of_its_size(folder: Path) -> None:
     """Without the plugin, as the page of vLLM says: one CPU kernel takes 512 + 64, another is left out."""
+    if release() == "0.26":
+        pytest.skip("vLLM 0.26 has no latent attention on a CPU of its own")
     sizes = {**SIZES, "head_dim": 64, "hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 5}
     options = {"kv_budget": 0.9, "engine": "vllm", "calibration": tokens(4, 64), "alternations": 0}
     result = attnedit.compile(build("llama", **sizes), "mla", **options)
