@@ -354,7 +354,7 @@ def test_refused_in_one_line(folder: Path) -> None:
     for name, (options, settings, _) in REFUSED.items():
         directory = save_random("llama", folder / f"refused-{name}", ("gateswa", "full"), **options)
         jobs[name] = {"directory": str(directory), "settings": settings}
-    small = save_random("llama", folder / "refused-size", ("gateswa",), sizes={"head_dim": 16})
+    small = save_random("llama", folder / "refused-size", ("gateswa",), sizes={"head_dim": 16}, **gated())
     jobs["size"] = {"directory": str(small)}
     found = serve(folder, jobs)
     expected = {**{name: case[2] for name, case in REFUSED.items()}, "size": "this model has 16"}
