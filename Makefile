@@ -107,8 +107,9 @@ test-llamacpp: $(STAMP) $(LLAMACPP_STAMP)
 	ATTNEDIT_LLAMACPP_PYTHON=$(abspath $(LLAMACPP_VENV)/bin/python) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -m engines tests/engines/test_engine_llamacpp.py
 
-test-vllm: $(STAMP) $(VLLM_STAMP)  ## serve results in vLLM on the CPU and compare with eager
-	ATTNEDIT_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines/test_vllm.py
+test-vllm: $(STAMP) $(if $(ATTNEDIT_VLLM_PYTHON),,$(VLLM_STAMP))  ## serve results in vLLM on the CPU and compare with eager (another one: ATTNEDIT_VLLM_PYTHON=...)
+	ATTNEDIT_VLLM_PYTHON=$(or $(ATTNEDIT_VLLM_PYTHON),$(abspath $(VLLM_VENV)/bin/python)) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m engines tests/engines/test_vllm.py
 
 tutorial: $(STAMP) $(LLAMACPP_STAMP)  ## run the first tutorial's commands and record what they print (ten minutes)
 	ATTNEDIT_LLAMACPP_PYTHON=$(abspath $(LLAMACPP_VENV)/bin/python) $(BIN)/python docs/tutorials/record.py build/tutorial
