@@ -13,7 +13,7 @@ from attnedit.targets.runtime.vllm.paged_latents import choose_sizes
 @needs_triton
 def test_kernel_and_plain_torch_equal_float64() -> None:
     errors = results_of("paged_latent_cases.py")["errors"]
-    assert len(errors) > 100
+    assert len(errors) == 64
     limits = {"float32": 1e-6, "torch.float16": 1e-3, "bfloat16": 1e-2}
     limit = {name: next(value for kind, value in limits.items() if kind in name) for name in errors}
     assert {name: error for name, error in errors.items() if not error < limit[name]} == {}
