@@ -128,8 +128,10 @@ def choose_sizes(heads: int, rank: int, slots: int, most_new: int, longest: int)
     rows = min(ROWS, max(16, ROWS * 512 // block_rank))
     # A step's heads share all that is read; the rows of a prompt are queries, too.
     block_heads = min(rows, power(heads)) if most_new == 1 else 16
+    # A power of two: each number of parts is a kernel of its own, compiled when it is first needed.
+    parts = min(PARTS, 1 << (max(1, longest // PART).bit_length() - 1))
     return {
-        "PARTS": min(PARTS, max(1, longest // PART)) if most_new == 1 else 1,
+        "PARTS": parts if most_new == 1 else 1,
         "BLOCK_R": block_rank,
         "BLOCK_S": power(slots) if slots else 0,
         "BLOCK_T": 1 if most_new == 1 else rows // block_heads,
