@@ -72,7 +72,7 @@ REFUSED = {
     "long values": (record(v_head_dim=64), Settings(), "values of 64 numbers", "attnedit.load"),
     "key heads": (record(), Settings(tensor_parallel=4), "2 key/value heads for 4 ranks", "--tensor-parallel-size"),
     "heads": (latent(), Settings(tensor_parallel=3), "4 heads for 3 ranks", "--tensor-parallel-size"),
-    "device": (latent(), CUDA, "latent attention, of which no size was run on cuda", "--profile deepseek_v3"),
+    "device": (latent(), CUDA, "latent attention, of which no size was run on cuda", "compile with --engine vllm"),
 }
 
 

@@ -48,8 +48,8 @@ def _latent_problems(config: MLAConfig, settings: Settings) -> Iterator[Problem]
     if settings.device != "cpu":
         yield (
             f"latent attention, of which no size was run on {settings.device}",
-            "serve it with vLLM on a CPU, or write a checkpoint of a class that vLLM has (attnedit export --to hf "
-            "--profile deepseek_v3)",
+            "serve it with vLLM on a CPU, or compile with --engine vllm and export with --to hf, for a class and sizes "
+            "that vLLM has",
         )
 
 
