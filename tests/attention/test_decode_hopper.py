@@ -8,9 +8,10 @@ from interpreted import HOPPER, needs_triton
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("heads", "rank", "rope", "mask"), [(32, 512, 64, "none"), (32, 848, 176, "bool"), (9, 96, 0, "add")]
+    ("heads", "rank", "rope", "mask", "page"),
+    [(32, 512, 64, "none", 0), (32, 848, 176, "bool", 0), (9, 96, 0, "add", 0), (32, 424, 88, "none", 128)],
 )
-def test_kernel_with_roles_compiles_for_hopper(heads: int, rank: int, rope: int, mask: str) -> None:
+def test_kernel_with_roles_compiles_for_hopper(heads: int, rank: int, rope: int, mask: str, page: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
@@ -28,6 +29,8 @@ def test_kernel_with_roles_compiles_for_hopper(heads: int, rank: int, rope: int,
         "ROPE": rope,
         "MASK": mask,
         "LENGTH": True,
+        "PAGE": page,
+        "SLOT": rank if page else 0,
         "CR": -(-rank // 64),
         "CS": -(-rope // 64),
         "BLOCK_H": roles.heads,
@@ -35,7 +38,8 @@ def test_kernel_with_roles_compiles_for_hopper(heads: int, rank: int, rope: int,
         "TILES": roles.tiles,
         "REGISTERS": REGISTERS,
     }
-    pointers = {"query": "*bf16", "query_rope": "*bf16", "mask": "*i8", "length": "*i64", "context": "*fp32"}
+    pointers = {"query": "*bf16", "query_rope": "*bf16", "mask": "*i8", "context": "*fp32"}
+    pointers |= {"length": "*i32" if page else "*i64", "table": "*i32"}
     described = dict.fromkeys(("latent", "slots"), f"tensordesc<bf16[64, 64],{layout!r}>")
     signature = dict.fromkeys(attend_split.arg_names, "i32") | described | pointers | {"mass": "*fp32"}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -24,11 +24,13 @@ from families import build
 from tiny_llama import make_tokenizer
 from vllm_models import SIZES, WINDOW, save_random
 from vllm_serving import (
+    GIBIBYTE,
     NEW,
     all_logs,
     assert_as_eager,
     environment,
     gated,
+    on_gpu,
     prompts,
     python,
     release,
@@ -53,7 +55,6 @@ PROMPTS = (
     "Water boils at",
     "In 1969, three astronauts",
 )
-GIBIBYTE = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,8 @@ def served(folder: Path, directories: Directories, request: pytest.FixtureReques
 
 def left_out(name: str) -> str | None:
     """Why this vLLM cannot serve a case on a CPU."""
+    if on_gpu():
+        return None
     if release() == "0.26" and "moe" in name:
         return "vLLM 0.26 has no kernel on a CPU for experts as small as these"
     if release() == "0.26" and "gpt_oss" in name and "gateswa" in name:
@@ -162,6 +165,8 @@ def test_half_precision(folder: Path, directories: Directories, dtype: str) -> N
 
 
 def test_heads_shared_by_two(folder: Path, directories: Directories) -> None:
+    if on_gpu() and torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed")
     names = ("llama-gateswa+mla", "qwen3-mla")
     jobs = {name: {"directory": str(directories[name]), "settings": {"tensor_parallel_size": 2}} for name in names}
     # One core each: vLLM binds its workers to the nodes of a machine otherwise, of which there may be one.
@@ -221,7 +226,7 @@ def test_stock_vllm_allocates_for_windows_what_the_report_says(folder: Path) -> 
 
 def test_stock_vllm_serves_latents_of_its_size(folder: Path) -> None:
     """Without the plugin, as the page of vLLM says: one CPU kernel takes 512 + 64, another is left out."""
-    if release() == "0.26":
+    if release() == "0.26" and not on_gpu():
         pytest.skip("vLLM 0.26 has no latent attention on a CPU of its own")
     sizes = {**SIZES, "head_dim": 64, "hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 5}
     options = {"kv_budget": 0.9, "engine": "vllm", "calibration": tokens(4, 64), "alternations": 0}
@@ -301,8 +306,8 @@ def test_refused_in_one_line(folder: Path) -> None:
 
 def test_sink_logits_in_an_older_vllm(folder: Path) -> None:
     """Its kernel takes them in bfloat16: there they are served, and in float32 they are refused."""
-    if release() != "0.26":
-        pytest.skip("of vLLM 0.26")
+    if release() != "0.26" or on_gpu():
+        pytest.skip("of vLLM 0.26 on a CPU")
     directory = str(save_random("llama", folder / "sinks", ("gateswa", "full")))
     half = {"directory": directory, "settings": {"dtype": "bfloat16"}}
     found = serve(folder, {"single": {"directory": directory}, "half": half})
@@ -320,6 +325,8 @@ def server(directory: Path, log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--served-model-name", "result"]
+    if on_gpu():
+        command += ["--kv-cache-memory-bytes", str(GIBIBYTE), "--gpu-memory-utilization", "0.1"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
         try:

@@ -60,7 +60,6 @@ def latent(**changes: Any) -> Any:
     return SimpleNamespace(attnedit={"sites": {"model.layers.3.self_attn": {**values, **changes}}})
 
 
-CUDA = Settings("cuda")
 REFUSED = {
     "kept tokens": (record(sink_tokens=4), Settings(), "4 kept first tokens", "--sinks none or --sinks logit"),
     "two virtual keys": (
@@ -72,7 +71,6 @@ REFUSED = {
     "long values": (record(v_head_dim=64), Settings(), "values of 64 numbers", "attnedit.load"),
     "key heads": (record(), Settings(tensor_parallel=4), "2 key/value heads for 4 ranks", "--tensor-parallel-size"),
     "heads": (latent(), Settings(tensor_parallel=3), "4 heads for 3 ranks", "--tensor-parallel-size"),
-    "device": (latent(), CUDA, "latent attention, of which no size was run on cuda", "compile with --engine vllm"),
 }
 
 
@@ -94,7 +92,7 @@ def test_settings_that_nobody_tested_are_refused(feature: str) -> None:
 
 def test_what_can_be_served_is() -> None:
     gated = record(gate="head", gate_bias=True, sink_logit=True, sink_value=True)
-    for settings in (Settings(), CUDA, Settings(tensor_parallel=2)):
+    for settings in (Settings(), Settings(tensor_parallel=2)):
         check(gated, settings)
     check(latent(), Settings(tensor_parallel=2))
     for changes in ({"window": 8}, {"softcap": 8.0}, {"sinks": True}, {"rope_columns": []}, {"qk_nope_head_dim": 0}):
@@ -112,13 +110,8 @@ def test_angles_that_follow_the_longest_request_are_refused(kind: str) -> None:
     check(config, Settings())
 
 
-@pytest.mark.parametrize(
-    ("version", "device", "warnings"),
-    [("0.32.1", "cpu", []), ("0.40.0", "cpu", ["0.32"]), ("0.32.0", "cuda", ["CPUs only"])],
-)
-def test_an_unknown_vllm_or_device_is_warned_of(
-    version: str, device: str, warnings: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def said_by(version: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a vLLM of that version will have warned of, which is not there."""
     said: list[str] = []
     logger = SimpleNamespace(warning_once=lambda text, *values: said.append(text % values))
     fakes: dict[str, Any] = {"vllm": ModuleType("vllm"), "vllm.logger": ModuleType("vllm.logger")}
@@ -126,18 +119,42 @@ def test_an_unknown_vllm_or_device_is_warned_of(
     fakes["vllm.logger"].init_logger = lambda name: logger
     for name, fake in fakes.items():
         monkeypatch.setitem(sys.modules, name, fake)
+    return said
+
+
+def engine(config: Any, device: str, **cache: Any) -> dict[str, Any]:
+    """The configuration of an engine, as far as the plugin reads it."""
     parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "enable_expert_parallel": False}
     parallel |= {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
-    config = record()
     config.get_text_config = lambda decoder: config
-    given = {
+    return {
         "device_config": SimpleNamespace(device_type=device),
         "parallel_config": SimpleNamespace(**parallel),
-        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "cache_config": SimpleNamespace(
+            **{"cache_dtype": "auto", "block_size": 16, "user_specified_block_size": False, **cache}
+        ),
         "model_config": SimpleNamespace(hf_config=config, quantization=None),
         "speculative_config": None,
         "lora_config": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "warnings"),
+    [
+        ("0.32.1", "cpu", []),
+        ("0.26.0", "cuda", []),
+        ("0.40.0", "cpu", ["0.26 and 0.32 on cpu; 0.26 on cuda; this is 0.40.0 on cpu"]),
+        ("0.32.0", "cuda", ["this is 0.32.0 on cuda"]),
+        ("0.26.0", "xpu", ["this is 0.26.0 on xpu"]),
+    ],
+)
+def test_an_unknown_vllm_or_device_is_warned_of(
+    version: str, device: str, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = said_by(version, monkeypatch)
+    config = record()
+    given = engine(config, device)
     check_engine(SimpleNamespace(**given))
     assert len(said) == len(warnings)
     assert all(part in text for part, text in zip(warnings, said, strict=True))
@@ -219,3 +236,21 @@ def test_biases_on_the_logits_are_refused(tmp_path: Path) -> None:
     directory = save_random("bloom", tmp_path / "saved", ("gateswa",), sizes={"head_dim": 16}, gate="head")
     with pytest.raises(UsageError, match="layer 0 of BloomForCausalLM adds biases"):
         decoder_class(AutoConfig.from_pretrained(directory))
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "cache", "expected"),
+    [
+        (latent(), "cuda", {}, 64),
+        (latent(), "cpu", {}, 16),
+        (record(), "cuda", {}, 16),
+        (latent(), "cuda", {"block_size": 32, "user_specified_block_size": True}, 32),
+    ],
+)
+def test_blocks_on_a_gpu_are_what_the_kernel_of_latents_wants(
+    config: Any, device: str, cache: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said_by("0.26.0", monkeypatch)
+    given = engine(config, device, **cache)
+    check_engine(SimpleNamespace(**given))
+    assert given["cache_config"].block_size == expected

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnedit.targets.runtime.vllm.paged_latents import Logits, Pages, attend, attend_on_gpu
+from attnedit.targets.runtime.vllm.paged_latents import Logits, Pages, attend, attend_on_gpu, write_on_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter of triton 3.9 takes bfloat16 for integers.
@@ -60,10 +60,10 @@ def case(dtype: torch.dtype, shape: tuple[int, ...], batch: str, form: str) -> d
     blocks = [-(-length // size) for _, length in requests]
     order = torch.randperm(sum(blocks) + 1).tolist()
     table = torch.full((len(requests), max(blocks)), 10**6, dtype=torch.int32)  # free places are never read
-    cache = torch.full((len(order), size, width), float("nan"), dtype=dtype)
-    given = FORMS[form]
-    sinks = torch.randn(heads, device=DEVICE).to(dtype) if given.get("sinks") else None
-    logits = Logits(0.5 * width**-0.5, given.get("window"), given.get("softcap"), sinks)
+    cache = torch.full((len(order), size, width), float("nan"), dtype=dtype, device=DEVICE)
+    options = FORMS[form]
+    sinks = torch.randn(heads, device=DEVICE).to(dtype) if options.get("sinks") else None
+    logits = Logits(0.5 * width**-0.5, options.get("window"), options.get("softcap"), sinks)
     query = torch.randn(tokens + PADDING, heads, width).to(dtype)
     wanted, first = [], 0
     for request, (count, length) in enumerate(requests):
@@ -71,7 +71,11 @@ def case(dtype: torch.dtype, shape: tuple[int, ...], batch: str, form: str) -> d
         for block in range(blocks[request]):
             table[request, block] = order.pop()
             part = rows[block * size : (block + 1) * size]
-            cache[table[request, block], : part.shape[0]] = part
+            place = int(table[request, block]) * size + torch.arange(part.shape[0], device=DEVICE)
+            # The last is not kept.
+            given = torch.cat((part, part[:1])).to(DEVICE)
+            write_on_gpu(given, cache, torch.cat((place, torch.full_like(place[:1], -1))))
+            assert torch.equal(cache[table[request, block], : part.shape[0]], given[:-1])
         wanted.append(expected(query[first : first + count].to(DEVICE), rows.to(DEVICE), rank, logits))
         first += count
     starts = torch.tensor([0, *itertools.accumulate(new)], dtype=torch.int32)
@@ -82,7 +86,7 @@ def case(dtype: torch.dtype, shape: tuple[int, ...], batch: str, form: str) -> d
     # Plain torch is for processors, and reads whole blocks only up to the last token.
     for name, function in (("kernel", attend_on_gpu), ("plain", attend)):
         if name == "kernel" or DEVICE == "cpu":
-            found = function(query.to(DEVICE), cache.to(DEVICE), rank, pages, logits)
+            found = function(query.to(DEVICE), cache, rank, pages, logits)
             assert found.isfinite().all(), (name, dtype, shape, batch, form)
             assert not found[tokens:].any()
             right = torch.cat(wanted)

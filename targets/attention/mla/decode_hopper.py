@@ -41,15 +41,29 @@ WIDTH = gl.constexpr(64)
 
 
 def described(x: torch.Tensor, tokens: int) -> TensorDescriptor:
-    """What the copy engine is told of a cache [B, S, .]: rows one after the other, in boxes of a chunk."""
+    """What the copy engine is told of a cache [B, S, .], or of pages [blocks, tokens, .]: rows in boxes of a chunk."""
     box = [tokens, WIDTH.value]
     layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    return TensorDescriptor(x, [x.shape[0] * x.shape[1], x.shape[2]], [x.stride(1), 1], box, layout)
+    return TensorDescriptor(x, [x.shape[0] * x.stride(0) // x.stride(1), x.shape[2]], [x.stride(1), 1], box, layout)
 
 
 @gluon.jit
 def bring(
-    latent, slots, chunks, full, empty, row, first, last, CR: gl.constexpr, CS: gl.constexpr, TILES: gl.constexpr
+    latent,
+    slots,
+    chunks,
+    full,
+    empty,
+    table,
+    page_rows,
+    row,
+    first,
+    last,
+    PAGE: gl.constexpr,
+    SLOT: gl.constexpr,
+    CR: gl.constexpr,
+    CS: gl.constexpr,
+    TILES: gl.constexpr,
 ):
     """Copy chunk by chunk, as places become empty."""
     tokens: gl.constexpr = chunks.type.shape[1]
@@ -57,14 +71,17 @@ def bring(
     for start in range(first, last, tokens):
         base = tile % TILES * (CS + CR)
         phase = tile // TILES & 1
+        at = row + start
+        if PAGE > 0:
+            at = gl.load(table + start // PAGE) * page_rows + start % PAGE
         for j in gl.static_range(CS + CR):
             mbarrier.wait(empty.index(base + j), phase ^ 1)
             mbarrier.expect(full.index(base + j), latent.block_type.nbytes)
             here = chunks.index(base + j)
             if j < CS:
-                COPY(slots, [row + start, j * WIDTH], full.index(base + j), here)
+                COPY(slots, [at, SLOT + j * WIDTH], full.index(base + j), here)
             else:
-                COPY(latent, [row + start, (j - CS) * WIDTH], full.index(base + j), here)
+                COPY(latent, [at, (j - CS) * WIDTH], full.index(base + j), here)
         tile += 1
 
 
@@ -200,20 +217,23 @@ def hold(query, source, row, step, heads, SIZE: gl.constexpr, FROM: gl.constexpr
         )
 
 
-@gluon.jit(do_not_specialize=["keys", "splits", "mask_row"])
+@gluon.jit(do_not_specialize=["keys", "splits", "mask_row", "table_row", "page_rows"])
 def attend_split(
     latent,  # descriptor of [B keys, RANK] in boxes of a chunk
     slots,  # descriptor of [B keys, ROPE], likewise
     query,  # [B, H, RANK], scaled
     query_rope,  # [B, H, ROPE], scaled; unused without slots
     mask,  # [B or 1, keys], rows mask_row apart; int8 (0 hides) or floats to add
-    length,  # int64 [1]: keys filled so far
+    length,  # int64 [1]: keys filled so far; int32 [B] with pages
+    table,  # int32 [B, pages of a sequence], rows table_row apart; unused unless PAGE
     context,  # [B, splits, H, RANK]: each split's own mean
     mass,  # float32 [B, splits, H]: log2 of each split's sum of exponentials
     keys,
     heads,
     splits,
     mask_row,
+    table_row,
+    page_rows,  # rows from the beginning of a page to that of the next
     query_batch,
     query_head,
     rope_batch,
@@ -222,6 +242,8 @@ def attend_split(
     ROPE: gl.constexpr,
     MASK: gl.constexpr,  # "none", "bool" or "add"
     LENGTH: gl.constexpr,
+    PAGE: gl.constexpr,  # tokens of a page, a multiple of BLOCK_N; 0 where a sequence's rows follow each other
+    SLOT: gl.constexpr,  # column of the slots in their rows
     CR: gl.constexpr,  # chunks of the latent in a tile
     CS: gl.constexpr,  # chunks of the slots
     BLOCK_H: gl.constexpr,
@@ -237,7 +259,7 @@ def attend_split(
     split = gl.program_id(1)
     filled = keys
     if LENGTH:
-        filled = gl.minimum(gl.load(length).to(gl.int32), keys)
+        filled = gl.minimum(gl.load(length + batch if PAGE > 0 else length).to(gl.int32), keys)
     share = gl.cdiv(gl.cdiv(filled, splits), BLOCK_N) * BLOCK_N
     first = split * share
     last = gl.minimum(first + share, filled)
@@ -265,6 +287,7 @@ def attend_split(
     fence_async_shared()
     out_row = (batch.to(gl.int32) * splits + split) * heads + head
     mask += batch * mask_row
+    table += batch * table_row
     row = batch.to(gl.int32) * keys
     shared = (full, empty, weights, shrinks, ready, free)
     gl.warp_specialize(
@@ -272,7 +295,10 @@ def attend_split(
             (score, (chunks, turned, shared, mask, mass, left, first, last, out_row, MASK, CR, CS, TILES)),
             (weigh, (chunks, shared, context, left, first, last, out_row, RANK, CR, CS, TILES, 0)),
             (weigh, (chunks, shared, context, left, first, last, out_row, RANK, CR, CS, TILES, 1)),
-            (bring, (latent, slots, chunks, full, empty, row, first, last, CR, CS, TILES)),
+            (
+                bring,
+                (latent, slots, chunks, full, empty, table, page_rows, row, first, last, PAGE, SLOT, CR, CS, TILES),
+            ),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],

@@ -6,6 +6,7 @@ this rank, d query and key size, v value size, r latent, s rotary slots, D hidde
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.rotary import rotate
 from attnedit.targets.runtime.vllm.decoder import OrdinaryConfig
 from attnedit.targets.runtime.vllm.latent_layer import PagedLatents
-from attnedit.targets.runtime.vllm.paged_latents import Logits
 
 
 def by_heads(*shape: int) -> nn.Parameter:
@@ -71,29 +71,22 @@ class ServedLatent(nn.Module):
         self.q_rope_proj = by_heads(heads, rope, config.head_dim) if rope else None
         self.sinks = by_heads(heads) if config.sinks else None
         self.register_buffer("columns", torch.tensor(config.rope_columns, dtype=torch.long), persistent=False)
-        logits = Logits(config.scale, config.window, config.softcap, self.sinks)
-        self.attn = PagedLatents(rank, rope, logits, vllm_config, f"{prefix}.attn")
+        own = replace(config, num_attention_heads=heads)
+        self.attn = PagedLatents(own, self.sinks, vllm_config, f"{prefix}.attn")
 
     def forward(self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, *_: None) -> Tensor:
         """Attend: query [1, H, N, d] before rope, kv_input [1, N, E], cos and sin [1, N, c]; returns [1, N, H, v]."""
-        config = self.config
         rows = self.kv_a_proj_with_mqa(kv_input)[0]
         query = query[0].transpose(0, 1)
-        size = config.qk_nope_head_dim + config.v_head_dim
-        keys, values = self.kv_b_proj.weight.view(self.heads, size, -1).split(
-            (config.qk_nope_head_dim, config.v_head_dim), 1
-        )
-        # Without rows for keys their product is zero.
-        absorbed = torch.einsum("nhd,hdr->nhr", query[..., : keys.shape[1]], keys)
+        turned = query[..., :0]
         if self.q_rope_proj is not None:
             if cos is None or sin is None:
                 raise AssertionError("the graph gives a site with rotary slots cos and sin")
             cos, sin = (x.reshape(-1, x.shape[-1]).index_select(-1, self.columns).to(query.dtype) for x in (cos, sin))
-            latent, slots = rows.tensor_split((config.kv_lora_rank,), dim=-1)
+            latent, slots = rows.tensor_split((self.config.kv_lora_rank,), dim=-1)
             rows = torch.cat((latent, rotate(slots, cos, sin)), dim=-1)
             turned = rotate(torch.einsum("nhd,hsd->nhs", query, self.q_rope_proj), cos[:, None], sin[:, None])
-            absorbed = torch.cat((absorbed, turned), dim=-1)
-        out = torch.einsum("nhr,hvr->nhv", self.attn(absorbed, rows), values)
+        out: Tensor = self.attn(query, turned, rows, self.kv_b_proj.weight)
         return out.unsqueeze(0)
 
 

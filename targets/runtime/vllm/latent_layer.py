@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, MultipleOf
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowMLASpec
 
-from attnedit.targets.runtime.vllm.paged_latents import Logits, Pages, attend
+from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.runtime.vllm.paged_attention import EXPANDED_BYTES, attend_batch
+from attnedit.targets.runtime.vllm.paged_latents import Pages, write
 from attnedit.targets.runtime.vllm.plugin import OPERATION
 
 
@@ -42,6 +44,12 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.reorder_batch_threshold = 1  # requests with one new token come first, and are one call
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Steps: how their work is cut depends on nothing but the number of requests."""
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Read what the layer needs off what all backends share."""
@@ -107,19 +115,19 @@ class PagedLatents(nn.Module, AttentionLayerBase):
     """Puts latents and slots into the cache and attends to what is there.
 
     Args:
-        rank: r.
-        slots: rotary values of a token.
-        logits: what becomes of products of queries and keys.
-        cache_dtype: as vLLM's configuration says it.
+        config: of the attention, for the heads of this rank.
+        sinks: [H] logits of a key that carries no value.
         vllm_config: of the engine.
         name: of this layer in the model.
     """
 
     impl: Any = None
 
-    def __init__(self, rank: int, slots: int, logits: Logits, vllm_config: Any, name: str) -> None:
+    def __init__(self, config: MLAConfig, sinks: Tensor | None, vllm_config: Any, name: str) -> None:
         super().__init__()
-        self.rank, self.slots, self.logits, self.layer_name = rank, slots, logits, name
+        self.config, self.layer_name = config, name
+        self.sinks = (sinks,)  # not a parameter a second time
+        self.width = config.kv_lora_rank + config.qk_rope_head_dim
         self.kv_cache_dtype: str = vllm_config.cache_config.cache_dtype
         self.kv_cache = torch.tensor([])
         layers = vllm_config.compilation_config.static_forward_context
@@ -140,34 +148,37 @@ class PagedLatents(nn.Module, AttentionLayerBase):
         common = {
             "block_size": vllm_config.cache_config.block_size,
             "num_kv_heads": 1,
-            "head_size": self.rank + self.slots,
+            "head_size": self.width,
             "dtype": kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, vllm_config.model_config),
         }
         if not hasattr(SlidingWindowMLASpec, "prefix_cacheable"):
             # vLLM 0.26 has windows of latents for one model only: the cache holds the whole context. And it takes
             # layers for alike, with the size of the first, unless something but their size differs.
-            return MLAAttentionSpec(**common, cache_dtype_str=f"{self.kv_cache_dtype} {self.rank + self.slots}")
-        if self.logits.window is None:
+            return MLAAttentionSpec(**common, cache_dtype_str=f"{self.kv_cache_dtype} {self.width}")
+        if self.config.window is None:
             return MLAAttentionSpec(**common)
-        return SlidingWindowMLASpec(**common, sliding_window=self.logits.window)
+        return SlidingWindowMLASpec(**common, sliding_window=self.config.window)
 
-    def forward(self, query: Tensor, rows: Tensor) -> Tensor:
-        """Attend: absorbed query [N, H, r + slots], rows [N, r + slots] of the new tokens; returns [N, H, r]."""
-        out = torch.empty((*query.shape[:2], self.rank), dtype=query.dtype, device=query.device)
-        torch.ops.attnedit.paged_latents(query, rows, out, self.layer_name)
+    def forward(self, query: Tensor, turned: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+        """Attend: query [N, H, d], turned [N, H, s], rows [N, w] of the new tokens, weight [H (nope + v), r].
+
+        Returns:
+            [N, H, v].
+        """
+        out = torch.empty((*query.shape[:2], self.config.v_head_dim), dtype=query.dtype, device=query.device)
+        torch.ops.attnedit.paged_latents(query, turned, rows, weight, out, self.layer_name)
         return out
 
-    def attend(self, query: Tensor, rows: Tensor, out: Tensor, metadata: LatentMetadata) -> None:
-        """Write the new tokens to their places, then attend; both may have padding at their end."""
-        cache = self.kv_cache
-        # No token of padding is among them; if one were, it would go to the block that vLLM leaves empty.
-        places = metadata.slot_mapping[: metadata.tokens].long().clamp(min=0)
-        blocks, size = places // cache.shape[1], places % cache.shape[1]
-        cache[blocks, size] = rows[: metadata.tokens].to(cache.dtype)
-        out.copy_(attend(query, cache, self.rank, metadata.pages, self.logits))
+    def attend(
+        self, query: Tensor, turned: Tensor, rows: Tensor, weight: Tensor, out: Tensor, metadata: LatentMetadata
+    ) -> None:
+        """Write the new tokens to their places, then attend; all may have padding at their end."""
+        tokens = metadata.tokens
+        write(rows[:tokens], self.kv_cache, metadata.slot_mapping[:tokens])
+        out.copy_(attend_batch(query, turned, weight, self.kv_cache, metadata.pages, self.config, self.sinks[0]))
 
 
-def paged_latents(query: Tensor, rows: Tensor, out: Tensor, layer: str) -> None:
+def paged_latents(query: Tensor, turned: Tensor, rows: Tensor, weight: Tensor, out: Tensor, layer: str) -> None:
     """One layer's attention, which torch.compile does not look into: the batch's metadata are in vLLM's context."""
     context = get_forward_context()
     metadata = context.attn_metadata
@@ -175,11 +186,14 @@ def paged_latents(query: Tensor, rows: Tensor, out: Tensor, layer: str) -> None:
         metadata = metadata[0]
     if metadata is None:  # a forward that only measures memory
         out.zero_()
+        if out.is_cuda:  # what a prompt will need is measured, too
+            out.new_empty(EXPANDED_BYTES // out.element_size())
         return
-    context.no_compile_layers[layer].attend(query, rows, out, metadata[layer])
+    context.no_compile_layers[layer].attend(query, turned, rows, weight, out, metadata[layer])
 
 
 if not hasattr(torch.ops.attnedit, "paged_latents"):
-    torch.library.define(OPERATION, "(Tensor query, Tensor rows, Tensor(a!) out, str layer) -> ()")
+    _TENSORS = ", ".join(f"Tensor {name}" for name in ("query", "turned", "rows", "weight"))
+    torch.library.define(OPERATION, f"({_TENSORS}, Tensor(a!) out, str layer) -> ()")
     torch.library.impl(OPERATION, "CompositeExplicitAutograd", paged_latents)
-    torch.library.register_fake(OPERATION, lambda query, rows, out, layer: None)
+    torch.library.register_fake(OPERATION, lambda *_: None)

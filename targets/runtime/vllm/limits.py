@@ -10,8 +10,8 @@ from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, kind_of
 
-TESTED = ("0.26", "0.32")
-"""Releases of vLLM that the tests ran with."""
+TESTED = {"cpu": ("0.26", "0.32"), "cuda": ("0.26",)}
+"""Releases of vLLM that the tests ran with, by device."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,10 @@ class Settings:
     """What of an engine's settings decides whether a model can be served.
 
     Attributes:
-        device: where it runs: "cpu", "cuda" or another of torch's names.
         tensor_parallel: ranks that share the heads.
         others: further settings, each with whether it is in use: those named in `NOT_SERVED`.
     """
 
-    device: str = "cpu"
     tensor_parallel: int = 1
     others: Mapping[str, bool] | None = None
 
@@ -71,6 +69,16 @@ def check(config: Any, settings: Settings) -> None:
         for feature, remedy in _problems(site, settings):
             layer = getattr(site, "layer_idx", name)
             raise UsageError(f"layer {layer} has {feature}; {remedy}")
+
+
+def block_size(config: Any) -> int | None:
+    """Return how many tokens a block of the cache should have on a GPU: None for whatever vLLM chooses.
+
+    Args:
+        config: of a saved result that `check` has not refused.
+    """
+    served = [kind_of(config_from_dict(values)).lowering("vllm") for values in config.attnedit["sites"].values()]
+    return max((one.block for one in served if one.block), default=None)
 
 
 def _rope_types(parameters: Mapping[str, Any]) -> Iterator[str]:

@@ -116,3 +116,24 @@ def attend_pages(
         )
         # `highest` is a power of two's exponent; the sums are compared by exponentials of e.
         tl.store(sums + place, (highest + tl.log2(total)) / LOG2E, mask=here)
+
+
+@triton.jit
+def write_rows(
+    rows,  # [N, WIDTH]
+    cache,  # [blocks, SIZE, WIDTH]
+    places,  # int64 [N]: block times SIZE and place in it; below 0 for what is not kept
+    row_step,
+    cache_block,
+    cache_row,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program for each token."""
+    token, feature = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    place = tl.load(places + token).to(tl.int64)
+    if place >= 0:
+        row = tl.load(rows + token * row_step + feature, mask=feature < WIDTH)
+        target = cache + (place // SIZE) * cache_block + (place % SIZE) * cache_row
+        tl.store(target + feature, row.to(cache.dtype.element_ty), mask=feature < WIDTH)

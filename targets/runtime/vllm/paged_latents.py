@@ -10,6 +10,7 @@ latent, then its rotary slots).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ ROWS = 64
 """Queries times heads that a program of the kernel holds: fewer where the latent has more than 512 values."""
 KEYS = 32
 """Cached tokens that it reads at a time."""
-PARTS = 16
+PARTS = 64
 """At most so many programs share the tokens of a request, each at least `PART` of them."""
 PART = 512
+PROGRAMS = 512
+"""So many keep a GPU busy: more of them only add to what is put together at the end."""
 
 
 @dataclass
@@ -44,6 +47,11 @@ class Pages:
     table: Tensor
     most_new: int
     longest: int
+
+    @cached_property
+    def on_host(self) -> tuple[list[int], list[int]]:
+        """`starts` and `lengths`, read once for all layers: the device is waited for."""
+        return self.starts.tolist(), self.lengths.tolist()
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def attend(query: Tensor, cache: Tensor, rank: int, pages: Pages, logits: Logits
     if query.is_cuda:
         return attend_on_gpu(query, cache, rank, pages, logits)
     out = query.new_zeros(*query.shape[:2], rank)
-    size, starts, lengths = cache.shape[1], pages.starts.tolist(), pages.lengths.tolist()
+    size, (starts, lengths) = cache.shape[1], pages.on_host
     for request, length in enumerate(lengths):
         begin, end = starts[request : request + 2]
         for first in range(begin, end, QUERIES):
@@ -114,10 +122,36 @@ def _attend(query: Tensor, rows: Tensor, rank: int, logits: Logits) -> Tensor:
     return torch.einsum("hts,sr->thr", weights.to(rows.dtype), rows[:, :rank])
 
 
-def choose_sizes(heads: int, rank: int, slots: int, most_new: int, longest: int) -> dict[str, int]:
+def write(rows: Tensor, cache: Tensor, places: Tensor) -> None:
+    """Put new tokens into the cache, in place.
+
+    Args:
+        rows: [N, w].
+        cache: [blocks, tokens of a block, w].
+        places: int64 [N], block times its size and place in it; below 0 for what is not kept.
+    """
+    if rows.is_cuda:
+        write_on_gpu(rows, cache, places)
+        return
+    kept = places >= 0
+    places = places[kept].long()
+    cache[places // cache.shape[1], places % cache.shape[1]] = rows[kept].to(cache.dtype)
+
+
+def write_on_gpu(rows: Tensor, cache: Tensor, places: Tensor) -> None:
+    """The same in one launch."""
+    from attnedit.targets.runtime.vllm.paged_kernels import write_rows
+
+    (tokens, width), steps = rows.shape, (rows.stride(0), *cache.stride()[:2])
+    with torch.cuda.device_of(rows):  # triton launches on the current device
+        write_rows[(tokens,)](rows, cache, places, *steps, WIDTH=width, SIZE=cache.shape[1], BLOCK=power(width))
+
+
+def choose_sizes(requests: int, heads: int, rank: int, slots: int, most_new: int, longest: int) -> dict[str, int]:
     """Return how the kernel's work is cut, as its arguments.
 
     Args:
+        requests: R.
         heads: H.
         rank: r.
         slots: rotary values of a token.
@@ -129,7 +163,8 @@ def choose_sizes(heads: int, rank: int, slots: int, most_new: int, longest: int)
     # A step's heads share all that is read; the rows of a prompt are queries, too.
     block_heads = min(rows, power(heads)) if most_new == 1 else 16
     # A power of two: each number of parts is a kernel of its own, compiled when it is first needed.
-    parts = min(PARTS, 1 << (max(1, longest // PART).bit_length() - 1))
+    wanted = min(PARTS, longest // PART, PROGRAMS // (requests * -(-heads // block_heads)))
+    parts = 1 << (max(1, wanted).bit_length() - 1)
     return {
         "PARTS": parts if most_new == 1 else 1,
         "BLOCK_R": block_rank,
@@ -137,7 +172,8 @@ def choose_sizes(heads: int, rank: int, slots: int, most_new: int, longest: int)
         "BLOCK_T": 1 if most_new == 1 else rows // block_heads,
         "BLOCK_H": block_heads,
         "BLOCK_N": KEYS,
-        "num_warps": 8 if block_rank >= 256 else 4,
+        "num_warps": 8 if block_rank > 512 or (most_new > 1 and block_rank >= 256) else 4,
+        "num_stages": 2,
     }
 
 
@@ -146,14 +182,15 @@ def attend_on_gpu(query: Tensor, cache: Tensor, rank: int, pages: Pages, logits:
     from attnedit.targets.runtime.vllm.paged_kernels import attend_pages
 
     tokens, heads, width = query.shape
-    sizes = choose_sizes(heads, rank, width - rank, pages.most_new, pages.longest)
+    requests = pages.lengths.shape[0]
+    sizes = choose_sizes(requests, heads, rank, width - rank, pages.most_new, pages.longest)
     parts, block_tokens = sizes["PARTS"], sizes["BLOCK_T"]
     tiles = -(-pages.most_new // block_tokens)
     out = query.new_zeros((parts, tokens, heads, rank), dtype=torch.float32 if parts > 1 else query.dtype)
     sums = torch.zeros((parts, tokens, heads), dtype=torch.float32, device=query.device)
     sinks = query if logits.sinks is None else logits.sinks
     with torch.cuda.device_of(query):  # triton launches on the current device
-        attend_pages[(pages.lengths.shape[0] * tiles, -(-heads // sizes["BLOCK_H"]), parts)](
+        attend_pages[(requests * tiles, -(-heads // sizes["BLOCK_H"]), parts)](
             query,
             cache,
             out,

@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from attnedit.compiler.compatibility.vllm_names import add_attention
 from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.targets.runtime.eager.classes import PREFIX
-from attnedit.targets.runtime.vllm.limits import TESTED, Settings, check
+from attnedit.targets.runtime.vllm.limits import TESTED, Settings, block_size, check
 
 OPERATION = "attnedit::paged_latents"
 """What attends to latents: `attnedit.targets.runtime.vllm.latent_layer`, which is imported with the model only."""
@@ -42,13 +42,12 @@ def check_engine(vllm_config: Any) -> None:
     import vllm
     from vllm.logger import init_logger
 
-    if not vllm.__version__.startswith(tuple(f"{release}." for release in TESTED)):
-        init_logger(f"vllm.{__name__}").warning_once(
-            "attnedit's plugin was tested with vLLM %s, this is %s", ", ".join(TESTED), vllm.__version__
-        )
     device = vllm_config.device_config.device_type
-    if device != "cpu":
-        init_logger(f"vllm.{__name__}").warning_once("attnedit's plugin was tested on CPUs only, this is %s", device)
+    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED.get(device, ()):
+        tested = "; ".join(f"{' and '.join(releases)} on {place}" for place, releases in TESTED.items())
+        init_logger(f"vllm.{__name__}").warning_once(
+            "attnedit's plugin was tested with vLLM %s; this is %s on %s", tested, vllm.__version__, device
+        )
     parallel = vllm_config.parallel_config
     context = (parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     others = {
@@ -60,7 +59,11 @@ def check_engine(vllm_config: Any) -> None:
         "quantisation on load": vllm_config.model_config.quantization is not None,
         "a quantised KV cache": vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
     }
-    settings = Settings(device, parallel.tensor_parallel_size, others)
+    settings = Settings(parallel.tensor_parallel_size, others)
     config = vllm_config.model_config.hf_config
     check_text_alone(config, f"a {type(config).__name__}", "attnedit's plugin of vLLM")
     check(config, settings)
+    cache, wanted = vllm_config.cache_config, block_size(config)
+    if device == "cuda" and wanted is not None and not cache.user_specified_block_size:
+        # vLLM would ask the first layer's backend alone, which may be one of windows.
+        cache.block_size, cache.user_specified_block_size = wanted, True

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.mla.config import MLAConfig
+from attnedit.targets.attention.mla.decode_sizes import CHUNK
 from attnedit.targets.runtime.vllm.limits import Settings
 
 Problem = tuple[str, str]
@@ -27,6 +28,7 @@ class Served:
         shared: arguments whose projections every rank holds whole.
         engines: arguments that the engine has itself: mask and cache.
         sinks: the argument with the source's own sink logits; None where the attention has them itself.
+        block: tokens of a block of the cache on a GPU, that its fastest kernel wants; None for whatever vLLM chooses.
         problems: what of a configuration cannot be served.
     """
 
@@ -35,6 +37,7 @@ class Served:
     shared: tuple[int, ...] = ()
     engines: tuple[int, ...] = ()
     sinks: int | None = None
+    block: int | None = None
     problems: Callable[[Any, Settings], Iterator[Problem]] = lambda config, settings: iter(())
 
 
@@ -44,12 +47,6 @@ def _latent_problems(config: MLAConfig, settings: Settings) -> Iterator[Problem]
         yield (
             f"{config.num_attention_heads} heads for {ranks} ranks",
             "use a --tensor-parallel-size that divides it",
-        )
-    if settings.device != "cpu":
-        yield (
-            f"latent attention, of which no size was run on {settings.device}",
-            "serve it with vLLM on a CPU, or compile with --engine vllm and export with --to hf, for a class and sizes "
-            "that vLLM has",
         )
 
 
@@ -73,7 +70,7 @@ def _window_problems(config: GateSWAConfig, settings: Settings) -> Iterator[Prob
 
 
 _MODULES = "attnedit.targets.runtime.vllm.attention"
-LATENT = Served(f"{_MODULES}:ServedLatent", (0,), shared=(1,), engines=(4, 5), problems=_latent_problems)
+LATENT = Served(f"{_MODULES}:ServedLatent", (0,), shared=(1,), engines=(4, 5), block=CHUNK, problems=_latent_problems)
 WINDOW = Served(f"{_MODULES}:ServedWindow", (0, 1, 2), engines=(4, 5), sinks=6, problems=_window_problems)
 ORDINARY = Served(f"{_MODULES}:ServedWindow", (0, 1, 2), sinks=3)
 """Layers that were not rewritten."""
