@@ -17,7 +17,7 @@ from attnedit.compiler.graph.modules import evaluation_mode
 from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import kinds_in
-from attnedit.targets.runtime.check import check_model
+from attnedit.targets.runtime.check import check_model, largest, root_mean_square
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
 from attnedit.targets.runtime.engines import ENGINES, LLAMA_CPP, tried
@@ -140,7 +140,8 @@ def export(
                 reference = Reference(check_file(form, keys, kind, file))
                 rounded = kind in QUANTIZERS
                 tolerance = ROUNDED_TOLERANCES[kind] if rounded else _tolerance(kind, model.dtype)
-                checks = check_model(model, reference, tolerance, rounded=rounded)
+                measure = root_mean_square if rounded else largest
+                checks = check_model(model, reference, tolerance, measure=measure)
     return GGUFManifest(form.architecture, kind, [check.to_dict() for check in checks], form.notes + notes)
 
 

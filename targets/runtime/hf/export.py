@@ -19,7 +19,7 @@ from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_sites
 from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, VLLM, check_checkpoint, export_profile, tried
 from attnedit.targets.runtime.hf.card import NATIVE, REMOTE, write_about
-from attnedit.targets.runtime.hf.check import Check, check_same
+from attnedit.targets.runtime.hf.check import check_same
 from attnedit.targets.runtime.hf.files import check_files
 from attnedit.targets.runtime.hf.native import Native, read_native, write_native
 from attnedit.targets.runtime.hf.profiles import (
@@ -123,7 +123,7 @@ def export(
             _write_rest(result, staging, profile, notes)
         with stage("check", progress):
             written = load_code(staging) if profile == REMOTE_PROFILE else read_native(staging)
-            checks: list[Check] = check_same(model, written.to(model.device))  # type: ignore[arg-type]
+            checks = check_same(model, written.to(model.device))  # type: ignore[arg-type]
             if profile != REMOTE_PROFILE:
                 check_files(getattr(result, "tokenizer", None), model, staging)
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)
