@@ -115,16 +115,8 @@ def own_windows(
     """`sample_windows` for training: at most `MOST_TOKENS`, kept on disk by model, seed and text for the next time.
 
     Samples of `SAMPLE_LENGTH` or less are packed into longer windows. They are varied by what they begin with: in turn
-    the first token alone, that and a random token (LLM-QAT, arXiv 2305.17888), and twice `PROMPT` tokens of the text.
-
-    Args:
-        model: see `sample_windows`.
-        tokenizer: the same.
-        count: windows asked for.
-        length: L tokens each.
-        seed: same seed, same samples.
-        text: token ids [N, L] that samples go on from; None for none.
-        progress: told after every token.
+    the first token alone, that and a random token (LLM-QAT, arXiv 2305.17888), and twice `PROMPT` tokens of the text
+    (ids [N, L]).
 
     Returns:
         int64 [N, L] on the CPU, N at most `count`.

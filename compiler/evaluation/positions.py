@@ -88,14 +88,7 @@ def perplexity_by_position(
 def loss_curve(
     source: PreTrainedModel, result: PreTrainedModel, rows: Tensor, data: str, progress: Progress | None = None
 ) -> LossCurve:
-    """Loss of source and result over the positions of the same windows, in ranges whose ends double.
-
-    Args:
-        source: causal language model.
-        result: what became of it.
-        rows: token ids [N, T].
-        data: what the windows are, see `LossCurve`.
-        progress: told after every forward pass.
+    """Loss of source and result over the positions of the same windows [N, T], in ranges whose ends double.
 
     Raises:
         AttneditError: the loss of one of the models is not finite.
@@ -112,12 +105,7 @@ def loss_curve(
 
 
 def losses_by_position(losses: Tensor, against: Tensor | None = None) -> list[RangePerplexity]:
-    """Sum up by position what `attnedit.compiler.evaluation.evaluate.window_losses` returned.
-
-    Args:
-        losses: of tokens 2 to T of each window, [N, T - 1].
-        against: those of another model on the same windows, to compare with.
-    """
+    """Sum up by position what `window_losses` returned [N, T - 1], beside another model's if there are any."""
     length = losses.shape[1] + 1
     ends = [0, FIRST_RANGE]
     while ends[-1] < length:

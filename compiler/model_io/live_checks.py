@@ -26,10 +26,6 @@ _QUANTISED = {
 def check_live(model: PreTrainedModel, name: str) -> None:
     """Refuse a live model that could not be rewritten, saved or measured, before any work is done.
 
-    Args:
-        model: of transformers; looked at only.
-        name: what messages call it.
-
     Raises:
         UsageError: it is compiled, has adapters that are not merged, is quantised, has weights that are not in memory,
             has a head that is not known, is to give out attention weights, or makes masks that are no tensors.

@@ -93,13 +93,7 @@ def graph_svg(graph: fx.Graph, title: str) -> str:
 
 
 def sketch_svg(drawn: GraphSketch, title: str, new: Collection[str] = ()) -> str:
-    """Draw a sketch as SVG.
-
-    Args:
-        drawn: what to draw.
-        title: above the drawing.
-        new: names of nodes in another colour.
-    """
+    """Draw a sketch as SVG, nodes of `new` names in another colour."""
     nodes = {node.name: node for node in drawn.nodes}
     rows, paths = _rows(drawn)
     sizes = {place: _width(nodes[place]) if isinstance(place, str) else 2.0 for row in rows for place in row}

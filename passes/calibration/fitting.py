@@ -96,13 +96,7 @@ class LayerFit:
 
 
 class HiddenStates:
-    """Hidden states of all training windows before one layer [N, T, D], in a file.
-
-    Args:
-        path: of the file.
-        shape: N, T, D.
-        like: a tensor with dtype and device.
-    """
+    """Hidden states of all training windows before one layer [N, T, D], in a file; dtype and device as of `like`."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], like: Tensor) -> None:
         size = shape[0] * shape[1] * shape[2]

@@ -99,11 +99,7 @@ def _pieces(length: int) -> tuple[int, ...]:
 
 
 class Live:
-    """A model of transformers, as `Exported`.
-
-    Args:
-        model: on any device.
-    """
+    """A model of transformers on any device, as `Exported`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

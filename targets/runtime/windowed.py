@@ -16,11 +16,7 @@ from attnedit.targets.runtime.decomposed import Virtual
 
 
 class WindowedAttention(nn.Module, ABC):
-    """`GateSWA` as exports have it: sinks and gate are the same everywhere, caches are not.
-
-    Args:
-        module: the trained module.
-    """
+    """`GateSWA` as exports have it: sinks and gate are the same everywhere, caches are not."""
 
     def __init__(self, module: GateSWA) -> None:
         super().__init__()

@@ -37,12 +37,7 @@ class Form:
 
 
 def common_keys(source: Any, architecture: str, eps: float) -> dict[str, Any]:
-    """Return the keys that every architecture has.
-
-    Args:
-        source: configuration of a decoder with RMS norms and a gated MLP.
-        architecture: llama.cpp's name.
-        eps: of all norms.
+    """Return the keys that every architecture has, of a decoder with RMS norms and a gated MLP.
 
     Raises:
         UsageError: llama.cpp cannot compute what the source does around its attention.
@@ -88,11 +83,6 @@ def plain_theta(source: PreTrainedConfig, architecture: str) -> float:
 
 def decoder_tensors(state: Mapping[str, Tensor], source: Any, architecture: str) -> dict[str, Tensor]:
     """Take what is not attention out of a state, by llama.cpp's names.
-
-    Args:
-        state: of the model, without its attention.
-        source: configuration.
-        architecture: named in messages.
 
     Raises:
         UsageError: a weight is missing, or there is one that llama.cpp has no place for.

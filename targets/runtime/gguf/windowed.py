@@ -23,11 +23,7 @@ NORMS = {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
 
 
 def windowed_form(model: PreTrainedModel, *, half: bool) -> Form:
-    """Bring a model with sliding windows into the form of the architecture that holds it.
-
-    Args:
-        model: the rewritten model.
-        half: whether weights will be float16 or blocks with float16 scales, which is all the same to this form.
+    """Bring a model with sliding windows into the form of the architecture that holds it, the same in half precision.
 
     Raises:
         UsageError: none does; the message says what of it.

@@ -29,15 +29,7 @@ result.model  # a transformers model; after the import AutoModelForCausalLM load
 
 
 def write_about(report: Report | None, directory: Path, *, loading: str, form: str, notes: Iterable[str]) -> None:
-    """Write the report, where there is one, and the model card of an export.
-
-    Args:
-        report: of the compilation; None where it is not known.
-        directory: that the files go to.
-        loading: Python that loads the directory.
-        form: name of the class or kind of checkpoint.
-        notes: further sentences on this form.
-    """
+    """Write the report, where there is one, and the model card of an export; arguments as of `model_card`."""
     license = None
     if report is not None:
         license = report.license or source_license(report.source)

@@ -16,11 +16,7 @@ PREFILL = 24
 
 
 def check_same(model: PreTrainedModel, written: PreTrainedModel) -> list[Check]:
-    """Compare the logits of two models, in half precision those of three tokens in four.
-
-    Args:
-        model: the rewritten model.
-        written: what was made of it, loaded from its files.
+    """Compare a model's logits with those of what was loaded from its files; in half precision of three tokens in four.
 
     Raises:
         VerificationError: they differ.

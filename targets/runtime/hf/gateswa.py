@@ -202,10 +202,7 @@ def _biases(model: PreTrainedModel, layers: list[Layer]) -> dict[str, Tensor]:
 def _state(model: PreTrainedModel, layers: list[Layer], gain: Callable[[Layer], float]) -> dict[str, Tensor]:
     """Weights by Llama's names with ``q_norm`` and ``k_norm``: those of Laguna, but for the gate.
 
-    Args:
-        model: the rewritten model.
-        layers: its layers.
-        gain: of a layer's output projection, which makes up for a gate.
+    A layer's output projection gets a gain, which makes up for its gate.
     """
     biases = _biases(model, layers)
     own = f".{GATESWA_MODULE}."

@@ -60,12 +60,7 @@ class Native:
 
 
 def decoder_config(source: PreTrainedConfig, model_type: str, **fields: Any) -> PreTrainedConfig:
-    """Make a configuration with what a source has outside its attention.
-
-    Args:
-        source: of a decoder with RMS norms and a gated MLP.
-        model_type: transformers' name of the class.
-        **fields: its other fields.
+    """Make a configuration with what a source, with RMS norms and a gated MLP, has outside its attention.
 
     Raises:
         UsageError: the class cannot compute what the source does around its attention.
@@ -117,12 +112,7 @@ def refuse_half(profile: str, dtype: torch.dtype) -> None:
 
 
 def check_places(model: PreTrainedModel, state: Mapping[str, Tensor], except_in: tuple[str, ...] = ()) -> None:
-    """Hold names and shapes of weights against those of a class.
-
-    Args:
-        model: of the class.
-        state: the weights.
-        except_in: prefixes of names that are not looked at.
+    """Hold names and shapes of weights against those of a class, but for those with certain prefixes.
 
     Raises:
         UsageError: a weight has no place in the class, or the class has one that is not given.
@@ -141,13 +131,7 @@ def check_places(model: PreTrainedModel, state: Mapping[str, Tensor], except_in:
 
 
 def write_native(native: Native, directory: Path, dtype: torch.dtype, generation_config: Any) -> None:
-    """Write weights and configuration.
-
-    Args:
-        native: the model.
-        directory: existing.
-        dtype: of the weights.
-        generation_config: written beside them; None for the class's own.
+    """Write weights and configuration; the generation config is the class's own without one.
 
     Raises:
         UsageError: a weight has no place in the class, or the class has one that is not given.

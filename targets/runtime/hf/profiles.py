@@ -58,10 +58,6 @@ def uniform_profiles() -> list[str]:
 def check_profile(option: str, name: str) -> None:
     """Refuse a profile that there is not, or whose class the installed transformers does not have.
 
-    Args:
-        option: its name, for the message.
-        name: as given.
-
     Raises:
         UsageError: it is one of these.
     """
@@ -79,12 +75,6 @@ def _others() -> Sequence[str]:
 
 def check_layers(model: PreTrainedModel, kind: AttentionKind, holder: str, elsewhere: str = OTHER) -> None:
     """Refuse layers that are of another kind than the one that a form holds.
-
-    Args:
-        model: the rewritten model.
-        kind: what the form holds.
-        holder: what messages call it.
-        elsewhere: what to do instead.
 
     Raises:
         UsageError: a layer is; it names layer, kind and what to do.

@@ -85,10 +85,6 @@ def write_remote(model: PreTrainedModel, directory: Path) -> None:
     Tensors that the graphs read and a saved result does not have (tables of positions, constants) are written among
     the weights: the classes in the code hold them as buffers.
 
-    Args:
-        model: the rewritten model.
-        directory: existing.
-
     Raises:
         UsageError: the source's class is not among transformers' own, or something wraps an attention module.
     """

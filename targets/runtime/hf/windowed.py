@@ -33,11 +33,6 @@ class Layer:
 def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> list[Layer]:
     """Read the layers of a model with sliding windows, and refuse what none of the classes has.
 
-    Args:
-        model: the rewritten model.
-        profile: what messages call the class.
-        sink_logits: whether the class has them.
-
     Raises:
         UsageError: a layer has something else, or there is more than one window.
     """

@@ -24,11 +24,7 @@ npu = torch.ops.npu
 
 
 def fuse(program: ExportedProgram, fused: bool = True) -> fx.GraphModule:
-    """Return a program as a module, simplified, with fused operators in place of what they compute.
-
-    Args:
-        program: in training form, not decomposed.
-        fused: False only simplifies.
+    """Return a program in training form as a module, simplified; if asked for, with fused operators where they fit.
 
     Raises:
         AttneditError: a pass broke the graph; it is named.

@@ -26,12 +26,7 @@ ops = torch.ops.npu
 
 
 class LatentAttention(AbsorbedAttention):
-    """`MLA` with a paged cache: expanded for the prompt, absorbed in decode.
-
-    Args:
-        mla: the trained module; weights are computed from it.
-        plan: how it runs.
-    """
+    """`MLA` with a paged cache: expanded for the prompt, absorbed in decode."""
 
     @staticmethod
     def describe(config: MLAConfig) -> Site:

@@ -54,21 +54,9 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute ``npu_moe_init_routing_v2``: tokens [R, D] sorted by the experts [R, k] that they go to.
 
-    Args:
-        x: tokens.
-        expert_idx: int32.
-        scale: not modelled.
-        offset: not modelled.
-        active_num: -1: all tokens.
-        expert_capacity: not used by the kernel.
-        expert_num: E.
-        drop_pad_mode: 0, the one that exists.
-        expert_tokens_num_type: 1: tokens of each expert; the running sum (0) does not exist yet.
-        expert_tokens_num_flag: must be set.
-        quant_mode: -1: no quantisation.
-        active_expert_range: [0, E].
-        row_idx_type: 0: for every (token, choice) the sorted row it went to; 1 the reverse.
-        x_dtype: not modelled.
+    Known are all tokens (`active_num` -1) and experts (`active_expert_range` [0, E]), counted for each expert
+    (`expert_tokens_num_type` 1), without quantisation. `row_idx_type` 0 asks for the sorted row that every (token,
+    choice) went to, 1 for the reverse.
 
     Returns:
         [R k, D]; int32 [R k]; int64 [E]; an empty tensor.
@@ -112,15 +100,7 @@ def grouped_matmul(
 ) -> list[Tensor]:
     """Compute ``npu_grouped_matmul`` of one tensor of sorted rows [R, D] with weights [E, D, O].
 
-    Args:
-        x: one tensor.
-        weight: one tensor.
-        bias: one tensor [E, O].
-        group_list: int64 [E]; rows of each expert with `group_list_type` 1, their running sum with 0.
-        split_item: 2 or 3: one tensor comes out.
-        group_type: 0: rows are grouped.
-        group_list_type: what `group_list` counts.
-        **others: not modelled.
+    `group_list` has the rows of each expert, int64 [E], or with `group_list_type` 0 their running sum.
 
     Returns:
         One tensor [R, O].
@@ -157,20 +137,10 @@ def combine(
     drop_pad_mode: int | None = 0,
     k: int | None = 1,
 ) -> Tensor:
-    """Compute ``npu_moe_finalize_routing``: the weighted sum of each token's rows.
+    """Compute ``npu_moe_finalize_routing``: the weighted sum of each token's rows [R k, D], by `scales` [R, k].
 
-    Row ``i + j R`` of `expanded_src_to_dst_row` says where choice j of token i lies.
-
-    Args:
-        expanded_permuted_rows: [R k, D].
-        skip1: not modelled.
-        skip2: not modelled.
-        bias: not modelled.
-        scales: weights [R, k].
-        expanded_src_to_dst_row: int32 [R k].
-        export_for_source_row: read for `bias` only.
-        drop_pad_mode: 0.
-        k: read where there are no weights.
+    Row ``i + j R`` of `expanded_src_to_dst_row` says where choice j of token i lies. Biases and rows to skip are
+    not modelled; `k` and `export_for_source_row` are read only with those.
 
     Returns:
         [R, D].

@@ -28,10 +28,7 @@ from attnedit.targets.runtime.tracing import takes_positions
 
 @torch.no_grad()
 def survey(model: PreTrainedModel) -> list[Site]:
-    """Run two tokens, and describe the attention of every layer of the cache.
-
-    Args:
-        model: with weights, or on meta.
+    """Run two tokens, and describe the attention of every layer of the cache; a model on meta will do.
 
     Raises:
         UsageError: a layer's attention cannot be lowered: it keeps something else than keys and values, does not go

@@ -42,9 +42,6 @@ class LatentAttention(AbsorbedAttention):
     The logits are two products with the two parts of the cache, and the latent is the value as it stands: no part
     of the cache is sliced or copied. Where the cache has keys of another size than the latent's, its two halves
     hold latent and slots joined and cut in the middle.
-
-    Args:
-        mla: the trained module; weights are computed from it.
     """
 
     def __init__(self, mla: MLA) -> None:

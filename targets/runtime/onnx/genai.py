@@ -27,9 +27,6 @@ def even_split(layers: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
 
     Latent layers hold latent and slots joined, cut in the middle; shorter ones are filled up with zeros.
 
-    Args:
-        layers: what each layer caches.
-
     Raises:
         UsageError: onnxruntime-genai has no cache for such layers.
 
@@ -61,10 +58,7 @@ def even_split(layers: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
 def write_config(manifest: Manifest, directory: Path, text: PreTrainedConfig) -> None:
     """Write genai_config.json, and name the tokenizer as onnxruntime-extensions calls it.
 
-    Args:
-        manifest: of the exported model.
-        directory: that holds it.
-        text: configuration of the language model; without a token that begins a text, the first that ends one does.
+    Where the language model has no token that begins a text, the first that ends one stands for it.
     """
     layer = manifest.layers[0]
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}

@@ -92,9 +92,6 @@ class Manifest:
     def read(cls, directory: Path) -> Manifest:
         """Read the file of a directory.
 
-        Args:
-            directory: what an export wrote.
-
         Returns:
             What it says of the model.
 
