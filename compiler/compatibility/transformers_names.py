@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -159,7 +160,7 @@ def repeated_heads() -> Iterator[None]:
     def shared(mask: Tensor | None, key: Tensor, *others: Any) -> bool:
         return not (key.is_cuda and key.dtype == torch.float32) and before(mask, key, *others)
 
-    with _replaced(module, "use_gqa_in_sdpa", shared):
+    with mock.patch.object(module, "use_gqa_in_sdpa", shared):
         yield
 
 
@@ -170,18 +171,12 @@ def as_if_not_capturing() -> Iterator[None]:
     They would make a mask of all tokens by all tokens, where none is needed, lest it be needed in a replay, and look
     whether positions start again.
     """
+
+    def nothing(*_: Any) -> None:
+        """Neither a capture nor positions that start again."""
+
     with (
-        _replaced(import_utils, "is_cuda_stream_capturing", lambda: False),
-        _replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None),
+        mock.patch.object(import_utils, "is_cuda_stream_capturing", nothing),
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", nothing),
     ):
         yield
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)

@@ -9,6 +9,8 @@ import logging
 import pickle
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +132,7 @@ def load_source(
     elif quantised:
         _ask_for_dequantized(config)
     try:
-        with _Quiet("transformers"):  # its load report repeats what is checked just below
+        with _quiet_transformers():  # its load report repeats what is checked just below
             loaded, info = auto_class(config).from_pretrained(
                 location.path,
                 dtype=torch_dtype,
@@ -331,16 +333,13 @@ def _is_damaged(file: Path) -> bool:
     return False
 
 
-class _Quiet:
-    """Lets through only errors of one library logger."""
-
-    def __init__(self, name: str) -> None:
-        self._logger = logging.getLogger(name)
-        self._level = self._logger.level
-
-    def __enter__(self) -> None:
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Let through only errors of transformers' log."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -207,9 +207,10 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, SiteConfig]) 
     Raises:
         UsageError: a named module is not there, or its attention has another configuration.
     """
+    modules = dict(model.named_modules())
     for name, site_config in site_configs.items():
         kind = kind_of(site_config)
-        module = getattr(model.get_submodule(name), kind.name, None) if _has(model, name) else None
+        module = getattr(modules.get(name), kind.name, None)
         if getattr(module, "config", None) != site_config:
             raise UsageError(f"{name} of {type(model).__name__} holds no {kind.title} of the given configuration")
     config: Any = model.config
@@ -273,10 +274,6 @@ def use_captured_implementation(model: PreTrainedModel, sites: Iterable[Attentio
     name = captured_implementation(sites)
     if name is not None:
         set_implementations(model.config, name)
-
-
-def _has(model: torch.nn.Module, name: str) -> bool:
-    return any(name == existing for existing, _ in model.named_modules())
 
 
 def _classes_of(config_class: ConfigClass, architecture: str | None) -> tuple[ConfigClass, ModelClass]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.runtime.hf.native import MULTIPLIERS, SHARED_FIELDS
+from attnedit.targets.runtime.hf.native import check_decoder
 from attnedit.targets.runtime.hf.rope import flat_rope
 
 HEAD = "output.weight"
@@ -42,12 +42,7 @@ def common_keys(source: Any, architecture: str, eps: float) -> dict[str, Any]:
     Raises:
         UsageError: llama.cpp cannot compute what the source does around its attention.
     """
-    for name, neutral in MULTIPLIERS.items():
-        if getattr(source, name, neutral) not in (neutral, None):
-            raise UsageError(f"llama.cpp's {architecture} has no {name}, which is {getattr(source, name)} here")
-    for name in SHARED_FIELDS:
-        if getattr(source, name, None) is None:
-            raise UsageError(f"llama.cpp's {architecture} needs a {name}, which {type(source).__name__} does not have")
+    check_decoder(source, f"llama.cpp's {architecture}")
     if (activation := getattr(source, "hidden_act", "silu")) not in ("silu", "swish"):
         raise UsageError(f"llama.cpp's {architecture} has a silu in its MLP, the source {activation}")
     keys = {

@@ -65,17 +65,26 @@ def decoder_config(source: PreTrainedConfig, model_type: str, **fields: Any) -> 
     Raises:
         UsageError: the class cannot compute what the source does around its attention.
     """
-    for name, neutral in MULTIPLIERS.items():
-        value = getattr(source, name, neutral)
-        if value not in (neutral, None):
-            raise UsageError(f"{model_type} has no {name}, which is {value} in the source; {OTHER}")
-    missing = [name for name in SHARED_FIELDS if getattr(source, name, None) is None]
-    if missing:
-        raise UsageError(f"{model_type} needs a {missing[0]}, which {type(source).__name__} does not have; {OTHER}")
+    check_decoder(source, model_type)
     values = {name: getattr(source, name) for name in SHARED_FIELDS}
     values |= {name: getattr(source, name, None) for name in TOKENS}
     values["hidden_act"] = getattr(source, "hidden_act", "silu")
     return CONFIG_MAPPING[model_type](**{**values, **fields})
+
+
+def check_decoder(source: PreTrainedConfig, holder: str) -> None:
+    """Refuse a source that does something outside its attention that a decoder of that name cannot.
+
+    Raises:
+        UsageError: it does, or lacks what the other needs.
+    """
+    for name, neutral in MULTIPLIERS.items():
+        value = getattr(source, name, neutral)
+        if value not in (neutral, None):
+            raise UsageError(f"{holder} has no {name}, which is {value} in the source; {OTHER}")
+    missing = [name for name in SHARED_FIELDS if getattr(source, name, None) is None]
+    if missing:
+        raise UsageError(f"{holder} needs a {missing[0]}, which {type(source).__name__} does not have; {OTHER}")
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,7 +61,8 @@ def check_profile(option: str, name: str) -> None:
     Raises:
         UsageError: it is one of these.
     """
-    check_choice(option, name, list(dict.fromkeys([*PROFILES, *_others()])))
+    others = [other for kind in known_kinds() for other in kind.profiles]
+    check_choice(option, name, dict.fromkeys([*PROFILES, *others]))
     profile = find_profile(name)
     if profile is not None and profile.named and name not in CONFIG_MAPPING:
         raise UsageError(
@@ -69,11 +70,7 @@ def check_profile(option: str, name: str) -> None:
         )
 
 
-def _others() -> Sequence[str]:
-    return [name for kind in known_kinds() for name in kind.profiles]
-
-
-def check_layers(model: PreTrainedModel, kind: AttentionKind, holder: str, elsewhere: str = OTHER) -> None:
+def check_layers(model: PreTrainedModel, kind: AttentionKind, holder: str) -> None:
     """Refuse layers that are of another kind than the one that a form holds.
 
     Raises:
@@ -82,4 +79,4 @@ def check_layers(model: PreTrainedModel, kind: AttentionKind, holder: str, elsew
     config: Any = model.config
     for name, found in kinds_in(config).items():
         if found is not kind:
-            raise UsageError(f"{name} is {found.title}, which {holder} does not have; {elsewhere}")
+            raise UsageError(f"{name} is {found.title}, which {holder} does not have; {OTHER}")
