@@ -116,14 +116,14 @@ def losses_by_position(losses: Tensor, against: Tensor | None = None) -> list[Ra
         mine = _window_means(losses, start, end)
         perplexity = exponential(float(mine.mean()))
         row = RangePerplexity(start, end, perplexity, interval_of_exponential(mine), len(mine) * (end - max(1, start)))
-        found.append(row if against is None else _compared(row, mine - _window_means(against, start, end)))
+        if against is not None:
+            rise = mine - _window_means(against, start, end)
+            ratio = exponential(float(rise.mean()))
+            row = replace(row, ratio=ratio, ratio_interval=interval_of_exponential(rise))
+        found.append(row)
     return found
 
 
 def _window_means(losses: Tensor, start: int, end: int) -> Tensor:
     """Mean loss [N] of the tokens at positions start to end of each window; losses begin at position 1."""
     return losses[:, max(0, start - 1) : end - 1].to(torch.float64).mean(1)
-
-
-def _compared(row: RangePerplexity, rise: Tensor) -> RangePerplexity:
-    return replace(row, ratio=exponential(float(rise.mean())), ratio_interval=interval_of_exponential(rise))

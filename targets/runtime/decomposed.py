@@ -85,7 +85,7 @@ def attend(
     softcap: float | None = None,
     virtual: Virtual = (),
 ) -> Tensor:
-    """Attend, heads of a group side by side.
+    """Attend, heads of a group side by side; returns [B, H, T, dv].
 
     Args:
         query: [B, H, T, d], scaled.
@@ -94,9 +94,6 @@ def attend(
         bias: float32 to add to the logits, [B, 1, T, S].
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         virtual: further keys.
-
-    Returns:
-        [B, H, T, dv].
     """
     batch, heads, length, size = query.shape
     groups = key.shape[1]

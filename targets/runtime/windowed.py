@@ -33,11 +33,7 @@ class WindowedAttention(nn.Module, ABC):
         cache: Any,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attend; as `GateSWA.forward`, with a cache of the export. The mask follows from the current step.
-
-        Returns:
-            [B, T, H, dv].
-        """
+        """Attend; as `GateSWA.forward`, with an export's cache, which tells the mask; returns [B, T, H, dv]."""
         config = self.config
         virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
         if self.sink_logit is not None:

@@ -139,7 +139,8 @@ def export(
             with stage("check", progress):
                 reference = Reference(check_file(form, keys, kind, file))
                 rounded = kind in QUANTIZERS
-                tolerance = ROUNDED_TOLERANCES[kind] if rounded else _tolerance(kind, model.dtype)
+                coarser = max(TOLERANCES[getattr(torch, kind)], TOLERANCES[model.dtype]) if not rounded else 0.0
+                tolerance = ROUNDED_TOLERANCES.get(kind, coarser)
                 measure = root_mean_square if rounded else largest
                 checks = check_model(model, reference, tolerance, measure=measure)
     return GGUFManifest(form.architecture, kind, [check.to_dict() for check in checks], form.notes + notes)
@@ -153,11 +154,6 @@ def _place(target: Path) -> AbstractContextManager[Path]:
     if target.exists():
         raise UsageError(f"{target} exists; give another file")
     return staged_file(target, MODEL_FILE)
-
-
-def _tolerance(kind: str, dtype: torch.dtype) -> float:
-    """Of the coarser of the two."""
-    return max(TOLERANCES[getattr(torch, kind)], TOLERANCES[dtype])
 
 
 def _form(model: PreTrainedModel, *, half: bool) -> Form:

@@ -109,7 +109,7 @@ def _attention(model: PreTrainedModel, layer: Layer, state: dict[str, Tensor], a
     site, config, gate = layer.site, layer.config, _trained_gate(model, layer)
     own = {
         name: state[f"{site.name}.{name}"].detach().double()
-        for name in (*(f"{part}.{kind}" for part in PROJECTIONS for kind in ("weight", "bias")), *_norms())
+        for name in (f"{part}.{kind}" for part in (*PROJECTIONS, *NORMS) for kind in ("weight", "bias"))
         if f"{site.name}.{name}" in state
     }
     # The logits' scale is that of the head size; what ours differs goes into the query, or into its norm.
@@ -132,10 +132,6 @@ def _attention(model: PreTrainedModel, layer: Layer, state: dict[str, Tensor], a
         sink = f"{site.name}.{GATESWA_MODULE}.sink_logit"
         made["attn_sinks.weight"] = state.get(sink, torch.full((site.num_attention_heads,), NO_SINK))
     return made
-
-
-def _norms() -> list[str]:
-    return [f"{name}.weight" for name in NORMS]
 
 
 def _as_neighbours(rows: Tensor, head_dim: int) -> Tensor:

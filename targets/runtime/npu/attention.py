@@ -91,7 +91,7 @@ def grouped_attention(
     softcap: float | None,
     virtual: Virtual,
 ) -> Tensor:
-    """Attend to keys and values, all of them or those of a window, and write the new ones.
+    """Attend to keys and values, all of them or those of a window, and write the new ones; returns [B, H, T, dv].
 
     Args:
         layer: of the cache.
@@ -101,9 +101,6 @@ def grouped_attention(
         scale: of the logits.
         softcap: of the logits.
         virtual: logits [H] of keys that every query sees, with their values [G, dv] if they have any.
-
-    Returns:
-        [B, H, T, dv].
     """
     plan, step = layer.plan, current_step()
     site = plan.site

@@ -59,11 +59,7 @@ class LatentAttention(AbsorbedAttention):
     def forward(
         self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Any, cache: Any
     ) -> Tensor:
-        """Attend; as `MLA.forward`, with an NPU cache. The mask follows from the current step.
-
-        Returns:
-            [B, T, H, dv].
-        """
+        """Attend; as `MLA.forward`, with an NPU cache; returns [B, T, H, dv]. The mask follows from the step."""
         config = self.config
         sizes = [config.kv_lora_rank, config.qk_rope_head_dim]
         latent, slots = self.kv_a_proj_with_mqa(kv_input).unsqueeze(1).split(sizes, dim=-1)

@@ -98,12 +98,9 @@ def grouped_matmul(
     group_list_type: int | None = 0,
     **others: Any,
 ) -> list[Tensor]:
-    """Compute ``npu_grouped_matmul`` of one tensor of sorted rows [R, D] with weights [E, D, O].
+    """Compute ``npu_grouped_matmul`` of one tensor of sorted rows [R, D] with weights [E, D, O]: one of [R, O].
 
     `group_list` has the rows of each expert, int64 [E], or with `group_list_type` 0 their running sum.
-
-    Returns:
-        One tensor [R, O].
     """
     if any(value is not None and value != 0 for value in others.values()):
         raise AttneditError("npu_grouped_matmul: the reference knows no quantisation and no activation")
@@ -137,13 +134,10 @@ def combine(
     drop_pad_mode: int | None = 0,
     k: int | None = 1,
 ) -> Tensor:
-    """Compute ``npu_moe_finalize_routing``: the weighted sum of each token's rows [R k, D], by `scales` [R, k].
+    """Compute ``npu_moe_finalize_routing``: the weighted sum [R, D] of each token's rows [R k, D], by `scales` [R, k].
 
     Row ``i + j R`` of `expanded_src_to_dst_row` says where choice j of token i lies. Biases and rows to skip are
     not modelled; `k` and `export_for_source_row` are read only with those.
-
-    Returns:
-        [R, D].
     """
     if skip1 is not None or skip2 is not None or bias is not None or scales is None or drop_pad_mode != 0:
         raise AttneditError("npu_moe_finalize_routing: the reference knows weights alone")

@@ -64,7 +64,7 @@ def schemas() -> dict[str, str]:
 
 def real_operators() -> set[str]:
     """Operators of ours that something registered already: torch_npu's, as we register only what is absent."""
-    known = {name.removeprefix("npu::").split(".")[0] for name in _registered()}
+    known = {name.removeprefix("npu::").split(".")[0] for name in operator_names() if name.startswith("npu::")}
     return known & set(OPERATORS)
 
 
@@ -99,10 +99,6 @@ def read_yaml(text: str) -> dict[str, str]:
     if absent := sorted(set(OPERATORS) - set(by_name)):
         raise UsageError(f"the file has no function {', '.join(absent)}")
     return {name: re.sub(r"(Tensor(?:\(a!\))?) self\b", r"\1 input", by_name[name]) for name in OPERATORS}
-
-
-def _registered() -> set[str]:
-    return {name for name in operator_names() if name.startswith("npu::")}
 
 
 def main() -> None:

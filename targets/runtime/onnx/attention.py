@@ -55,11 +55,7 @@ class LatentAttention(AbsorbedAttention):
     def forward(
         self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor, cache: Any
     ) -> Tensor:
-        """Attend; as `MLA.forward`, with the additive mask of `export_mask` and an export cache.
-
-        Returns:
-            [B, T, H, dv].
-        """
+        """Attend; as `MLA.forward`, with the mask of `export_mask` and an export cache; returns [B, T, H, dv]."""
         config = self.config
         rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
         batch, heads, length, _ = query.shape

@@ -90,10 +90,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read the file of a directory.
-
-        Returns:
-            What it says of the model.
+        """Read the file of a directory that an export wrote.
 
         Raises:
             UsageError: there is none, or not of this format.
