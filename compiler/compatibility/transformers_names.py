@@ -27,32 +27,15 @@ from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import import_utils
 
+# What is passed on as it is.
 __all__ = [
-    "ATTENTION_FIELD",
-    "CONVERSIONS_MODULE",
-    "EXPERTS_FIELD",
-    "NOT_SAVED_AS_CODE",
     "LoadStateDictConfig",
-    "LoadingHook",
     "WeightConverter",
     "WeightRenaming",
-    "apply_gate",
-    "as_if_not_capturing",
-    "attention_of",
-    "conversions_of",
     "convert_and_load_state_dict_in_model",
-    "dtype_plan",
     "get_model_conversion_mapping",
-    "has_default_gate",
-    "ignore_on_load",
-    "ignored_on_save",
-    "records_attention",
     "rename_source_key",
-    "repeated_heads",
     "revert_weight_conversion",
-    "set_conversions",
-    "set_implementations",
-    "supports_sdpa",
 ]
 
 ATTENTION_FIELD, EXPERTS_FIELD = "_attn_implementation_internal", "_experts_implementation_internal"

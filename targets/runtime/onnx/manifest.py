@@ -90,7 +90,13 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read the file of a directory that an export wrote.
+        """Read the file of a directory.
+
+        Args:
+            directory: what an export wrote.
+
+        Returns:
+            What it says of the model.
 
         Raises:
             UsageError: there is none, or not of this format.
