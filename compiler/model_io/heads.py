@@ -146,5 +146,16 @@ def check_text_alone(config: PreTrainedConfig, name: str, where: str) -> None:
         )
 
 
+def check_exportable(model: PreTrainedModel, runtime: str, alone: str | None = None) -> None:
+    """Refuse a model that cannot be exported, such as one that is more than a language model if `alone` holds no more.
+
+    Raises:
+        UsageError: it has no language head, or takes images or the like.
+    """
+    need_language_head(model, f"export to {runtime}", "compile and export the language model that it came from")
+    if alone is not None:
+        check_text_alone(model.config, type(model).__name__, alone)
+
+
 def _no_language_head(what: str, name: str, instead: str) -> UsageError:
     return UsageError(f"{what} needs logits of next tokens, and {name} has no language-model head; {instead}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.modules import evaluation_mode
-from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
+from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import kinds_in
 from attnedit.targets.runtime.check import check_model, largest, root_mean_square
@@ -104,11 +104,10 @@ def export(
         >>> from attnedit.targets.runtime.gguf import export
         >>> export(result, "llama-mla.gguf", quantize="q8_0")  # doctest: +SKIP
     """
-    need_language_head(result.model, "export to gguf", "compile and export the language model that it came from")
+    check_exportable(result.model, "gguf", "a GGUF")
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; llama.cpp's own converter takes it")
-    check_text_alone(model.config, type(model).__name__, "a GGUF")
     if engine not in (None, LLAMA_CPP):
         check_choice("--engine", engine, ENGINES)
         raise UsageError(f"a .gguf is for engine {LLAMA_CPP}; for {engine} give --to hf")

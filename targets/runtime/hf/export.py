@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.modules import evaluation_mode
-from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
+from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import config_from_dict, kinds_in
 from attnedit.targets.runtime.eager.checkpoint import check_free
@@ -93,7 +93,7 @@ def export(
         >>> from attnedit.targets.runtime.hf import export
         >>> export(result, "llama-mla-deepseek", profile="deepseek_v3")  # doctest: +SKIP
     """
-    need_language_head(result.model, "export to hf", "compile and export the language model that it came from")
+    check_exportable(result.model, "hf", "a checkpoint of another class")
     recipe: dict[str, Any] = getattr(getattr(result, "report", None), "recipe", None) or {}
     if engine == LLAMA_CPP:
         raise UsageError(f"engine {LLAMA_CPP} takes a GGUF: give --to gguf")
@@ -104,7 +104,6 @@ def export(
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
-    check_text_alone(model.config, type(model).__name__, "a checkpoint of another class")
     _check_code(model)
     profile = profile_of(model, engine, profile)
     if profile is None:

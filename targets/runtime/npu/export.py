@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
+from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.runtime.check import Case, check_model, root_mean_square, windows
 from attnedit.targets.runtime.eager import share_copy
@@ -80,12 +80,11 @@ def export(
         >>> from attnedit.targets.runtime.npu import export
         >>> export(result, "qwen3-npu", batch_size=4)  # doctest: +SKIP
     """
-    need_language_head(result.model, "export to npu", "compile and export the language model that it came from")
+    check_exportable(result.model, "npu", "an NPU export")
     check_choice("--soc", soc, SOCS)
     chip = SOCS[soc]
     chosen = _choose_dtype(dtype, result.model.dtype, chip)
     sizes = _sizes(batch_size, capacity)
-    check_text_alone(result.model.config, type(result.model).__name__, "an NPU export")
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     register()

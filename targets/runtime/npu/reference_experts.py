@@ -25,14 +25,9 @@ def gate_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple
         raise AttneditError(f"npu_moe_gating_top_k_softmax: finished {finished is not None}, k {k} of {x.shape[-1]}")
     weights, chosen = x.float().softmax(dim=-1).topk(k, dim=-1)
     rows = x.shape[0]
-    place = torch.arange(rows, dtype=torch.int32)[:, None] + rows * torch.arange(k, dtype=torch.int32)
+    of_row, of_choice = (torch.arange(count, dtype=torch.int32, device=x.device) for count in (rows, k))
+    place = of_row[:, None] + rows * of_choice
     return weights.to(x.dtype), chosen.int(), place
-
-
-def gate_softmax_shapes(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of `gate_softmax`."""
-    shape = (*x.shape[:-1], k)
-    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
 
 
 def route(
@@ -147,10 +142,3 @@ def combine(
     rows = rows.unflatten(0, (scales.shape[1], scales.shape[0]))
     out: Tensor = (rows * scales.float().T[..., None]).sum(0).to(expanded_permuted_rows.dtype)
     return out
-
-
-def combine_shapes(
-    expanded_permuted_rows: Tensor, skip1: None, skip2: None, bias: None, scales: Tensor, *others: Any, **options: Any
-) -> Tensor:
-    """Shapes of `combine`."""
-    return expanded_permuted_rows.new_empty((scales.shape[0], expanded_permuted_rows.shape[1]))

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError, VerificationError
-from attnedit.compiler.model_io.heads import need_language_head
+from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import kind_of
 from attnedit.targets.attention.module import attention_modules
@@ -93,7 +93,7 @@ def export(
         flavor, cache, quantize, opset, {"batch": batch_size, "sequence_length": seq_len, "capacity": capacity}
     )
     number = OPSET if fixed else choose_opset(cache, opset)
-    need_language_head(result.model, "export to onnx", "compile and export the language model that it came from")
+    check_exportable(result.model, "onnx")
     chosen = choose_dtype(dtype, result.model.dtype)
     _check_rope(result.model)
     target = Path(directory).expanduser().resolve()
