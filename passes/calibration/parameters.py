@@ -14,10 +14,7 @@ from attnedit.passes.calibration.options import Train
 def trainable(student: nn.Module, sites: Iterable[str], train: Train) -> dict[str, nn.Parameter]:
     """Parameters that training changes, by name; tied ones once.
 
-    Args:
-        student: the rewritten model.
-        sites: names of its rewritten attention modules.
-        train: "attention", "norms" (and every module whose own weights are vectors only), or "all".
+    "attention" is all of the sites; "norms" also every module whose own weights are vectors only.
     """
     if train == "all":
         return dict(student.named_parameters())
