@@ -73,6 +73,12 @@ def gate_weight(model: PreTrainedModel, layer: Layer) -> Tensor | None:
     return model.get_parameter(f"{layer.site.name}.{GATESWA_MODULE}.g_proj.weight").detach()
 
 
+def trained_gate(model: PreTrainedModel, layer: Layer) -> Tensor | None:
+    """The same; None where all its values are 0, too: then the gate is a constant."""
+    gate = gate_weight(model, layer)
+    return gate if gate is not None and bool(gate.any()) else None
+
+
 def check_plain(layers: list[Layer]) -> None:
     """Refuse layers that are not Llama's attention with norms per head, biases and windows.
 
