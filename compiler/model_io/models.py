@@ -159,7 +159,7 @@ def load_source(
         )
     loaded.eval()
     loaded.config.name_or_path = location.name  # reports show it; a GGUF brings a name of its own
-    _forget_quantization(loaded)
+    forget_quantization(loaded)
     if quantised and isinstance(torch_dtype, torch.dtype):
         _bring_to(loaded, torch_dtype)
     check_weights(loaded, location.name)
@@ -281,14 +281,6 @@ def _unpack(model: PreTrainedModel) -> None:
         model.dequantize()
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """Remove the marks that make ``save_pretrained``, ``to`` and PEFT treat plain weights as quantised."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    forget_quantised_storage(model)
-
-
 def _bring_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Bring all weights to the dtype asked for: of a quantised checkpoint, only what was quantised comes in it."""
     kept = re.compile("|".join(dtype_plan(model, dtype)) or r"(?!)")
@@ -297,8 +289,14 @@ def _bring_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def forget_quantised_storage(model: PreTrainedModel) -> None:
-    """Remove conversions that a quantiser left on a model of plain weights: saving would quantise anew, or fail."""
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Remove the marks that make ``save_pretrained``, ``to`` and PEFT treat plain weights as quantised.
+
+    Conversions that a quantiser left are among them: saving would quantise anew, or fail.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
     steps = [step for conversion in conversions_of(model) for step in getattr(conversion, "operations", None) or ()]
     if any(type(step).__module__ != CONVERSIONS_MODULE for step in steps):
         set_conversions(model, None)  # saving then takes those of the class

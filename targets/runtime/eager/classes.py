@@ -38,7 +38,7 @@ from attnedit.compiler.compatibility.transformers_names import (
 )
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.heads import HEADS, LANGUAGE, auto_of_class, classes_of
-from attnedit.compiler.model_io.models import forget_quantised_storage
+from attnedit.compiler.model_io.models import forget_quantization
 from attnedit.compiler.model_io.remote_code import class_references, own_class
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, config_to_dict, kind_of
@@ -218,13 +218,9 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, SiteConfig]) 
     source_type = source_config_class(type(config)).model_type
     earlier = getattr(config, "attnedit", None) or {"sites": {}}
     sites = {**earlier["sites"], **{name: config_to_dict(site_config) for name, site_config in site_configs.items()}}
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        # The weights are plain by now; the mark would make saving and moving treat them as quantised.
-        quantizer.remove_quantization_config(model)
+    forget_quantization(model)  # the weights are plain by now
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    forget_quantised_storage(model)
     for name in ("model_type", "auto_map"):
         config.__dict__.pop(name, None)
     share_class(config, config_class)
