@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnedit.compiler.data.token_windows import text_tokens
+from attnedit.compiler.evaluation.evaluate import window_losses
 from attnedit.compiler.model_io.models import load_source
 
 
@@ -29,13 +30,6 @@ def seen_before(window: Tensor) -> Tensor:
     return torch.tensor(found)
 
 
-@torch.no_grad()
-def losses(model: torch.nn.Module, window: Tensor) -> Tensor:
-    """Negative log-likelihood [T - 1] in nats of the tokens from the second on; token ids [T]."""
-    logits = model(window[None, :-1], use_cache=False).logits[0].float()
-    return torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").cpu()
-
-
 def main() -> None:
     """Compare a result with its source on some texts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,14 +42,13 @@ def main() -> None:
     options = parser.parse_args()
     source = load_source(options.source, device=options.device)
     result = load_source(options.result, device=options.device)
-    device = next(source.model.parameters()).device
     print("| text | seen before | rise there | rise elsewhere |\n|---|---|---|---|")
     for text in options.text:
         tokens = text_tokens(text, source.tokenizer).flatten()
         count = min(options.windows, tokens.numel() // options.seq_len)
-        windows = tokens[: count * options.seq_len].view(count, -1).to(device)
-        seen = torch.cat([seen_before(window) for window in windows])
-        rise = torch.cat([losses(result.model, window) - losses(source.model, window) for window in windows])
+        windows = tokens[: count * options.seq_len].view(count, -1)
+        seen = torch.stack([seen_before(window) for window in windows])
+        rise = window_losses(result.model, windows) - window_losses(source.model, windows)
         there, elsewhere = float(rise[seen].mean()), float(rise[~seen].mean())
         print(f"| {text} | {float(seen.float().mean()):.1%} | {there:.3f} | {elsewhere:.3f} |", flush=True)
 

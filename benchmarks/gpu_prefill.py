@@ -20,18 +20,14 @@ from gpu_models import TINY, Models, Shape
 from gpu_timing import Report, median_seconds, peak_gb
 from transformers import PreTrainedModel
 
-SHAPE = replace(
-    Shape(),
-    layers=4,
-    lengths=(32768, 8192, 2048, 131072),
-    batches=(1, 8),
-)
+SHAPE = replace(Shape(), layers=4, batches=(1, 8))
 TARGETS = ["source", "MLA 512+64", "MLA 1/4", "MLA 1/2", "GateSWA", "GateSWA + MLA"]
+REPEATS = 3
 MOST_TOKENS = 1 << 18
 """Of all sequences together: 8 of 32,768."""
 
 
-def prefill_seconds(model: PreTrainedModel, batch: int, length: int, repeats: int) -> float:
+def prefill_seconds(model: PreTrainedModel, batch: int, length: int) -> float:
     """Median time of one pass over random prompts that leaves a cache and the logits of the last token."""
     ids = torch.randint(1, model.config.vocab_size, (batch, length), device=model.device)
 
@@ -39,10 +35,10 @@ def prefill_seconds(model: PreTrainedModel, batch: int, length: int, repeats: in
         return model(ids, use_cache=True, logits_to_keep=1).logits
 
     if model.device.type != "cuda":
-        return median_seconds(step, model.device.type, repeats)
+        return median_seconds(step, model.device.type, REPEATS)
     step()
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step()
@@ -77,7 +73,7 @@ def main() -> None:
                 peak_gb(shape.device)
                 step = torch.compile(model, dynamic=False) if options.compiled else model
                 try:
-                    seconds = prefill_seconds(step, batch, length, 3)
+                    seconds = prefill_seconds(step, batch, length)
                 except RuntimeError as error:  # of memory, most of all
                     print("prefill", target, length, batch, str(error).splitlines()[0][:120], flush=True)
                     continue

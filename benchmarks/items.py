@@ -150,9 +150,9 @@ def of_tables(options: argparse.Namespace) -> dict[str, dict[str, list[Item]]]:
     return merged(options.table or ())
 
 
-def scores_of(cells: Mapping[str, list[Item]], field: str = "score") -> dict[str, Tensor]:
-    """One figure of every answer, by cell."""
-    return {cell: torch.tensor([answer[field] for answer in answers]) for cell, answers in cells.items()}
+def scores_of(cells: Mapping[str, list[Item]]) -> dict[str, Tensor]:
+    """Scores of all answers, by cell."""
+    return {cell: torch.tensor([answer["score"] for answer in answers]) for cell, answers in cells.items()}
 
 
 def average(cells: Cells) -> tuple[float, Interval]:

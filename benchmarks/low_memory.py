@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +22,7 @@ from transformers import Qwen3Config
 import attnedit
 from attnedit.compiler.model_io.checkpoint_reader import INDEX_FILE
 from attnedit.compiler.model_io.models import load_config_only
+from attnedit.compiler.reporting.report import peak_memory_bytes
 
 SPREAD = 0.02
 
@@ -42,7 +42,7 @@ def main() -> None:
     source, output = asked.directory / "source", asked.directory / "output"
     if not (source / INDEX_FILE).exists():
         write_checkpoint(source, asked.layers)
-    written = peak()
+    written = peak_memory_bytes() / 2**30
     ids = torch.randint(151_000, (asked.tokens // 1024, 1024), generator=torch.Generator().manual_seed(0))
     last = start = perf_counter()
     first: int | None = None
@@ -50,7 +50,7 @@ def main() -> None:
     def tell(stage: str, done: int, total: int) -> None:
         nonlocal last, first
         now = perf_counter()
-        took = f"{now - last:.1f} s, peak {peak():.2f} GiB"
+        took = f"{now - last:.1f} s, peak {peak_memory_bytes() / 2**30:.2f} GiB"
         print(f"{now - start:7.0f} s  {stage} {done}/{total}: {took}", flush=True)
         last = now
         if stage == "rewrite layers":
@@ -70,7 +70,8 @@ def main() -> None:
         progress=tell,
     )
     print(report)
-    facts = {"source": size(source), "result": size(output), "writing source": written, "peak": peak()}
+    facts = {"source": size(source), "result": size(output), "writing source": written}
+    facts["peak"] = peak_memory_bytes() / 2**30
     print({name: f"{value:.2f} GiB" for name, value in facts.items()})
 
 
@@ -118,11 +119,6 @@ def parts(directory: Path) -> Iterator[dict[str, torch.Size]]:
 def size(directory: Path) -> float:
     """Of all files, GiB."""
     return sum(file.stat().st_size for file in directory.iterdir()) / 2**30
-
-
-def peak() -> float:
-    """Largest resident set of this process so far, mapped files included, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

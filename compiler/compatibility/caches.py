@@ -88,10 +88,6 @@ def append(cache: Any, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Te
 def known_cache(cache: Any, others: Mapping[str, Any] | None = None) -> Any:
     """Return the cache that a rewritten layer was given. A node of every rewritten graph.
 
-    Args:
-        cache: by the name that the layer's signature has.
-        others: keyword arguments that the signature does not name.
-
     Returns:
         A `transformers.Cache`, None, or the pages of continuous batching (`PagedLayers`).
 

@@ -151,14 +151,11 @@ def keeps_softcap(config: Any) -> bool:
 
 
 def size_pages(manager: Any, config: Any) -> Any:
-    """Have a manager of continuous batching make its pages by a configuration in place of the model's.
+    """Have a manager of continuous batching make its pages by another configuration than the model's; return it.
 
     Args:
         manager: of transformers, as ``init_continuous_batching`` returns it.
         config: of a text model: heads and their size, and what layers are, decide what a page holds.
-
-    Returns:
-        The same manager.
     """
     if "_create_batch_processor" in vars(manager):  # kept from an earlier session
         return manager

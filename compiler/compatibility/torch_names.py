@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# What is passed on as it is.
 __all__ = [
-    "GUARDS",
     "FakeTensor",
     "HigherOrderOperator",
     "NodeSource",
@@ -24,23 +24,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "TorchDynamoException",
-    "compiler_limits",
-    "exporting",
-    "foreach_lerp",
-    "foreach_lerp_",
-    "foreach_mul_",
-    "forward_hooks",
-    "has_kernel",
-    "hint_of",
-    "is_compiled",
-    "operator_names",
-    "own_buffers",
-    "parse_schema",
     "pytree",
-    "schema_of",
-    "share_class",
-    "temporary_buffers",
-    "without_fake_cache",
 ]
 
 GUARDS = "_guards_fn"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,32 +27,15 @@ from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import import_utils
 
+# What is passed on as it is.
 __all__ = [
-    "ATTENTION_FIELD",
-    "CONVERSIONS_MODULE",
-    "EXPERTS_FIELD",
-    "NOT_SAVED_AS_CODE",
     "LoadStateDictConfig",
-    "LoadingHook",
     "WeightConverter",
     "WeightRenaming",
-    "apply_gate",
-    "as_if_not_capturing",
-    "attention_of",
-    "conversions_of",
     "convert_and_load_state_dict_in_model",
-    "dtype_plan",
     "get_model_conversion_mapping",
-    "has_default_gate",
-    "ignore_on_load",
-    "ignored_on_save",
-    "records_attention",
     "rename_source_key",
-    "repeated_heads",
     "revert_weight_conversion",
-    "set_conversions",
-    "set_implementations",
-    "supports_sdpa",
 ]
 
 ATTENTION_FIELD, EXPERTS_FIELD = "_attn_implementation_internal", "_experts_implementation_internal"
@@ -159,7 +143,7 @@ def repeated_heads() -> Iterator[None]:
     def shared(mask: Tensor | None, key: Tensor, *others: Any) -> bool:
         return not (key.is_cuda and key.dtype == torch.float32) and before(mask, key, *others)
 
-    with _replaced(module, "use_gqa_in_sdpa", shared):
+    with mock.patch.object(module, "use_gqa_in_sdpa", shared):
         yield
 
 
@@ -170,18 +154,12 @@ def as_if_not_capturing() -> Iterator[None]:
     They would make a mask of all tokens by all tokens, where none is needed, lest it be needed in a replay, and look
     whether positions start again.
     """
+
+    def nothing(*_: Any) -> None:
+        """Neither a capture nor positions that start again."""
+
     with (
-        _replaced(import_utils, "is_cuda_stream_capturing", lambda: False),
-        _replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None),
+        mock.patch.object(import_utils, "is_cuda_stream_capturing", nothing),
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", nothing),
     ):
         yield
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)

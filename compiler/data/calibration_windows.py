@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnedit.compiler.data.image_samples import image_samples
 from attnedit.compiler.data.token_windows import (
+    DEFAULT_SAMPLED_TOKENS,
+    DEFAULT_TOKENS,
     check_tokens_asked,
     context_length,
     ready_windows,
@@ -31,10 +33,6 @@ LONG_WINDOWS, SHORT_WINDOWS = 16, 32
 """How many of each length unless a number of tokens is given."""
 LONG_SHARE = 0.8
 """Of a given number of tokens, what goes into long windows."""
-SHORT_TOKENS = 65_536
-"""Tokens of data for a model whose whole context is no longer than a short window."""
-SAMPLED_TOKENS = 8_192
-"""Of the model's own samples, which take time to make."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def calibration_windows(
     if (ready := _ready(source, model)) is not None:
         return _as_they_are(ready, tokens, length)
     if source is None and tokens is None:
-        tokens = SAMPLED_TOKENS
+        tokens = DEFAULT_SAMPLED_TOKENS
     if tokens is not None:
         check_tokens_asked(tokens)
     if tokens is not None and length is not None and tokens < length:
@@ -118,7 +116,7 @@ def calibration_windows(
     inputs = ModelInputs()
     for part, share in parts:
         own = None if tokens is None else max(2, round(tokens * share))
-        samples = image_samples(part, processor, model, own or round(SHORT_TOKENS * share), inputs)
+        samples = image_samples(part, processor, model, own or round(DEFAULT_TOKENS * share), inputs)
         if samples is not None:
             if length is not None and length != max(sample.shape[1] for sample in samples):
                 raise UsageError(
@@ -178,7 +176,7 @@ def _counts(tokens: int | None, long: int, short: int, share: float) -> list[tup
     short = min(short, long, tokens or short)
     if long < 2 * short:
         length = min(long, tokens or long)
-        return [(length, max(1, (tokens or round(SHORT_TOKENS * share)) // length))]
+        return [(length, max(1, (tokens or round(DEFAULT_TOKENS * share)) // length))]
     if tokens is None:
         return [(long, max(1, round(LONG_WINDOWS * share))), (short, max(1, round(SHORT_WINDOWS * share)))]
     count = max(1, int(LONG_SHARE * tokens) // long) if tokens >= long else 0

@@ -26,14 +26,9 @@ _PLACES = ("path", "image", "video", "audio")
 def image_samples(
     source: object, processor: Processor | None, model: PreTrainedModel, tokens: int, inputs: ModelInputs
 ) -> list[Tensor] | None:
-    """Read the chats of a file one of which has an image (or a video, or sound).
+    """Read the chats of a file one of which has an image (or a video, or sound): so many tokens, but one at least.
 
-    Args:
-        source: calibration data of any kind.
-        processor: the model's.
-        model: for its context and its vocabulary.
-        tokens: how many at most; at least one sample is read.
-        inputs: gets what goes with the samples.
+    What the model takes with the samples goes into `inputs`.
 
     Returns:
         Token ids int64 [1, T] of each sample, of whatever length; None where the source holds text alone.

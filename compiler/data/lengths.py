@@ -11,13 +11,7 @@ CALIBRATION, TRAINING = "calibration_length", "training_length"
 
 
 def record_lengths(model: PreTrainedModel, *, calibration: int | None = None, training: int | None = None) -> None:
-    """Keep in a result's configuration how long its windows were; None leaves what is there.
-
-    Args:
-        model: a rewritten model.
-        calibration: tokens of the longest windows that its closed form was fitted on.
-        training: of those that it was trained on.
-    """
+    """Keep in a result's configuration how long its longest windows were; None leaves what is there."""
     record: dict[str, Any] = model.config.attnedit
     for key, length in ((CALIBRATION, calibration), (TRAINING, training)):
         if length is not None:
@@ -25,15 +19,7 @@ def record_lengths(model: PreTrainedModel, *, calibration: int | None = None, tr
 
 
 def beyond(config: PreTrainedConfig, length: int) -> str | None:
-    """What to say of a text longer than a result was made on; None for a shorter one, and for other models.
-
-    Args:
-        config: of any model.
-        length: tokens of the text.
-
-    Returns:
-        One line.
-    """
+    """One line on a text of more tokens than a result was made on; None for fewer, and for other models."""
     record = getattr(config, "attnedit", None) or {}
     calibrated, trained = record.get(CALIBRATION), record.get(TRAINING)
     known = max(calibrated or 0, trained or 0)

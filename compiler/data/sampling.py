@@ -112,22 +112,11 @@ def own_windows(
     text: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """`sample_windows` for training: at most `MOST_TOKENS`, kept on disk by model, seed and text for the next time.
+    """`sample_windows` for training: at most `MOST_TOKENS` [N, L], kept on disk by model, seed and text.
 
     Samples of `SAMPLE_LENGTH` or less are packed into longer windows. They are varied by what they begin with: in turn
-    the first token alone, that and a random token (LLM-QAT, arXiv 2305.17888), and twice `PROMPT` tokens of the text.
-
-    Args:
-        model: see `sample_windows`.
-        tokenizer: the same.
-        count: windows asked for.
-        length: L tokens each.
-        seed: same seed, same samples.
-        text: token ids [N, L] that samples go on from; None for none.
-        progress: told after every token.
-
-    Returns:
-        int64 [N, L] on the CPU, N at most `count`.
+    the first token alone, that and a random token (LLM-QAT, arXiv 2305.17888), and twice `PROMPT` tokens of the text
+    (ids [N, L]).
     """
     count = max(1, min(count, MOST_TOKENS // length))
     whose = _fingerprint(model) + ("" if text is None else hashlib.sha256(text.numpy().tobytes()).hexdigest())

@@ -150,14 +150,7 @@ def shares_of(mixture: Mapping[str, float]) -> dict[str, float]:
 
 
 def text_tokens(path: str | PathLike[str], tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
-    """Tokenise a whole text in order, without special tokens, for evaluation.
-
-    Args:
-        path: a path or a dataset, as in `token_windows`.
-        tokenizer: None is refused with a message.
-
-    Returns:
-        int64 [number of tokens].
+    """Tokenise a whole text, of a path or a dataset, in order without special tokens: int64 [tokens].
 
     Raises:
         UsageError: missing, unreadable or empty text, or no tokenizer.

@@ -111,13 +111,7 @@ def text_windows(model: PreTrainedModel, tokens: Tensor, *, seq_len: int, window
 
 
 def window_losses(model: PreTrainedModel, rows: Tensor, *, batch: int = 1, progress: Progress | None = None) -> Tensor:
-    """Negative log-likelihoods in nats of tokens 2 to T of windows, float32 [N, T - 1] on the CPU.
-
-    Args:
-        model: causal language model.
-        rows: token ids [N, T], of `text_windows`.
-        batch: windows per forward pass.
-        progress: told after every forward pass.
+    """Negative log-likelihoods in nats of tokens 2 to T of windows [N, T], float32 [N, T - 1] on the CPU.
 
     Raises:
         UsageError: batch is less than 1, or the model has no language-model head.

@@ -16,7 +16,7 @@ Interval: TypeAlias = tuple[float, float] | None
 """Lower and upper end; None where there is only one item."""
 
 
-def interval_of_mean(values: Tensor, seed: int = 0) -> Interval:
+def interval_of_mean(values: Tensor) -> Interval:
     """95 % percentile bootstrap interval of the mean of independent items [N], N windows or prompts.
 
     For a paired comparison give the differences. Where all items are equal the interval has no width: N of them
@@ -26,7 +26,7 @@ def interval_of_mean(values: Tensor, seed: int = 0) -> Interval:
     (0.4, 0.6)
     >>> interval_of_mean(torch.tensor([2.0]))
     """
-    return None if len(values) < 2 else percentiles(resampled_means(values, seed))
+    return None if len(values) < 2 else percentiles(resampled_means(values))
 
 
 def resampled_means(values: Tensor, seed: int = 0) -> Tensor:
@@ -61,9 +61,9 @@ def interval_of_share(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def interval_of_exponential(values: Tensor, seed: int = 0) -> Interval:
+def interval_of_exponential(values: Tensor) -> Interval:
     """The same for exp of the mean: a perplexity of losses [N], or a ratio of two of their paired differences."""
-    found = interval_of_mean(values, seed)
+    found = interval_of_mean(values)
     return found and (exponential(found[0]), exponential(found[1]))
 
 

@@ -60,12 +60,7 @@ def head(model: PreTrainedModel, output: Any, hidden: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Negative log-likelihoods [B, T - 1] in nats of tokens 2 to T of each row, in float32 on the model's device.
-
-    Args:
-        model: causal language model.
-        ids: token ids [B, T], no padding, on the model's device.
-    """
+    """Negative log-likelihoods [B, T - 1] in nats of tokens 2 to T of rows of ids [B, T]; float32, on the device."""
     everywhere = torch.ones_like(ids[:, 1:], dtype=torch.bool)
     parts = [
         functional.cross_entropy(logits, goals, reduction="none")

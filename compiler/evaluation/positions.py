@@ -88,14 +88,7 @@ def perplexity_by_position(
 def loss_curve(
     source: PreTrainedModel, result: PreTrainedModel, rows: Tensor, data: str, progress: Progress | None = None
 ) -> LossCurve:
-    """Loss of source and result over the positions of the same windows, in ranges whose ends double.
-
-    Args:
-        source: causal language model.
-        result: what became of it.
-        rows: token ids [N, T].
-        data: what the windows are, see `LossCurve`.
-        progress: told after every forward pass.
+    """Loss of source and result over the positions of the same windows [N, T], in ranges whose ends double.
 
     Raises:
         AttneditError: the loss of one of the models is not finite.
@@ -112,12 +105,7 @@ def loss_curve(
 
 
 def losses_by_position(losses: Tensor, against: Tensor | None = None) -> list[RangePerplexity]:
-    """Sum up by position what `attnedit.compiler.evaluation.evaluate.window_losses` returned.
-
-    Args:
-        losses: of tokens 2 to T of each window, [N, T - 1].
-        against: those of another model on the same windows, to compare with.
-    """
+    """Sum up by position what `window_losses` returned [N, T - 1], beside another model's if there are any."""
     length = losses.shape[1] + 1
     ends = [0, FIRST_RANGE]
     while ends[-1] < length:
@@ -128,14 +116,14 @@ def losses_by_position(losses: Tensor, against: Tensor | None = None) -> list[Ra
         mine = _window_means(losses, start, end)
         perplexity = exponential(float(mine.mean()))
         row = RangePerplexity(start, end, perplexity, interval_of_exponential(mine), len(mine) * (end - max(1, start)))
-        found.append(row if against is None else _compared(row, mine - _window_means(against, start, end)))
+        if against is not None:
+            rise = mine - _window_means(against, start, end)
+            ratio = exponential(float(rise.mean()))
+            row = replace(row, ratio=ratio, ratio_interval=interval_of_exponential(rise))
+        found.append(row)
     return found
 
 
 def _window_means(losses: Tensor, start: int, end: int) -> Tensor:
     """Mean loss [N] of the tokens at positions start to end of each window; losses begin at position 1."""
     return losses[:, max(0, start - 1) : end - 1].to(torch.float64).mean(1)
-
-
-def _compared(row: RangePerplexity, rise: Tensor) -> RangePerplexity:
-    return replace(row, ratio=exponential(float(rise.mean())), ratio_interval=interval_of_exponential(rise))

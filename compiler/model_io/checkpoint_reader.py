@@ -6,7 +6,6 @@ conversions are applied to the tensors of each part as they would be to all of t
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +29,7 @@ from attnedit.compiler.compatibility.transformers_names import (
     rename_source_key,
 )
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.source_checks import check_weights
+from attnedit.compiler.model_io.source_checks import check_weights, read_index
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -226,27 +225,13 @@ def weight_files(directory: Path, name: str) -> dict[str, Path]:
     Raises:
         UsageError: there are none, or they are not what the index says. An index cannot name a file elsewhere.
     """
-    if (directory / INDEX_FILE).is_file():
-        return _indexed_files(directory, name)
-    if not (directory / WEIGHTS_FILE).is_file():
+    if not (directory / INDEX_FILE).is_file():
+        if (directory / WEIGHTS_FILE).is_file():
+            return dict.fromkeys(_tensors_in(directory / WEIGHTS_FILE, name), directory / WEIGHTS_FILE)
         raise UsageError(f"{name} holds no {WEIGHTS_FILE} or {INDEX_FILE}; only safetensors can be read layer by layer")
-    return dict.fromkeys(_tensors_in(directory / WEIGHTS_FILE, name), directory / WEIGHTS_FILE)
-
-
-def _indexed_files(directory: Path, name: str) -> dict[str, Path]:
-    index = f"{name}/{INDEX_FILE}"
-    try:
-        listed = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{index} cannot be read ({type(error).__name__}); get an intact checkpoint") from error
-    if not isinstance(listed, dict) or not listed:
-        raise UsageError(f"{index} lists no tensors; get an intact checkpoint")
-    held: dict[str, set[str]] = {}
+    listed = read_index(directory / INDEX_FILE, name, ".safetensors")
+    held = {shard: _tensors_in(directory / shard, name) for shard in set(listed.values())}
     for tensor, shard in listed.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise UsageError(f"{index} names the file {shard!r}, which is none of its directory; do not use it")
-        if shard not in held:
-            held[shard] = _tensors_in(directory / shard, name)
         if tensor not in held[shard]:
             raise UsageError(f"{name}/{shard} lacks {tensor}, which its index says it has; get an intact checkpoint")
     return {tensor: directory / shard for tensor, shard in listed.items()}

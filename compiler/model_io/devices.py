@@ -60,11 +60,6 @@ def device_failures(work: str, out_of_memory: str, broken: str = "try again") ->
     Traceback (most recent call last):
     attnedit.compiler.errors.AttneditError: training: out of memory; use smaller batches
 
-    Args:
-        work: what was being done.
-        out_of_memory: what to do where there was not enough.
-        broken: what to do where a kernel failed.
-
     Raises:
         AttneditError: in place of errors of these two kinds; others pass.
     """

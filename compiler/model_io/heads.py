@@ -113,12 +113,7 @@ def outputs_of(model: nn.Module, ids: Tensor, **arguments: Any) -> Tensor:
 
 
 def need_language_head(model: nn.Module, what: str, instead: str) -> None:
-    """Refuse a model without a language head.
-
-    Args:
-        model: of transformers.
-        what: needs logits.
-        instead: what to do.
+    """Refuse a model without a language head, saying what needs logits and what to do instead.
 
     Raises:
         UsageError: it has none.
@@ -139,12 +134,7 @@ def need_language_config(config: PreTrainedConfig, name: str, what: str) -> None
 
 
 def check_text_alone(config: PreTrainedConfig, name: str, where: str) -> None:
-    """Refuse a model that is more than a language model where only those have a place.
-
-    Args:
-        config: of the model.
-        name: what messages call it.
-        where: such as "a GGUF".
+    """Refuse a model that is more than a language model where only those have a place, such as "a GGUF".
 
     Raises:
         UsageError: it takes images or the like.
@@ -154,6 +144,17 @@ def check_text_alone(config: PreTrainedConfig, name: str, where: str) -> None:
             f"{name} is more than a language model, and {where} holds one alone; serve the result with transformers, "
             "or export its text tower to onnx"
         )
+
+
+def check_exportable(model: PreTrainedModel, runtime: str, alone: str | None = None) -> None:
+    """Refuse a model that cannot be exported, such as one that is more than a language model if `alone` holds no more.
+
+    Raises:
+        UsageError: it has no language head, or takes images or the like.
+    """
+    need_language_head(model, f"export to {runtime}", "compile and export the language model that it came from")
+    if alone is not None:
+        check_text_alone(model.config, type(model).__name__, alone)
 
 
 def _no_language_head(what: str, name: str, instead: str) -> UsageError:

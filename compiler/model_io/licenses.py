@@ -16,10 +16,7 @@ SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12
 
 
 def source_license(model: str) -> str | None:
-    """Find out the licence of a source.
-
-    Args:
-        model: hub name, directory, ``.gguf`` file, or ``smollm2``.
+    """Find out the licence of a source: a hub name, a directory, a ``.gguf`` file, or ``smollm2``.
 
     Returns:
         As the Hub names licences; None where the card or the header says nothing, or cannot be had.

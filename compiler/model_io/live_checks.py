@@ -26,10 +26,6 @@ _QUANTISED = {
 def check_live(model: PreTrainedModel, name: str) -> None:
     """Refuse a live model that could not be rewritten, saved or measured, before any work is done.
 
-    Args:
-        model: of transformers; looked at only.
-        name: what messages call it.
-
     Raises:
         UsageError: it is compiled, has adapters that are not merged, is quantised, has weights that are not in memory,
             has a head that is not known, is to give out attention weights, or makes masks that are no tensors.
@@ -109,15 +105,11 @@ def _check_plain(module: nn.Module, where: str) -> None:
     things: list[tuple[str, Any]] = [("", module), *module.named_parameters(recurse=False)]
     for key, thing in things:
         for tensor in (thing, getattr(thing, "data", thing)):
-            kind = type(tensor).__module__
-            found = next((what for package, what in _QUANTISED.items() if _within(kind, package)), None)
+            kind = f"{type(tensor).__module__}."
+            found = next((what for package, what in _QUANTISED.items() if kind.startswith(f"{package}.")), None)
             if found is not None:
                 place = f"{where}.{key}" if key else where
                 raise UsageError(f"{place} is quantised by {found}; give the model before that, or dequantise it first")
     for key, value in module.named_parameters(recurse=False):
         if not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool:
             raise UsageError(f"{where}.{key} is of {value.dtype}, a quantised weight; give the unquantised model")
-
-
-def _within(module: str, package: str) -> bool:
-    return module == package or module.startswith(f"{package}.")

@@ -9,6 +9,8 @@ import logging
 import pickle
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +132,7 @@ def load_source(
     elif quantised:
         _ask_for_dequantized(config)
     try:
-        with _Quiet("transformers"):  # its load report repeats what is checked just below
+        with _quiet_transformers():  # its load report repeats what is checked just below
             loaded, info = auto_class(config).from_pretrained(
                 location.path,
                 dtype=torch_dtype,
@@ -157,7 +159,7 @@ def load_source(
         )
     loaded.eval()
     loaded.config.name_or_path = location.name  # reports show it; a GGUF brings a name of its own
-    _forget_quantization(loaded)
+    forget_quantization(loaded)
     if quantised and isinstance(torch_dtype, torch.dtype):
         _bring_to(loaded, torch_dtype)
     check_weights(loaded, location.name)
@@ -279,14 +281,6 @@ def _unpack(model: PreTrainedModel) -> None:
         model.dequantize()
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """Remove the marks that make ``save_pretrained``, ``to`` and PEFT treat plain weights as quantised."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    forget_quantised_storage(model)
-
-
 def _bring_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Bring all weights to the dtype asked for: of a quantised checkpoint, only what was quantised comes in it."""
     kept = re.compile("|".join(dtype_plan(model, dtype)) or r"(?!)")
@@ -295,8 +289,14 @@ def _bring_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def forget_quantised_storage(model: PreTrainedModel) -> None:
-    """Remove conversions that a quantiser left on a model of plain weights: saving would quantise anew, or fail."""
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Remove the marks that make ``save_pretrained``, ``to`` and PEFT treat plain weights as quantised.
+
+    Conversions that a quantiser left are among them: saving would quantise anew, or fail.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
     steps = [step for conversion in conversions_of(model) for step in getattr(conversion, "operations", None) or ()]
     if any(type(step).__module__ != CONVERSIONS_MODULE for step in steps):
         set_conversions(model, None)  # saving then takes those of the class
@@ -331,16 +331,13 @@ def _is_damaged(file: Path) -> bool:
     return False
 
 
-class _Quiet:
-    """Lets through only errors of one library logger."""
-
-    def __init__(self, name: str) -> None:
-        self._logger = logging.getLogger(name)
-        self._level = self._logger.level
-
-    def __enter__(self) -> None:
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Let through only errors of transformers' log."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -43,11 +43,7 @@ def holds_processor(directory: Path) -> bool:
 
 
 def read_processor(processor: Processor | None, why: str) -> ProcessorMixin:
-    """A processor that is ready to use.
-
-    Args:
-        processor: as given; None is refused.
-        why: what needs it, for messages.
+    """A processor that is ready to use; `why` it is needed, for messages.
 
     Raises:
         UsageError: there is none, or it cannot be read.

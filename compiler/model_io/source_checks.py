@@ -134,7 +134,7 @@ def check_weight_files(path: Path, name: str, *, allow_pickle: bool = False) -> 
         )
     index = path / "model.safetensors.index.json"
     if index.exists() and not (path / "model.safetensors").exists():
-        _check_index(index, name, ".safetensors")
+        read_index(index, name, ".safetensors")
     if next(path.glob("*.safetensors"), None):
         return
     pickled = next(path.glob("*.bin"), None)
@@ -150,16 +150,21 @@ def check_weight_files(path: Path, name: str, *, allow_pickle: bool = False) -> 
         )
     index = path / "pytorch_model.bin.index.json"
     if index.exists():
-        _check_index(index, name, ".bin")
+        read_index(index, name, ".bin")
 
 
-def _check_index(index: Path, name: str, suffix: str) -> None:
-    """Refuse an index of shards that names anything but plain files beside it."""
+def read_index(index: Path, name: str, suffix: str) -> dict[str, str]:
+    """Read which shard holds each tensor.
+
+    Raises:
+        UsageError: it cannot be read, or names anything but plain files that are beside it.
+    """
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        shards = sorted(set(listed.values()))
         plain = [shard for shard in shards if PurePath(shard).name == shard and "\\" not in shard]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{index.name} of {name} is damaged; fetch it again") from error
+        raise UsageError(f"{index.name} of {name} cannot be read, it is damaged; fetch it again") from error
     for shard in shards:
         if shard not in plain or not shard.endswith(suffix):
             raise UsageError(
@@ -168,6 +173,7 @@ def _check_index(index: Path, name: str, suffix: str) -> None:
             )
         if not (index.parent / shard).is_file():
             raise UsageError(f"{index.name} of {name} names {shard}, which is not there; fetch it again")
+    return listed
 
 
 def check_weights(model: PreTrainedModel, name: str) -> None:

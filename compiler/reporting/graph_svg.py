@@ -93,13 +93,7 @@ def graph_svg(graph: fx.Graph, title: str) -> str:
 
 
 def sketch_svg(drawn: GraphSketch, title: str, new: Collection[str] = ()) -> str:
-    """Draw a sketch as SVG.
-
-    Args:
-        drawn: what to draw.
-        title: above the drawing.
-        new: names of nodes in another colour.
-    """
+    """Draw a sketch as SVG, nodes of `new` names in another colour."""
     nodes = {node.name: node for node in drawn.nodes}
     rows, paths = _rows(drawn)
     sizes = {place: _width(nodes[place]) if isinstance(place, str) else 2.0 for row in rows for place in row}
@@ -134,7 +128,7 @@ def sketch_svg(drawn: GraphSketch, title: str, new: Collection[str] = ()) -> str
 def _label(node: fx.Node) -> str:
     if node.op == "call_module":
         owner = node.graph.owning_module
-        found = owner.get_submodule(str(node.target)) if owner is not None and _has(owner, str(node.target)) else None
+        found = dict(owner.named_modules()).get(str(node.target)) if owner is not None else None
         return f"{node.target}" + (f" ({type(found).__name__})" if found is not None else "")
     if node.op == "call_function":
         target = str(node.target)
@@ -144,10 +138,6 @@ def _label(node: fx.Node) -> str:
     if node.op == "call_method":
         return f".{node.target}"
     return str(node.target)
-
-
-def _has(module: Any, name: str) -> bool:
-    return any(name == found for found, _ in module.named_modules())
 
 
 def _symbols(nodes: list[fx.Node]) -> dict[str, str]:

@@ -10,7 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from attnedit.compiler.reporting.graph_svg import GraphSketch
 
 
-class LayerReport(BaseModel):
+class Record(BaseModel):
+    """A part of a report, which stays as it is."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class LayerReport(Record):
     """One attention site, before and after.
 
     Attributes:
@@ -30,8 +36,6 @@ class LayerReport(BaseModel):
         output_error: relative squared error of the attention output on calibration data; None if not measured.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     layer: int
     name: str
     kind: str
@@ -46,7 +50,7 @@ class LayerReport(BaseModel):
     output_error: float | None = None
 
 
-class Verification(BaseModel):
+class Verification(Record):
     """One promise of a rewrite, held on real numbers.
 
     Attributes:
@@ -55,8 +59,6 @@ class Verification(BaseModel):
         error: largest deviation as a fraction of the largest value; None for ``"learned"``.
         tolerance: what was allowed.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     what: str
     contract: str
@@ -90,7 +92,7 @@ class KVUsage:
         return sum(self.per_layer) / len(self.per_layer)
 
 
-class RuleReport(BaseModel):
+class RuleReport(Record):
     """What one rewrite, or one pass of our own, did.
 
     Attributes:
@@ -103,8 +105,6 @@ class RuleReport(BaseModel):
         nearest_miss: where nothing matched: the place that came closest, and what differs there.
         seconds: spent on matching, rewriting, fitting and verifying.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     place: str = ""
@@ -132,7 +132,7 @@ class PipelineStage(BaseModel):
     checked: list[str] = Field(default_factory=list)
 
 
-class StageReport(BaseModel):
+class StageReport(Record):
     """One stage of training.
 
     Attributes:
@@ -152,8 +152,6 @@ class StageReport(BaseModel):
         backed_off: times that a layer's held-out loss had grown, so that it went back to its best with a lower rate.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     name: str
     steps: int
     tokens: int
@@ -167,7 +165,7 @@ class StageReport(BaseModel):
     backed_off: int = 0
 
 
-class LossCurve(BaseModel):
+class LossCurve(Record):
     """Mean loss of tokens by their position in long windows, of source and result.
 
     Attributes:
@@ -178,8 +176,6 @@ class LossCurve(BaseModel):
         result: of the result.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     data: str
     windows: int
     ends: list[int]
@@ -187,7 +183,7 @@ class LossCurve(BaseModel):
     result: list[float]
 
 
-class KVCurve(BaseModel):
+class KVCurve(Record):
     """Memory of the cache of one sequence, by the cost model.
 
     Attributes:
@@ -196,14 +192,12 @@ class KVCurve(BaseModel):
         after: of the result's.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     lengths: list[int]
     before: list[float]
     after: list[float]
 
 
-class SiteGraphs(BaseModel):
+class SiteGraphs(Record):
     """The graph of an attention module before and after, of all layers that are alike.
 
     Attributes:
@@ -211,8 +205,6 @@ class SiteGraphs(BaseModel):
         layers: those that have these graphs, but for their sizes.
         before, after: of the first of them.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     kind: str
     layers: list[int]

@@ -47,15 +47,8 @@ class Tile(NamedTuple):
     more: str
 
 
-def report_html(report: Report, recipe: str = "") -> str:
-    """Write a report as HTML.
-
-    Args:
-        report: of a compilation.
-        recipe: text to show at the end; the report's own as JSON unless given.
-    """
-    if not recipe and report.recipe:
-        recipe = json.dumps(report.recipe, indent=2)
+def report_html(report: Report) -> str:
+    """Write a report as HTML."""
     cells = report.columns()
     return _template().render(
         title=f"{report.source} to {report.target}",
@@ -72,7 +65,7 @@ def report_html(report: Report, recipe: str = "") -> str:
         ],
         graphs=_graphs(report),
         checks=_checks(report),
-        recipe=recipe,
+        recipe=json.dumps(report.recipe, indent=2) if report.recipe else "",
     )
 
 
@@ -146,7 +139,7 @@ def _memory(report: Report) -> Markup | None:
         return None
     top = max(max(curve.before), 1)
     unit = min(len(SIZES) - 1, (int(top).bit_length() - 1) // 10)
-    figure, axes = _figure(9.0, 3.2)
+    figure, axes = _figure(3.2)
     for name, values, colour in (("source", curve.before, SOURCE), ("result", curve.after, RESULT)):
         scaled = [value / 1024**unit for value in values]
         axes.plot(curve.lengths, scaled, color=colour, linewidth=2.2)
@@ -165,7 +158,7 @@ def _losses(report: Report) -> Markup | None:
     curve = report.loss_curve
     if curve is None:
         return None
-    figure, axes = _figure(9.0, 3.2)
+    figure, axes = _figure(3.2)
     for name, values, colour in (("source", curve.source, SOURCE), ("result", curve.result, RESULT)):
         axes.plot(
             curve.ends, values, "o-", color=colour, linewidth=2.2, markersize=4, label=f"{name}, {values[-1]:.3f}"
@@ -191,7 +184,7 @@ def _layers(report: Report) -> Markup:
         ("loss of this layer alone", [row.loss_increase for row in rows]),
     ]
     panels = [(name, values) for name, values in panels if any(value is not None for value in values)]
-    figure, first = _figure(9.0, 2.4 + 1.5 * len(panels), 1 + len(panels))
+    figure, first = _figure(2.4 + 1.5 * len(panels), 1 + len(panels))
     axes = [first] if not panels else list(first)
     _values(axes[0], report, layers)
     for panel, (name, values) in zip(axes[1:], panels, strict=True):
@@ -229,13 +222,13 @@ def _values(axes: Any, report: Report, layers: list[int]) -> None:
     axes.legend(ncols=4, frameon=False, loc="lower right", bbox_to_anchor=(1, 1.0), borderaxespad=0.2)
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
+def _figure(height: float, panels: int = 1) -> tuple[Figure, Any]:
     # A figure of its own: pyplot keeps state, and its backend is not ours to choose.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(9.0, height))
         return figure, figure.subplots(panels, sharex=True, gridspec_kw={"hspace": 0.18})
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from cells import DOCS, data, measured, table, with_interval
 from result_tables import RESULT_TABLES, ratios_of, runs
-from speed_tables import GPU_TABLES
+from speed_tables import SPEED_TABLES
 
-PAGES = ("results.md", "decide.md", "compare.md", "tutorials/train-on-a-gpu.md")
+PAGES = ("results.md", "decide.md", "compare.md", "tutorials/train-on-a-gpu.md", "engines/llama.cpp.md")
 PAGES += tuple(f"results/{name}.md" for name in ("quality", "retrieval", "short", "speed", "cost"))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -152,7 +152,7 @@ def choices() -> str:
 
 
 MADE = [quality, found, qwen, qwen_found, ruler_qwen, tasks, short_windows, short_trained, recall_of_windows]
-MADE += [*RESULT_TABLES, *GPU_TABLES, on_cpu, cost, training_speed, recipes, choices]
+MADE += [*RESULT_TABLES, *SPEED_TABLES, on_cpu, cost, training_speed, recipes, choices]
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in MADE}
 
 

@@ -1,10 +1,10 @@
-"""Tables of speed on a GPU, made of the raw results of ``benchmarks/gpu_decode.py`` and ``gpu_prefill.py``."""
+"""Tables of speed, made of the raw results of ``benchmarks/gpu_*.py`` and ``llamacpp_decode.py``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from statistics import linear_regression
+from statistics import linear_regression, median
 from typing import Any
 
 from cells import data, table
@@ -144,8 +144,28 @@ def growth() -> str:
     return table(head, rows)
 
 
+def llama_cpp() -> str:
+    """llama.cpp on a CPU: the source's milliseconds a token, and the others' ratios to it, lowest and highest too."""
+    files = data("llamacpp-decode")["files"]
+    source = files["source"]
+    rows = []
+    for kind in ("decode", "prompt"):
+        for name, rounds in files.items():
+            # Rounds took turns, so each is held against the source's own round.
+            ratios = {
+                length: sorted(mine[kind] / its[kind] for mine, its in zip(rounds[length], source[length], strict=True))
+                for length in source
+            }
+            times = [f"{median(one[kind] for one in source[length]):.1f}" for length in source]
+            others = [f"{median(each):.2f} ({each[0]:.2f}–{each[-1]:.2f})" for each in ratios.values()]
+            rows.append([f"{kind}: {name}, ms" if name == "source" else f"{kind}: {name}"])
+            rows[-1] += times if name == "source" else others
+    return table(["", *(f"{int(length):,} tokens" for length in source)], rows)
+
+
 def _us(time: float | None) -> str | None:
     return None if time is None else f"{time:,.0f}" if time >= 100 else f"{time:.1f}"
 
 
-GPU_TABLES: list[Callable[[], str]] = [kernels, one_layer, throughput, small_batches, first_token, growth]
+SPEED_TABLES: list[Callable[[], str]] = [kernels, one_layer, throughput, small_batches, first_token, growth]
+SPEED_TABLES += [llama_cpp]

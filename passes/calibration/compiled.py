@@ -36,12 +36,7 @@ def pieces(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 @contextmanager
 def compiled(modules: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
-    """Let `torch.compile` run the forward passes of modules while inside; nothing else of them changes.
-
-    Args:
-        modules: such as decoder layers, or parts of them where hooks lie between the parts.
-        wanted: do nothing if not.
-    """
+    """Let `torch.compile` run the forward passes of modules while inside, if wanted; nothing else of them changes."""
     if not wanted:
         yield
         return

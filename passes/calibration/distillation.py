@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from attnedit.compiler.evaluation.logits import body, head
+from attnedit.passes.calibration.fitting import first_output, hooked
 from attnedit.passes.calibration.optimiser import suggested_rate
 
 POSITIONS = 2048
@@ -107,13 +108,8 @@ def _run(model: PreTrainedModel, ids: Tensor, layers: Sequence[str]) -> tuple[An
     """Output of the model without its head, and hidden states after some layers."""
     features: list[Tensor] = []
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        features.append(output[0] if isinstance(output, tuple) else output)
+    def keep(*call: Any) -> None:
+        features.append(first_output(call[-1]))
 
-    handles = [model.get_submodule(name).register_forward_hook(keep) for name in layers]
-    try:
-        output = body(model)(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return output, features
+    with hooked(model, dict.fromkeys(layers, keep)):
+        return body(model)(input_ids=ids, use_cache=False), features

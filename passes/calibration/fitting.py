@@ -9,7 +9,6 @@ Letters in shapes: B windows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,9 +68,9 @@ class LayerFit:
 
         def learn(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                wanted = _first(output).detach().float()
+                wanted = first_output(output).detach().float()
                 with torch.set_grad_enabled(scale is not None):
-                    new = _first(self._students[name](*args, **kwargs)).float()
+                    new = first_output(self._students[name](*args, **kwargs)).float()
                     wrong, power = (x.square().sum(-1) for x in (new - wanted, wanted))
                     of_all, of_first = (
                         wrong[:, :end].sum(1) / power[:, :end].sum(1).clamp(min=1e-20) for end in (None, 1)
@@ -89,20 +88,14 @@ class LayerFit:
             if self._hidden is not None and rows is not None:
                 first = self._first
                 walk.skip_to(first, self._hidden.read(rows))
-            with _hooked(self._teacher, {name: learn(name) for name in self._students}):
+            with hooked(self._teacher, {name: learn(name) for name in self._students}):
                 for _ in range(first, self._last + 1):
                     walk.advance()
         return found
 
 
 class HiddenStates:
-    """Hidden states of all training windows before one layer [N, T, D], in a file.
-
-    Args:
-        path: of the file.
-        shape: N, T, D.
-        like: a tensor with dtype and device.
-    """
+    """Hidden states of all training windows before one layer [N, T, D], in a file; dtype and device as of `like`."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], like: Tensor) -> None:
         size = shape[0] * shape[1] * shape[2]
@@ -184,17 +177,8 @@ def hidden_before(
 
 
 @contextmanager
-def scratch_directory(directory: Path | None, needed: bool) -> Iterator[Path | None]:
-    """A directory for hidden states that is gone afterwards."""
-    if not needed:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="hidden-", dir=directory) as path:
-        yield Path(path)
-
-
-@contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
+def hooked(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
+    """Call hooks after the forward of the modules of their names, with positional and keyword arguments and output."""
     handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     try:
         yield
@@ -203,6 +187,7 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Itera
             handle.remove()
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """What a module returns first, or alone."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found

@@ -31,10 +31,8 @@ class Journal:
     """Checkpoints and log of one run.
 
     A checkpoint holds the last state of every stage that is over, and the state of the one at work; it is written
-    beside the old one and then takes its name, so that a run killed at any point leaves a whole one.
-
-    Args:
-        directory: made if it is not there; None keeps nothing.
+    beside the old one and then takes its name, so that a run killed at any point leaves a whole one. Without a
+    directory nothing is kept.
     """
 
     def __init__(self, directory: Path | None) -> None:

@@ -162,12 +162,7 @@ def suggested_rate(loss: float, factor: float, highest: float) -> float:
     """Highest learning rate for a start with this loss: the better it is, the less may be moved.
 
     Moving weights by a fraction r of their size in every step costs about r^1.4 (docs/notebook/2026-11-cost.md), which
-    is to stay in proportion to the start's loss.
-
-    Args:
-        loss: of the start, before training.
-        factor: the rate for a loss of 1.
-        highest: not exceeded.
+    is to stay in proportion to the start's loss; `factor` is the rate for a loss of 1.
     """
     return min(highest, max(LOWEST_RATE, factor * float(max(0.0, loss) ** 0.6)))
 

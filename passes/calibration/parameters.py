@@ -14,10 +14,7 @@ from attnedit.passes.calibration.options import Train
 def trainable(student: nn.Module, sites: Iterable[str], train: Train) -> dict[str, nn.Parameter]:
     """Parameters that training changes, by name; tied ones once.
 
-    Args:
-        student: the rewritten model.
-        sites: names of its rewritten attention modules.
-        train: "attention", "norms" (and every module whose own weights are vectors only), or "all".
+    "attention" is all of the sites; "norms" also every module whose own weights are vectors only.
     """
     if train == "all":
         return dict(student.named_parameters())
@@ -32,13 +29,10 @@ def trainable(student: nn.Module, sites: Iterable[str], train: Train) -> dict[st
 
 
 def own_memory(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.dtype]:
-    """Give each parameter memory of its own, in float32, and require its gradient.
+    """Give each parameter memory of its own, in float32, and require its gradient; return the dtypes before.
 
     A copy that shares its weights with the source would write into the source otherwise, and updates smaller than
     half precision resolves would be lost.
-
-    Returns:
-        The dtype that each had.
     """
     before = {name: parameter.dtype for name, parameter in parameters.items()}
     for parameter in parameters.values():
@@ -78,11 +72,7 @@ def restore(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 
 
 def share(student: nn.Module, teacher: nn.Module) -> int:
-    """Let the student use the teacher's memory wherever its tensors of the same name are equal.
-
-    Returns:
-        Bytes that the student no longer holds.
-    """
+    """Let the student use the teacher's memory where tensors of a name are equal; return the bytes saved."""
     theirs = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
     saved = 0
     for name, tensor in [*student.named_parameters(), *student.named_buffers()]:

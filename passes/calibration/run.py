@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,6 @@ from attnedit.passes.calibration.fitting import (
     fitting_rate,
     groups,
     hidden_before,
-    scratch_directory,
 )
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.optimiser import matrices
@@ -109,8 +109,11 @@ def calibrate(
     with _only(student, learned), _only(teacher, {}):
         dtypes = own_memory(learned)
         processes().copy_from_main(parameter.data for parameter in learned.values())
+        placed: AbstractContextManager[Models] = nullcontext((student, teacher, dict(learned)))
+        if processes().sharded:
+            placed = spread(student, teacher, sites, learned, half=multiplies_half(teacher))
         try:
-            with _placed(student, teacher, sites, learned) as (new, old, weights):
+            with placed as (new, old, weights):
                 if options.fit_steps:
                     stages += _fit(new, old, sites, batches, options, journal, progress)
                     look(FIT, new)
@@ -135,18 +138,6 @@ def _check_shares(options: CalibrationOptions) -> None:
         )
 
 
-def _placed(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    sites: Sequence[AttentionSite],
-    learned: Mapping[str, nn.Parameter],
-) -> AbstractContextManager[Models]:
-    """The models that training runs on, and what it changes of them."""
-    if processes().sharded:
-        return spread(student, teacher, sites, learned, half=multiplies_half(teacher))
-    return nullcontext((student, teacher, dict(learned)))
-
-
 def _fit(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -169,11 +160,12 @@ def _fit(
     # Between the pieces the source's attention shows what goes in and comes out.
     parts_of = pieces(decoder_layers(teacher, list(sites))[0]) + [student.get_submodule(site.name) for site in sites]
     fast = compiled(parts_of, worthwhile(options.torch_compile, device, options.fit_steps))
-    with scratch_directory(journal.directory, len(parts) > 1) as scratch, fast:
+    own_directory = TemporaryDirectory(prefix="hidden-", dir=journal.directory) if len(parts) > 1 else nullcontext()
+    with own_directory as scratch, fast:
         hidden: HiddenStates | None = None
         for number, group in enumerate(parts, 1):
             if scratch is not None and number > 1:
-                hidden = hidden_before(teacher, sites, group[0], batches.windows, scratch, options)
+                hidden = hidden_before(teacher, sites, group[0], batches.windows, Path(scratch), options)
             students = {site.name: student.get_submodule(site.name) for site in group}
             layer_fit = LayerFit(teacher, students, group, hidden)
             held = LayerFit(teacher, students, group)

@@ -84,12 +84,6 @@ def run_stage(
 ) -> StageState:
     """Train until the last step or until held-out windows stop getting better; the best state of each part stays.
 
-    Args:
-        stage: what and on what.
-        options: see `CalibrationOptions`.
-        journal: where checkpoints and log go, and what an earlier run left.
-        progress: told of every step.
-
     Raises:
         DivergedError: losses stayed broken after going back to the best state.
     """

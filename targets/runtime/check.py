@@ -1,8 +1,8 @@
-"""The exported model against the live one: logits at several batch, sequence and past lengths."""
+"""A written model against the live one it came from: logits at several batch, sequence and past lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ from attnedit.targets.runtime.tracing import takes_positions
 
 Case = tuple[int, int, tuple[int, ...]]
 """Batch, left padding of the first row, and tokens of successive calls."""
+
+Measure = Callable[[Tensor, Tensor], float]
+"""Takes differences of logits and the logits themselves, of all real tokens [N, V]; returns `Check.deviation`."""
 
 PREFILL = 256
 """Tokens of a prompt that go in at once."""
@@ -50,8 +53,8 @@ class Check:
         batch: rows.
         padding: left padding of the first row.
         lengths: tokens of successive calls on one cache; the first has past 0.
-        deviation: largest difference of logits at real tokens, as a fraction of the largest logit; with integer
-            weights root mean squares in place of largest values.
+        deviation: largest difference of logits at real tokens, as a fraction of the largest logit; rounded weights
+            have a measure of their own.
     """
 
     batch: int
@@ -95,23 +98,64 @@ def _pieces(length: int) -> tuple[int, ...]:
     return (PREFILL,) * full + ((rest,) if rest else ())
 
 
-@torch.no_grad()
+class Live:
+    """A model of transformers on any device, as `Exported`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def decoding(self, batch: int, capacity: int) -> LiveDecoding:
+        """Begin with an empty cache, which grows."""
+        return LiveDecoding(self.model, batch)
+
+
+class LiveDecoding:
+    """A running text of a model of transformers."""
+
+    def __init__(self, model: PreTrainedModel, batch: int) -> None:
+        self._model: Any = model
+        self._cache = DynamicCache(config=model.config)
+        self._mask = torch.zeros((batch, 0), dtype=torch.int64, device=model.device)
+
+    @torch.no_grad()
+    def feed(self, input_ids: Any, attention_mask: Any) -> Any:
+        """See `Decoder`; logits are float32."""
+        ids, added = (torch.as_tensor(given).to(self._model.device) for given in (input_ids, attention_mask))
+        self._mask = mask = torch.cat((self._mask, added), dim=1)
+        arguments = with_cache(self._model, self._cache)
+        if takes_positions(self._model):
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self._model(ids, attention_mask=mask, **arguments).logits.float().cpu().numpy()
+
+
+def largest(differences: Tensor, logits: Tensor) -> float:
+    """The largest difference, as a fraction of the largest logit."""
+    return float(differences.abs().max()) / max(float(logits.abs().max()), 1e-9)  # NaN stays NaN
+
+
+def root_mean_square(differences: Tensor, logits: Tensor) -> float:
+    """Root mean squares in place of largest values: for weights that were rounded."""
+    return float(differences.square().mean().sqrt()) / max(float(logits.square().mean().sqrt()), 1e-9)
+
+
 def check_model(
     model: PreTrainedModel,
     exported: Exported,
     tolerance: float,
     plan: Iterable[Case] | None = None,
     *,
-    rounded: bool = False,
+    measure: Measure = largest,
+    advice: str = "nothing was written",
 ) -> list[Check]:
-    """Compare an exported model with the live one it came from.
+    """Compare a written model with the live one it came from.
 
     Args:
-        model: in the dtype that was exported.
+        model: in the dtype that was written.
         exported: the result, loaded.
         tolerance: bound on `Check.deviation`.
         plan: batch, padding and lengths of each comparison; `cases` unless told.
-        rounded: compare root mean squares.
+        measure: of the deviation.
+        advice: end of the message.
 
     Raises:
         VerificationError: the bound is exceeded; names the case.
@@ -119,32 +163,22 @@ def check_model(
     done = []
     for batch, padding, lengths in cases(windows(model)) if plan is None else plan:
         ids, mask = _tokens(model, batch, padding, sum(lengths))
-        cache: Any = DynamicCache(config=model.config)
-        state = exported.decoding(batch, sum(lengths) + 3)
-        differences, references, seen = [], [], 0
-        for length in lengths:
-            span = slice(seen, seen + length)
-            seen += length
-            expected = _eager(model, ids, mask, span, cache)
-            found = torch.from_numpy(state.feed(ids[:, span].numpy(), mask[:, span].numpy())).float()
-            expected = expected[:, -found.shape[1] :]
-            real = mask[:, span][:, -found.shape[1] :].bool()
-            differences.append((found - expected)[real].flatten())
-            references.append(expected[real].flatten())
-        sizes = [_size(torch.cat(parts), rounded) for parts in (differences, references)]
-        check = Check(batch, padding, lengths, sizes[0] / max(sizes[1], 1e-9))
+        texts = [one.decoding(batch, sum(lengths) + 3) for one in (Live(model), exported)]
+        differences, references = [], []
+        for part, added in zip(ids.split(lengths, dim=1), mask.split(lengths, dim=1), strict=True):
+            expected, found = (torch.from_numpy(text.feed(part.numpy(), added.numpy())).float() for text in texts)
+            expected, real = expected[:, -found.shape[1] :], added[:, -found.shape[1] :].bool()
+            differences.append((found - expected)[real])
+            references.append(expected[real])
+        check = Check(batch, padding, lengths, measure(torch.cat(differences), torch.cat(references)))
         if not check.deviation <= tolerance:
             raise VerificationError(
-                f"the exported model computes something else than {type(model).__name__}: with {batch} rows, "
+                f"what was exported computes something else than {type(model).__name__}: with {batch} rows, "
                 f"{padding} tokens of padding and calls of {', '.join(map(str, lengths))} tokens its logits deviate "
-                f"by {check.deviation:.1e} of the largest ({tolerance:.0e} is tolerated); nothing was written"
+                f"by {check.deviation:.1e} of the largest ({tolerance:.0e} is tolerated); {advice}"
             )
         done.append(check)
     return done
-
-
-def _size(values: Tensor, rounded: bool) -> float:
-    return float(values.square().mean().sqrt() if rounded else values.abs().max())  # NaN stays NaN
 
 
 def _tokens(model: PreTrainedModel, batch: int, padding: int, length: int) -> tuple[Tensor, Tensor]:
@@ -153,11 +187,3 @@ def _tokens(model: PreTrainedModel, batch: int, padding: int, length: int) -> tu
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     return ids, mask
-
-
-def _eager(model: PreTrainedModel, ids: Tensor, mask: Tensor, span: slice, cache: Any) -> Tensor:
-    call: Any = model
-    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, span]} if takes_positions(model) else {}
-    out = call(ids[:, span], attention_mask=mask[:, : span.stop], **with_cache(model, cache), **positions)
-    logits: Tensor = out.logits.float()
-    return logits

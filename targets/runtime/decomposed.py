@@ -38,10 +38,7 @@ def lowering_of(module: AttentionModule, runtime: str) -> Any:
 def lower_attention(model: nn.Module, runtime: str, made: Callable[[Any, AttentionModule], nn.Module | None]) -> None:
     """Replace every rewritten attention in a model by the form that is exported, in place.
 
-    Args:
-        model: the copy that is traced.
-        runtime: as kinds name their lowerings.
-        made: makes the new module of the kind's lowering (None where it has none) and the module; None to leave it.
+    `made` gets the kind's lowering to the runtime, or None, and the module; what it makes takes the module's place.
 
     Raises:
         UsageError: a kind cannot be lowered.
@@ -85,7 +82,7 @@ def attend(
     softcap: float | None = None,
     virtual: Virtual = (),
 ) -> Tensor:
-    """Attend, heads of a group side by side.
+    """Attend, heads of a group side by side; returns [B, H, T, dv].
 
     Args:
         query: [B, H, T, d], scaled.
@@ -94,9 +91,6 @@ def attend(
         bias: float32 to add to the logits, [B, 1, T, S].
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         virtual: further keys.
-
-    Returns:
-        [B, H, T, dv].
     """
     batch, heads, length, size = query.shape
     groups = key.shape[1]

@@ -74,11 +74,7 @@ _TRIED = {
 
 
 def tried(form: str) -> str:
-    """Return what a model card says of engines.
-
-    Args:
-        form: a profile, "gguf", or "saved" for attnedit's own.
-    """
+    """Return what a model card says of engines and a form: a profile, "gguf", or "saved" for attnedit's own."""
     return f"Engines that were tried with this form: {_TRIED[form]}"
 
 
@@ -92,15 +88,6 @@ def check_engine(
     sinks: str | None,
 ) -> str | None:
     """Hold the arguments of a compilation against an engine.
-
-    Args:
-        engine: its name, or None.
-        target: what the user asked for.
-        kinds: of attention that it makes.
-        profile: asked for, or None.
-        kernel_dims: as the option.
-        gate: as the option.
-        sinks: as the option.
 
     Returns:
         The profile that the engine asks for; `profile` where it asks for none.
@@ -146,10 +133,7 @@ def _named(profile: str | None) -> str:
 def stock_rank(engine: str | None, source_values: int, budget: float) -> int | None:
     """Return the latent's size for an engine with sizes of its own; None where any will do.
 
-    Args:
-        engine: its name.
-        source_values: what the source caches per token and layer.
-        budget: fraction of it that may be cached.
+    The source caches `source_values` per token and layer, and the budget is a fraction of them.
 
     Raises:
         UsageError: none of its sizes is within the budget.
@@ -217,13 +201,7 @@ def _up(number: int, step: int) -> int:
 
 
 def export_profile(engine: str, profile: str | None, kinds: Mapping[str, AttentionKind], *, normed: bool) -> str:
-    """Return the profile of a checkpoint for an engine.
-
-    Args:
-        engine: its name.
-        profile: as asked for, or as the result was compiled for.
-        kinds: of attention, by the layer's name.
-        normed: whether queries or keys are normalised.
+    """Return the profile of a checkpoint for an engine: the one asked for, or compiled for, if it takes that.
 
     Raises:
         UsageError: the engine takes no checkpoint, not of that profile, or nothing of such a kind.

@@ -110,6 +110,14 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
         raise UsageError(f"{option} {value!r} is not known; give {' or '.join(known)}")
 
 
+def write_companions(result: Any, model: PreTrainedModel, directory: Path) -> None:
+    """Write what a runner needs beside an exported model: the result's tokenizer, the generation defaults."""
+    if getattr(result, "tokenizer", None) is not None:
+        result.tokenizer.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
 def generation_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Return what a runner must know of a model: the fields that the manifests of all runtimes share.
 

@@ -6,13 +6,14 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnedit.compiler.compatibility.torch_names import TorchDynamoException
-from attnedit.compiler.errors import AttneditError
+from attnedit.compiler.errors import AttneditError, UsageError
 from attnedit.compiler.graph.anchor import attention_implementation, experts_implementation
 from attnedit.compiler.graph.modules import evaluation_mode
 
@@ -20,6 +21,19 @@ from attnedit.compiler.graph.modules import evaluation_mode
 def takes_positions(model: nn.Module) -> bool:
     """Whether a model's forward has ``position_ids``."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def kept_tensors(model: nn.Module, index: int, layer: Any, places: str) -> tuple[Tensor, Tensor]:
+    """Key and value [B, heads, T, size] that a layer of a cache keeps.
+
+    Raises:
+        UsageError: it keeps something else, for which an export has no such places.
+    """
+    key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if isinstance(key, Tensor) and isinstance(value, Tensor) and key.dim() == 4:
+        return key, value
+    what = f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}"
+    raise UsageError(f"{what}, not keys and values; {places} for such a state")
 
 
 @contextmanager

@@ -16,11 +16,7 @@ from attnedit.targets.runtime.decomposed import Virtual
 
 
 class WindowedAttention(nn.Module, ABC):
-    """`GateSWA` as exports have it: sinks and gate are the same everywhere, caches are not.
-
-    Args:
-        module: the trained module.
-    """
+    """`GateSWA` as exports have it: sinks and gate are the same everywhere, caches are not."""
 
     def __init__(self, module: GateSWA) -> None:
         super().__init__()
@@ -37,11 +33,7 @@ class WindowedAttention(nn.Module, ABC):
         cache: Any,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attend; as `GateSWA.forward`, with a cache of the export. The mask follows from the current step.
-
-        Returns:
-            [B, T, H, dv].
-        """
+        """Attend; as `GateSWA.forward`, with an export's cache, which tells the mask; returns [B, T, H, dv]."""
         config = self.config
         virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
         if self.sink_logit is not None:

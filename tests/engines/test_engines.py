@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,14 @@ from compiled import compile_tiny, half, tokens
 from families import build
 from gguf_models import VOCABULARY, trained_tokenizer, with_tokenizer
 from hf_exports import windowed, written
+from project import ROOT
 from tiny_llama import make_llama
 from transformers import PreTrainedModel, Qwen2Config
 
 import attnedit
-from attnedit.targets.runtime.engines import stock_rank, window_cache
+from attnedit.targets.runtime.engines import stock_rank, tried, window_cache
 from attnedit.targets.runtime.gguf import export as export_gguf
-from attnedit.targets.runtime.hf import export
+from attnedit.targets.runtime.hf import PROFILES, export
 from attnedit.targets.runtime.hf.files import check_files
 
 
@@ -184,3 +186,17 @@ def test_another_tokenizer_and_other_settings_are_noticed(tmp_path: Path) -> Non
     model.generation_config.top_k = 7
     with pytest.raises(attnedit.VerificationError, match=r"has top_k .*, the model 7"):
         check_files(None, model, tmp_path)
+
+
+def test_engines_that_are_said_to_be_tried_are_those_of_the_pages() -> None:
+    """Every version in model cards stands under "What was run" of an engine's page, and the pinned ones in cards."""
+    pages = [ROOT / "docs" / "engines" / name for name in ("vllm.md", "llama.cpp.md")]
+    run = " ".join(page.read_text(encoding="utf-8").partition("## What was run")[2] for page in pages)
+    cards = {form: tried(form) for form in (*PROFILES, "saved", "gguf")}
+    for form, card in cards.items():
+        assert all(version in run for version in re.findall(r"\d+(?:\.\d+)+", card)), form
+    pinned = re.findall(r"^(?:VLLM|LLAMACPP) := \S+==(\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert len(pinned) == 2
+    assert all(version in cards["saved"] + cards["gguf"] for version in pinned)
+    assert "**SGLang was not run**" in (ROOT / "docs/engines/sglang.md").read_text(encoding="utf-8")
+    assert all("SGLang was not run" in card for card in cards.values() if "SGLang" in card and "None" not in card)

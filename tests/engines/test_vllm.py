@@ -206,22 +206,26 @@ def test_a_window_has_the_blocks_that_vllm_allocates(folder: Path) -> None:
 
 
 def test_stock_vllm_allocates_for_windows_what_the_report_says(folder: Path) -> None:
-    """A checkpoint of ``--engine vllm``, which needs no plugin, with the settings that the report names."""
+    """Checkpoints of ``--engine vllm``, which need no plugin, with the settings that the report names."""
     sizes = {**SIZES, "max_position_embeddings": 4096, "num_hidden_layers": 5}
     options = {"window": WINDOW, "full_layers": 2, "alternations": 0, "engine": "vllm", "calibration": tokens(4, 64)}
-    result = attnedit.compile(build("llama", **sizes), "gateswa", **options)
-    result.tokenizer = make_tokenizer()
-    directory = folder / "stock-windows"
-    result.export("hf", directory)
-    assert json.loads((directory / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    noted = next(note for note in result.report.notes if note.startswith("vllm allocates"))
-    size = float(noted.split()[2].replace(",", ""))
-    flags = re.findall(r"--(max-num-batched-tokens|block-size) (\d+)", noted)
-    settings = {name.replace("-", "_"): int(value) for name, value in flags}
-    assert len(settings) == 2
-    found = serve(folder, {"stock": {"directory": str(directory), "settings": {**settings, "max_model_len": 4096}}})
-    assert_as_eager(found["stock"], result.model, prompts())
-    assert found["stock"]["tokens"] == pytest.approx(GIBIBYTE / size, rel=0.02)
+    results, allocated, jobs = {}, {}, {}
+    for family, architecture in {"llama": "LlamaForCausalLM", "qwen3": "LagunaForCausalLM"}.items():
+        result = results[family] = attnedit.compile(build(family, **sizes), "gateswa", **options)
+        result.tokenizer = make_tokenizer()
+        directory = folder / f"stock-windows-{family}"
+        result.export("hf", directory)
+        assert json.loads((directory / "config.json").read_text())["architectures"] == [architecture]
+        noted = next(note for note in result.report.notes if note.startswith("vllm allocates"))
+        allocated[family] = float(noted.split()[2].replace(",", ""))
+        flags = re.findall(r"--(max-num-batched-tokens|block-size) (\d+)", noted)
+        settings = {name.replace("-", "_"): int(value) for name, value in flags}
+        assert len(settings) == 2
+        jobs[family] = {"directory": str(directory), "settings": {**settings, "max_model_len": 4096}}
+    found = serve(folder, jobs)
+    for family, result in results.items():
+        assert_as_eager(found[family], result.model, prompts())
+        assert found[family]["tokens"] == pytest.approx(GIBIBYTE / allocated[family], rel=0.02)
 
 
 def test_stock_vllm_serves_latents_of_its_size(folder: Path) -> None:

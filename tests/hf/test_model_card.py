@@ -55,5 +55,5 @@ def test_a_card_without_a_licence_says_so() -> None:
     text = model_card(report)
     assert "could not find out" in text
     assert "source 3.00" in text
-    assert 'base_model: "someone/a-model"' in text
+    assert "base_model: someone/a-model" in text
     assert "license" not in text.split("---")[1]

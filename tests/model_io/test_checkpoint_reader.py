@@ -77,8 +77,8 @@ def _cut(source: Path) -> None:
     ("damage", "message"),
     [
         (_truncate, "missing, truncated or damaged"),
-        (_lose, "missing, truncated or damaged"),
-        (_escape, "none of its directory"),
+        (_lose, "which is not there; fetch it again"),
+        (_escape, r"which is no \.safetensors file beside it"),
         (_no_index, "cannot be read"),
         (_forget, r"lacks 1 of the model's tensors \(first: model\.layers\.1\.mlp\.up_proj\.weight\)"),
         (_disagree, "which its index says it has"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def write_adapters(model: PreTrainedModel, adapters: dict[str, Any], directory: 
         config.save_pretrained(folder)
 
 
-def read_adapters(model: PreTrainedModel, directory: Path) -> Sequence[str]:
+def read_adapters(model: PreTrainedModel, directory: Path) -> None:
     """Put the adapters on that lie beside a saved model, in place; they are not trained further unless told.
 
     Raises:
@@ -77,7 +76,6 @@ def read_adapters(model: PreTrainedModel, directory: Path) -> Sequence[str]:
     for folder in folders:
         model.load_adapter(str(folder), adapter_name=folder.name)
         _fill(model, folder)
-    return [folder.name for folder in folders]
 
 
 def _fill(model: PreTrainedModel, folder: Path) -> None:

@@ -35,14 +35,11 @@ def bounded_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def bind_cache(model: nn.Module, cache: Any) -> Any:
-    """Give a cache the bounded layers that a rewritten model asks for, in place of empty dynamic ones.
+    """Give a cache the bounded layers that a rewritten model asks for, in place of empty dynamic ones; return it.
 
     Args:
         model: any model; one without attention that bounds its cache changes nothing.
         cache: a transformers cache; anything else is left alone.
-
-    Returns:
-        The same cache.
     """
     if isinstance(cache, Cache):
         for _, module in attention_modules(model):

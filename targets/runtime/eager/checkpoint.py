@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
 from attnedit.compiler.model_io.live_checks import check_savable
+from attnedit.compiler.model_io.locations import RUN_FILE as RUN_FILE
 from attnedit.compiler.model_io.models import READING_ERRORS
 from attnedit.compiler.model_io.processors import Processor, write_processor
 from attnedit.compiler.model_io.remote_code import copy_code, is_own_class, trusting
@@ -26,7 +27,6 @@ CONFIG_FILE = "config.json"
 REPORT_FILE = "attnedit-report.json"
 HTML_FILE = "report.html"
 """The same to look at."""
-RUN_FILE = "attnedit-run.json"
 
 
 def save(

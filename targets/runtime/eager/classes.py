@@ -38,7 +38,7 @@ from attnedit.compiler.compatibility.transformers_names import (
 )
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.heads import HEADS, LANGUAGE, auto_of_class, classes_of
-from attnedit.compiler.model_io.models import forget_quantised_storage
+from attnedit.compiler.model_io.models import forget_quantization
 from attnedit.compiler.model_io.remote_code import class_references, own_class
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, config_to_dict, kind_of
@@ -207,9 +207,10 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, SiteConfig]) 
     Raises:
         UsageError: a named module is not there, or its attention has another configuration.
     """
+    modules = dict(model.named_modules())
     for name, site_config in site_configs.items():
         kind = kind_of(site_config)
-        module = getattr(model.get_submodule(name), kind.name, None) if _has(model, name) else None
+        module = getattr(modules.get(name), kind.name, None)
         if getattr(module, "config", None) != site_config:
             raise UsageError(f"{name} of {type(model).__name__} holds no {kind.title} of the given configuration")
     config: Any = model.config
@@ -217,13 +218,9 @@ def to_attnedit(model: PreTrainedModel, site_configs: Mapping[str, SiteConfig]) 
     source_type = source_config_class(type(config)).model_type
     earlier = getattr(config, "attnedit", None) or {"sites": {}}
     sites = {**earlier["sites"], **{name: config_to_dict(site_config) for name, site_config in site_configs.items()}}
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        # The weights are plain by now; the mark would make saving and moving treat them as quantised.
-        quantizer.remove_quantization_config(model)
+    forget_quantization(model)  # the weights are plain by now
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    forget_quantised_storage(model)
     for name in ("model_type", "auto_map"):
         config.__dict__.pop(name, None)
     share_class(config, config_class)
@@ -273,10 +270,6 @@ def use_captured_implementation(model: PreTrainedModel, sites: Iterable[Attentio
     name = captured_implementation(sites)
     if name is not None:
         set_implementations(model.config, name)
-
-
-def _has(model: torch.nn.Module, name: str) -> bool:
-    return any(name == existing for existing, _ in model.named_modules())
 
 
 def _classes_of(config_class: ConfigClass, architecture: str | None) -> tuple[ConfigClass, ModelClass]:

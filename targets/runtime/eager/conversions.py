@@ -10,13 +10,7 @@ from attnedit.compiler.compatibility.live import keep_conversions, kept_conversi
 def register_conversions(
     config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], new_model: type[PreTrainedModel]
 ) -> None:
-    """Give a new class the conversions of the one it comes from.
-
-    Args:
-        config_class: of the source.
-        model_class: of the source.
-        new_model: the class that gets them.
-    """
+    """Give a new class the conversions of the one that it comes from."""
     conversions = kept_conversions(model_class.__name__)
     if conversions is None:
         conversions = kept_conversions(config_class.model_type)

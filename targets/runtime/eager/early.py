@@ -12,15 +12,7 @@ from attnedit.targets.attention.kinds import config_from_dict, kind_of
 
 
 def initialize_early(cache: Cache, config: Any, batch_size: int, dtype: torch.dtype, device: Any) -> None:
-    """Make the tensors of a static cache's layers that a rewritten model has changed, before any token is seen.
-
-    Args:
-        cache: static, and empty.
-        config: the model's; one that was not rewritten changes nothing.
-        batch_size: rows.
-        dtype: of the model.
-        device: of the tensors.
-    """
+    """Make the tensors of a static cache's layers that a rewritten model has changed, before any token is seen."""
     for values in (getattr(config, "attnedit", None) or {"sites": {}})["sites"].values():
         site = config_from_dict(values)
         if (own_layer := kind_of(site).cache_layer) is not None:

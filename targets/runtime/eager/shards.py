@@ -38,13 +38,7 @@ class Shard:
 
 
 def plan_shards(model: PreTrainedModel, weights: Sequence[str], layers: str) -> list[Shard]:
-    """Divide a model's weights: what is outside the layers first, then every layer, in order.
-
-    Args:
-        model: the source, on any device.
-        weights: names of those to store.
-        layers: name of the list of decoder layers.
-    """
+    """Divide a model's weights: what is outside the layers first, then every layer; `layers` names their list."""
     tensors = model.state_dict()
     count = len(model.get_submodule(layers))  # type: ignore[arg-type]  # a torch.nn.ModuleList
     outside: list[list[str]] = []

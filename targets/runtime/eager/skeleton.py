@@ -23,9 +23,7 @@ _SITES_KEPT = 4
 def sites_of_source(model_class: type[PreTrainedModel], source: Any) -> Mapping[str, AttentionSite]:
     """Attention sites of a source, captured on a skeleton without weights (seconds), remembered for a few models.
 
-    Args:
-        model_class: of the source.
-        source: its configuration, a copy: implementations are set in it.
+    Implementations are set in the configuration, so it must be a copy.
     """
     # No part of a site; without them models that differ in nothing else share their sites.
     source.name_or_path, source.dtype, source.architectures = "", None, None

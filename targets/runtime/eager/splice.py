@@ -21,10 +21,6 @@ def splice(model: nn.Module, graphs: Mapping[str, nn.Module]) -> None:
     (``layer_idx``, ``is_sliding``, ``config``) are carried over, since decoder layers read them. So is the dropout of
     attention weights, which new attention applies in training as the source does.
 
-    Args:
-        model: the live model.
-        graphs: by module name, such as "model.layers.0.self_attn".
-
     Raises:
         UsageError: the model has no module of that name.
     """

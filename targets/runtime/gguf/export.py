@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.modules import evaluation_mode
-from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
+from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import kinds_in
-from attnedit.targets.runtime.check import check_model
+from attnedit.targets.runtime.check import check_model, largest, root_mean_square
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE
 from attnedit.targets.runtime.engines import ENGINES, LLAMA_CPP, tried
@@ -104,11 +104,10 @@ def export(
         >>> from attnedit.targets.runtime.gguf import export
         >>> export(result, "llama-mla.gguf", quantize="q8_0")  # doctest: +SKIP
     """
-    need_language_head(result.model, "export to gguf", "compile and export the language model that it came from")
+    check_exportable(result.model, "gguf", "a GGUF")
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit; llama.cpp's own converter takes it")
-    check_text_alone(model.config, type(model).__name__, "a GGUF")
     if engine not in (None, LLAMA_CPP):
         check_choice("--engine", engine, ENGINES)
         raise UsageError(f"a .gguf is for engine {LLAMA_CPP}; for {engine} give --to hf")
@@ -139,8 +138,10 @@ def export(
             with stage("check", progress):
                 reference = Reference(check_file(form, keys, kind, file))
                 rounded = kind in QUANTIZERS
-                tolerance = ROUNDED_TOLERANCES[kind] if rounded else _tolerance(kind, model.dtype)
-                checks = check_model(model, reference, tolerance, rounded=rounded)
+                coarser = max(TOLERANCES[getattr(torch, kind)], TOLERANCES[model.dtype]) if not rounded else 0.0
+                tolerance = ROUNDED_TOLERANCES.get(kind, coarser)
+                measure = root_mean_square if rounded else largest
+                checks = check_model(model, reference, tolerance, measure=measure)
     return GGUFManifest(form.architecture, kind, [check.to_dict() for check in checks], form.notes + notes)
 
 
@@ -152,11 +153,6 @@ def _place(target: Path) -> AbstractContextManager[Path]:
     if target.exists():
         raise UsageError(f"{target} exists; give another file")
     return staged_file(target, MODEL_FILE)
-
-
-def _tolerance(kind: str, dtype: torch.dtype) -> float:
-    """Of the coarser of the two."""
-    return max(TOLERANCES[getattr(torch, kind)], TOLERANCES[dtype])
 
 
 def _form(model: PreTrainedModel, *, half: bool) -> Form:

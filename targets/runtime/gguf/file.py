@@ -29,15 +29,9 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def write_file(form: Form, keys: dict[str, Any], name: str, kind: str, file: Path) -> None:
-    """Write a file.
+    """Write a file: matrices in a kind of `KINDS`, vectors in float32.
 
-    Args:
-        form: the model.
-        keys: of its tokenizer.
-        name: of the model, for people.
-        kind: "float32", "float16", "bfloat16" or "q8_0": of matrices; vectors are float32, and matrices without whole
-            blocks float16 in place of q8_0.
-        file: where to.
+    Matrices without whole blocks are float16 in place of q8_0.
 
     Raises:
         UsageError: a value is beyond float16.

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from attnedit.compiler.errors import UsageError
-from attnedit.targets.runtime.hf.native import MULTIPLIERS, SHARED_FIELDS
+from attnedit.targets.runtime.hf.native import check_decoder
 from attnedit.targets.runtime.hf.rope import flat_rope
 
 HEAD = "output.weight"
@@ -37,22 +37,12 @@ class Form:
 
 
 def common_keys(source: Any, architecture: str, eps: float) -> dict[str, Any]:
-    """Return the keys that every architecture has.
-
-    Args:
-        source: configuration of a decoder with RMS norms and a gated MLP.
-        architecture: llama.cpp's name.
-        eps: of all norms.
+    """Return the keys that every architecture has, of a decoder with RMS norms and a gated MLP.
 
     Raises:
         UsageError: llama.cpp cannot compute what the source does around its attention.
     """
-    for name, neutral in MULTIPLIERS.items():
-        if getattr(source, name, neutral) not in (neutral, None):
-            raise UsageError(f"llama.cpp's {architecture} has no {name}, which is {getattr(source, name)} here")
-    for name in SHARED_FIELDS:
-        if getattr(source, name, None) is None:
-            raise UsageError(f"llama.cpp's {architecture} needs a {name}, which {type(source).__name__} does not have")
+    check_decoder(source, f"llama.cpp's {architecture}")
     if (activation := getattr(source, "hidden_act", "silu")) not in ("silu", "swish"):
         raise UsageError(f"llama.cpp's {architecture} has a silu in its MLP, the source {activation}")
     keys = {
@@ -88,11 +78,6 @@ def plain_theta(source: PreTrainedConfig, architecture: str) -> float:
 
 def decoder_tensors(state: Mapping[str, Tensor], source: Any, architecture: str) -> dict[str, Tensor]:
     """Take what is not attention out of a state, by llama.cpp's names.
-
-    Args:
-        state: of the model, without its attention.
-        source: configuration.
-        architecture: named in messages.
 
     Raises:
         UsageError: a weight is missing, or there is one that llama.cpp has no place for.

@@ -59,9 +59,7 @@ class Scales:
 def latent_form(model: PreTrainedModel, *, half: bool) -> Form:
     """Bring a model with latent attention in every layer into the form of ``deepseek2``.
 
-    Args:
-        model: the rewritten model.
-        half: weights will be float16, or blocks with float16 scales.
+    `half` tells that weights will be float16, or blocks with float16 scales.
 
     Raises:
         UsageError: the architecture cannot express the model; the message says what of it.

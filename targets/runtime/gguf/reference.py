@@ -21,11 +21,7 @@ from attnedit.targets.runtime.gguf.windowed import GATED, WITH_SINKS
 
 
 class Reference:
-    """A written file that computes.
-
-    Args:
-        written: the file.
-    """
+    """A written file that computes."""
 
     def __init__(self, written: Written) -> None:
         self.file = written
@@ -40,12 +36,7 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return logits [B, T, V].
-
-        Args:
-            ids: [B, T].
-            mask: [B, T], 0 for padding on the left.
-        """
+        """Return logits [B, T, V] of token ids [B, T], whose mask has 0 for padding on the left."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         x = self.file.tensor("token_embd.weight")[ids]
         for index in range(self.layers):

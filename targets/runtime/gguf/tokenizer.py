@@ -42,10 +42,8 @@ def tokenizer_keys(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the keys of a tokenizer, and what the user should know of it.
 
-    Args:
-        tokenizer: of the model.
-        model: its generation config names the tokens that end a text.
-        vocab_size: rows of the embedding; what the tokenizer lacks of them is filled up.
+    The generation config names the tokens that end a text; rows of the embedding that the tokenizer lacks are filled
+    up.
 
     Raises:
         UsageError: there is none, or llama.cpp would cut text in another way; the message says where.

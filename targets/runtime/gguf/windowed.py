@@ -13,7 +13,14 @@ from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
 from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.gguf.form import HEAD, Form, common_keys, decoder_tensors, named, plain_theta
-from attnedit.targets.runtime.hf.windowed import Layer, check_plain, common_window, gate_weight, windowed_layers
+from attnedit.targets.runtime.hf.windowed import (
+    Layer,
+    check_plain,
+    common_window,
+    gate_weight,
+    trained_gate,
+    windowed_layers,
+)
 
 GATED, WITH_SINKS = "step35", "granite_swa"
 NO_SINK = -1e30
@@ -23,11 +30,7 @@ NORMS = {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
 
 
 def windowed_form(model: PreTrainedModel, *, half: bool) -> Form:
-    """Bring a model with sliding windows into the form of the architecture that holds it.
-
-    Args:
-        model: the rewritten model.
-        half: whether weights will be float16 or blocks with float16 scales, which is all the same to this form.
+    """Bring a model with sliding windows into the form of the architecture that holds it, the same in half precision.
 
     Raises:
         UsageError: none does; the message says what of it.
@@ -80,7 +83,7 @@ def _architecture(model: PreTrainedModel, layers: list[Layer]) -> str:
     state = model.state_dict()
     facts: dict[str, str] = {}
     for layer in layers:
-        site, gate = layer.site, _trained_gate(model, layer)
+        site, gate = layer.site, trained_gate(model, layer)
         if gate is not None and len(gate) != site.num_attention_heads:
             raise UsageError(f"{site.name} has a gate per element, llama.cpp's {GATED} one per head")
         biases = [name for name in PROJECTIONS if bool(state.get(f"{site.name}.{name}.bias", torch.zeros(1)).any())]
@@ -103,17 +106,12 @@ def _architecture(model: PreTrainedModel, layers: list[Layer]) -> str:
     return WITH_SINKS if of_sinks else GATED
 
 
-def _trained_gate(model: PreTrainedModel, layer: Layer) -> Tensor | None:
-    gate = gate_weight(model, layer)
-    return gate if gate is not None and bool(gate.any()) else None
-
-
 def _attention(model: PreTrainedModel, layer: Layer, state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     """Weights of one layer by llama.cpp's names."""
-    site, config, gate = layer.site, layer.config, _trained_gate(model, layer)
+    site, config, gate = layer.site, layer.config, trained_gate(model, layer)
     own = {
         name: state[f"{site.name}.{name}"].detach().double()
-        for name in (*(f"{part}.{kind}" for part in PROJECTIONS for kind in ("weight", "bias")), *_norms())
+        for name in (f"{part}.{kind}" for part in (*PROJECTIONS, *NORMS) for kind in ("weight", "bias"))
         if f"{site.name}.{name}" in state
     }
     # The logits' scale is that of the head size; what ours differs goes into the query, or into its norm.
@@ -136,10 +134,6 @@ def _attention(model: PreTrainedModel, layer: Layer, state: dict[str, Tensor], a
         sink = f"{site.name}.{GATESWA_MODULE}.sink_logit"
         made["attn_sinks.weight"] = state.get(sink, torch.full((site.num_attention_heads,), NO_SINK))
     return made
-
-
-def _norms() -> list[str]:
-    return [f"{name}.weight" for name in NORMS]
 
 
 def _as_neighbours(rows: Tensor, head_dim: int) -> Tensor:

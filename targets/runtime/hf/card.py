@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import ModelCardData
 
 from attnedit.compiler.model_io.licenses import CARD_FILE, source_license
 from attnedit.compiler.reporting.report import Report
@@ -29,15 +29,7 @@ result.model  # a transformers model; after the import AutoModelForCausalLM load
 
 
 def write_about(report: Report | None, directory: Path, *, loading: str, form: str, notes: Iterable[str]) -> None:
-    """Write the report, where there is one, and the model card of an export.
-
-    Args:
-        report: of the compilation; None where it is not known.
-        directory: that the files go to.
-        loading: Python that loads the directory.
-        form: name of the class or kind of checkpoint.
-        notes: further sentences on this form.
-    """
+    """Write the report, where there is one, and the model card of an export; arguments as of `model_card`."""
     license = None
     if report is not None:
         license = report.license or source_license(report.source)
@@ -67,7 +59,7 @@ def model_card(
     source = "a source model" if report is None else _display_name(report.source)
     return "\n".join(
         [
-            *_metadata(report, license),
+            _metadata(report, license),
             "",
             f"# {source}, {_method(report)}",
             "",
@@ -111,19 +103,17 @@ def _what_was_done(source: str, report: Report | None) -> str:
     )
 
 
-def _metadata(report: Report | None, license: str | None) -> Iterator[str]:
-    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    tags = ["attnedit", *(report.target.split("+") if report is not None else ())]
-    if license is not None:
-        values["license"] = license
-    if report is not None and report.source.count("/") == 1 and not Path(report.source).expanduser().exists():
-        values["base_model"] = report.source
-    yield "---"
-    for key, value in values.items():
-        yield f"{key}: {json.dumps(value)}"
-    yield "tags:"
-    yield from (f"- {json.dumps(tag)}" for tag in tags)
-    yield "---"
+def _metadata(report: Report | None, license: str | None) -> str:
+    source = "" if report is None else report.source
+    on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        base_model=source if on_hub else None,
+        tags=["attnedit", *(report.target.split("+") if report is not None else ())],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _figures(report: Report) -> list[str]:

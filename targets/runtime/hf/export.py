@@ -12,14 +12,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.graph.modules import evaluation_mode
-from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
+from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import config_from_dict, kinds_in
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.eager.classes import MODEL_TYPE, source_sites
 from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, VLLM, check_checkpoint, export_profile, tried
 from attnedit.targets.runtime.hf.card import NATIVE, REMOTE, write_about
-from attnedit.targets.runtime.hf.check import Check, check_same
+from attnedit.targets.runtime.hf.check import check_same
 from attnedit.targets.runtime.hf.files import check_files
 from attnedit.targets.runtime.hf.native import Native, read_native, write_native
 from attnedit.targets.runtime.hf.profiles import (
@@ -93,7 +93,7 @@ def export(
         >>> from attnedit.targets.runtime.hf import export
         >>> export(result, "llama-mla-deepseek", profile="deepseek_v3")  # doctest: +SKIP
     """
-    need_language_head(result.model, "export to hf", "compile and export the language model that it came from")
+    check_exportable(result.model, "hf", "a checkpoint of another class")
     recipe: dict[str, Any] = getattr(getattr(result, "report", None), "recipe", None) or {}
     if engine == LLAMA_CPP:
         raise UsageError(f"engine {LLAMA_CPP} takes a GGUF: give --to gguf")
@@ -104,7 +104,6 @@ def export(
     model: PreTrainedModel = result.model
     if getattr(model.config, "model_type", None) != MODEL_TYPE:
         raise UsageError(f"{type(model).__name__} was not rewritten by attnedit, and transformers loads it as it is")
-    check_text_alone(model.config, type(model).__name__, "a checkpoint of another class")
     _check_code(model)
     profile = profile_of(model, engine, profile)
     if profile is None:
@@ -123,7 +122,7 @@ def export(
             _write_rest(result, staging, profile, notes)
         with stage("check", progress):
             written = load_code(staging) if profile == REMOTE_PROFILE else read_native(staging)
-            checks: list[Check] = check_same(model, written.to(model.device))  # type: ignore[arg-type]
+            checks = check_same(model, written.to(model.device))  # type: ignore[arg-type]
             if profile != REMOTE_PROFILE:
                 check_files(getattr(result, "tokenizer", None), model, staging)
     return HFManifest(profile, type(written).__name__, [check.to_dict() for check in checks], notes)

@@ -23,7 +23,14 @@ from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.hf.native import OTHER, Native, decoder_config, neutral_norm, refuse_half
 from attnedit.targets.runtime.hf.profiles import Profile
 from attnedit.targets.runtime.hf.rope import flat_rope
-from attnedit.targets.runtime.hf.windowed import Layer, check_plain, common_window, gate_weight, windowed_layers
+from attnedit.targets.runtime.hf.windowed import (
+    Layer,
+    check_plain,
+    common_window,
+    gate_weight,
+    trained_gate,
+    windowed_layers,
+)
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -46,8 +53,7 @@ def laguna_checkpoint(model: PreTrainedModel) -> Native:
     """
     layers = windowed_layers(model, "laguna")
     for layer in layers:
-        gate = gate_weight(model, layer)
-        if gate is not None and bool(gate.any()):
+        if trained_gate(model, layer) is not None:
             raise UsageError(
                 f"{layer.site.name} has a trained gate, a sigmoid; Laguna's is a softplus: use lfm3 or remote"
             )
@@ -77,8 +83,8 @@ def lfm3_checkpoint(model: PreTrainedModel) -> Native:
     gates = {layer.site.name: gate_weight(model, layer) for layer in layers}
     gated = any(gate is not None for gate in gates.values())
     for layer in layers:
-        config, gate = layer.config, gates[layer.site.name]
-        if config is not None and config.gate == "element" and gate is not None and bool(gate.any()):
+        config = layer.config
+        if config is not None and config.gate == "element" and trained_gate(model, layer) is not None:
             raise UsageError(f"{layer.site.name} has a gate per element, LFM3's is per head; {OTHER}")
         rope = layer.site.rope
         if rope is not None and 2 * len(rope.pairs) != layer.site.head_dim:
@@ -93,9 +99,8 @@ def lfm3_checkpoint(model: PreTrainedModel) -> Native:
     state = _state(model, layers, lambda layer: 2.0 if gated and gates[layer.site.name] is None else 1.0)
     for layer in layers if gated else ():
         gate, heads = gates[layer.site.name], layer.site.num_attention_heads
-        per_head = gate is not None and len(gate) == heads
-        zeros = torch.zeros(heads, source.hidden_size)
-        state[f"{layer.site.name}.g_proj.weight"] = gate if gate is not None and per_head else zeros
+        per_head = gate if gate is not None and len(gate) == heads else torch.zeros(heads, source.hidden_size)
+        state[f"{layer.site.name}.g_proj.weight"] = per_head
     return Native(made, {_renamed(name): value for name, value in state.items()}, _notes(layers))
 
 
@@ -107,8 +112,7 @@ def native_checkpoint(model: PreTrainedModel) -> Native:
     """
     layers = windowed_layers(model, "native", sink_logits=True)
     for layer in layers:
-        gate = gate_weight(model, layer)
-        if gate is not None and bool(gate.any()):
+        if trained_gate(model, layer) is not None:
             raise UsageError(f"{layer.site.name} has a trained gate, which plain classes do not; use lfm3 or remote")
         if layer.config is not None and layer.config.sink_logit and layer.site.sinks is None:
             raise UsageError(f"{layer.site.name} has sink logits, which its source's class does not; {OTHER}")
@@ -202,10 +206,7 @@ def _biases(model: PreTrainedModel, layers: list[Layer]) -> dict[str, Tensor]:
 def _state(model: PreTrainedModel, layers: list[Layer], gain: Callable[[Layer], float]) -> dict[str, Tensor]:
     """Weights by Llama's names with ``q_norm`` and ``k_norm``: those of Laguna, but for the gate.
 
-    Args:
-        model: the rewritten model.
-        layers: its layers.
-        gain: of a layer's output projection, which makes up for a gate.
+    A layer's output projection gets a gain, which makes up for its gate.
     """
     biases = _biases(model, layers)
     own = f".{GATESWA_MODULE}."

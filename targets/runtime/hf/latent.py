@@ -111,11 +111,7 @@ def _modules(model: PreTrainedModel, site: AttentionSite) -> tuple[fx.GraphModul
 
 
 def lacking(site: AttentionSite, limit: int | None) -> tuple[list[str], list[str]]:
-    """Say what of a source's attention DeepSeek's has not.
-
-    Args:
-        site: of the source.
-        limit: its positions; a window as long hides nothing.
+    """Say what of a source's attention DeepSeek's has not; a window as long as its limit of positions hides nothing.
 
     Returns:
         What nothing there could stand for; and what linear maps of the hidden states could stand for approximately.

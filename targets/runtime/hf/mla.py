@@ -186,13 +186,8 @@ def layer_weights(
 ) -> dict[str, Tensor]:
     """Return the weights of one layer by DeepSeek's names, in float64.
 
-    Args:
-        layer: the layer.
-        weights: its matrices.
-        sizes: those of the class.
-        table: its rotary embedding.
-        scaling: factor of the logits there.
-        norm: factors on input and weight of the latent's norm; those that neutralise it in transformers unless given.
+    The class scales its logits by `scaling`. Factors on input and weight of the latent's norm are those that
+    neutralise it in transformers unless given.
     """
     places = table.places(layer.frequencies)
     if places is None:

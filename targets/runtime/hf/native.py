@@ -60,27 +60,31 @@ class Native:
 
 
 def decoder_config(source: PreTrainedConfig, model_type: str, **fields: Any) -> PreTrainedConfig:
-    """Make a configuration with what a source has outside its attention.
-
-    Args:
-        source: of a decoder with RMS norms and a gated MLP.
-        model_type: transformers' name of the class.
-        **fields: its other fields.
+    """Make a configuration with what a source, with RMS norms and a gated MLP, has outside its attention.
 
     Raises:
         UsageError: the class cannot compute what the source does around its attention.
     """
-    for name, neutral in MULTIPLIERS.items():
-        value = getattr(source, name, neutral)
-        if value not in (neutral, None):
-            raise UsageError(f"{model_type} has no {name}, which is {value} in the source; {OTHER}")
-    missing = [name for name in SHARED_FIELDS if getattr(source, name, None) is None]
-    if missing:
-        raise UsageError(f"{model_type} needs a {missing[0]}, which {type(source).__name__} does not have; {OTHER}")
+    check_decoder(source, model_type)
     values = {name: getattr(source, name) for name in SHARED_FIELDS}
     values |= {name: getattr(source, name, None) for name in TOKENS}
     values["hidden_act"] = getattr(source, "hidden_act", "silu")
     return CONFIG_MAPPING[model_type](**{**values, **fields})
+
+
+def check_decoder(source: PreTrainedConfig, holder: str) -> None:
+    """Refuse a source that does something outside its attention that a decoder of that name cannot.
+
+    Raises:
+        UsageError: it does, or lacks what the other needs.
+    """
+    for name, neutral in MULTIPLIERS.items():
+        value = getattr(source, name, neutral)
+        if value not in (neutral, None):
+            raise UsageError(f"{holder} has no {name}, which is {value} in the source; {OTHER}")
+    missing = [name for name in SHARED_FIELDS if getattr(source, name, None) is None]
+    if missing:
+        raise UsageError(f"{holder} needs a {missing[0]}, which {type(source).__name__} does not have; {OTHER}")
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -117,12 +121,7 @@ def refuse_half(profile: str, dtype: torch.dtype) -> None:
 
 
 def check_places(model: PreTrainedModel, state: Mapping[str, Tensor], except_in: tuple[str, ...] = ()) -> None:
-    """Hold names and shapes of weights against those of a class.
-
-    Args:
-        model: of the class.
-        state: the weights.
-        except_in: prefixes of names that are not looked at.
+    """Hold names and shapes of weights against those of a class, but for those with certain prefixes.
 
     Raises:
         UsageError: a weight has no place in the class, or the class has one that is not given.
@@ -141,13 +140,7 @@ def check_places(model: PreTrainedModel, state: Mapping[str, Tensor], except_in:
 
 
 def write_native(native: Native, directory: Path, dtype: torch.dtype, generation_config: Any) -> None:
-    """Write weights and configuration.
-
-    Args:
-        native: the model.
-        directory: existing.
-        dtype: of the weights.
-        generation_config: written beside them; None for the class's own.
+    """Write weights and configuration; the generation config is the class's own without one.
 
     Raises:
         UsageError: a weight has no place in the class, or the class has one that is not given.

@@ -77,9 +77,7 @@ def _renamed(
 def put_attention_in(model: PreTrainedModel, classes: Mapping[str, type[GraphAttention]]) -> None:
     """Replace the attention modules that a model's configuration names, their weights yet to be loaded.
 
-    Args:
-        model: just built as the source.
-        classes: of the new modules, by name of the replaced ones.
+    Classes are by the name of the module that they replace.
     """
     record: Any = model.config
     new = {}

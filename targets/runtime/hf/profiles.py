@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -58,14 +58,11 @@ def uniform_profiles() -> list[str]:
 def check_profile(option: str, name: str) -> None:
     """Refuse a profile that there is not, or whose class the installed transformers does not have.
 
-    Args:
-        option: its name, for the message.
-        name: as given.
-
     Raises:
         UsageError: it is one of these.
     """
-    check_choice(option, name, list(dict.fromkeys([*PROFILES, *_others()])))
+    others = [other for kind in known_kinds() for other in kind.profiles]
+    check_choice(option, name, dict.fromkeys([*PROFILES, *others]))
     profile = find_profile(name)
     if profile is not None and profile.named and name not in CONFIG_MAPPING:
         raise UsageError(
@@ -73,18 +70,8 @@ def check_profile(option: str, name: str) -> None:
         )
 
 
-def _others() -> Sequence[str]:
-    return [name for kind in known_kinds() for name in kind.profiles]
-
-
-def check_layers(model: PreTrainedModel, kind: AttentionKind, holder: str, elsewhere: str = OTHER) -> None:
+def check_layers(model: PreTrainedModel, kind: AttentionKind, holder: str) -> None:
     """Refuse layers that are of another kind than the one that a form holds.
-
-    Args:
-        model: the rewritten model.
-        kind: what the form holds.
-        holder: what messages call it.
-        elsewhere: what to do instead.
 
     Raises:
         UsageError: a layer is; it names layer, kind and what to do.
@@ -92,4 +79,4 @@ def check_layers(model: PreTrainedModel, kind: AttentionKind, holder: str, elsew
     config: Any = model.config
     for name, found in kinds_in(config).items():
         if found is not kind:
-            raise UsageError(f"{name} is {found.title}, which {holder} does not have; {elsewhere}")
+            raise UsageError(f"{name} is {found.title}, which {holder} does not have; {OTHER}")

@@ -85,10 +85,6 @@ def write_remote(model: PreTrainedModel, directory: Path) -> None:
     Tensors that the graphs read and a saved result does not have (tables of positions, constants) are written among
     the weights: the classes in the code hold them as buffers.
 
-    Args:
-        model: the rewritten model.
-        directory: existing.
-
     Raises:
         UsageError: the source's class is not among transformers' own, or something wraps an attention module.
     """
@@ -104,7 +100,9 @@ def write_remote(model: PreTrainedModel, directory: Path) -> None:
     model.save_pretrained(directory, state_dict={**model.state_dict(), **tables})
     classes, table = _attention_classes(graphs)
     names["imports"] = "\n".join(sorted({line for graph in graphs.values() for line in _imports(graph)}))
-    for name, text in copied_modules(_module_files(graphs)).items():
+    for name, text in copied_modules(
+        {type(_attention(graph)[1]).__module__: None for graph in graphs.values()}
+    ).items():
         (directory / f"{name}.py").write_text(text, encoding="utf-8")
     code = HEAD.format(**names) + "\n\n\n".join([*classes, TAIL.format(table=table, **names)])
     (directory / f"{MODELING}.py").write_text(code, encoding="utf-8")
@@ -139,11 +137,6 @@ def copied_modules(attentions: Iterable[str] = ()) -> dict[str, str]:
         found[_file_name(name)] = imports.sub(_relative, text)
         names += [other for other in imports.findall(text) if _file_name(other) not in found]
     return found
-
-
-def _module_files(graphs: Mapping[str, fx.GraphModule]) -> list[str]:
-    """Modules of Python with the new attention of rewritten layers."""
-    return list(dict.fromkeys(type(_attention(graph)[1]).__module__ for graph in graphs.values()))
 
 
 def _attention(graph: fx.GraphModule) -> tuple[str, nn.Module]:

@@ -94,7 +94,8 @@ def choose_table(
             f"engines' kernels have {size // 2} rotary frequencies, each once and equally spaced; the model needs "
             f"{len(needed)} ({len(set(needed))} different); leave --kernel-dims out, or compile for fewer cached values"
         )
-    sizes_of_own = [2 * len(needed), _rotary_dim(own, source)] if own else []
+    rotary_dim = int(_head_dim(source) * own.get("partial_rotary_factor", 1.0))
+    sizes_of_own = [2 * len(needed), rotary_dim] if own else []
     if own.get("rope_type") == "longrope":
         sizes_of_own = sizes_of_own[1:]  # its lists of factors have a length
     for candidate in dict.fromkeys(sizes_of_own):
@@ -131,10 +132,6 @@ def _union(layers: list[tuple[float, ...]]) -> Counter[float]:
 
 def _head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _rotary_dim(own: dict[str, Any], source: PreTrainedConfig) -> int:
-    return int(_head_dim(source) * own.get("partial_rotary_factor", 1.0))
 
 
 def _own_table(own: dict[str, Any], size: int, make: MakeConfig) -> Table:

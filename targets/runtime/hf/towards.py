@@ -68,17 +68,7 @@ def form_for(
     sinks: str | None = None,
     engine: str | None = None,
 ) -> Form | None:
-    """Hold the arguments of a compilation against a profile.
-
-    Args:
-        profile: as the option.
-        kernel_dims: as the option.
-        target: what the user asked for.
-        kinds: of attention that it makes.
-        kv_budget: as the option; so are the others.
-        gate: output gates.
-        sinks: sinks.
-        engine: what will serve the result.
+    """Hold the options of a compilation, whose target makes these kinds of attention, against a profile.
 
     Returns:
         The form that the model gets; None where the profile asks for nothing: none is given, or one for any result.
@@ -110,11 +100,6 @@ def form_for(
 
 def check_source(model: PreTrainedModel, sites: list[AttentionSite], form: Form) -> list[str]:
     """Refuse a source that a profile with latent attention cannot stand for, before any work is done.
-
-    Args:
-        model: the source.
-        sites: its attention sites.
-        form: of the profile.
 
     Returns:
         What will be approximated, for the report.
@@ -175,11 +160,7 @@ class ClassSizes:
     fold: int
 
     def rank(self, source_values: int, budget: float) -> int | None:
-        """Size of the latent; None for any.
-
-        Args:
-            source_values: what the source caches per token and layer.
-            budget: fraction of it that may be cached.
+        """Size of the latent within a budget, a fraction of the source's values per token and layer; None for any.
 
         Raises:
             UsageError: the class has none within the budget.

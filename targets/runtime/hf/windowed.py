@@ -33,11 +33,6 @@ class Layer:
 def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> list[Layer]:
     """Read the layers of a model with sliding windows, and refuse what none of the classes has.
 
-    Args:
-        model: the rewritten model.
-        profile: what messages call the class.
-        sink_logits: whether the class has them.
-
     Raises:
         UsageError: a layer has something else, or there is more than one window.
     """
@@ -76,6 +71,12 @@ def gate_weight(model: PreTrainedModel, layer: Layer) -> Tensor | None:
     if layer.config is None or layer.config.gate == "none":
         return None
     return model.get_parameter(f"{layer.site.name}.{GATESWA_MODULE}.g_proj.weight").detach()
+
+
+def trained_gate(model: PreTrainedModel, layer: Layer) -> Tensor | None:
+    """The same; None where all its values are 0, too: then the gate is a constant."""
+    gate = gate_weight(model, layer)
+    return gate if gate is not None and bool(gate.any()) else None
 
 
 def check_plain(layers: list[Layer]) -> None:

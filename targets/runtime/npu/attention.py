@@ -38,12 +38,7 @@ ops = torch.ops.npu
 
 
 class TracedAttention(nn.Module):
-    """Attention of any kind in plain products: its own module, over all that was written to its pages.
-
-    Args:
-        module: the trained module.
-        plan: how it runs.
-    """
+    """Attention of any kind in plain products: its own module, over all that was written to its pages."""
 
     def __init__(self, module: AttentionModule, plan: LayerPlan) -> None:
         super().__init__()
@@ -60,12 +55,7 @@ class TracedAttention(nn.Module):
 
 
 class WindowAttention(WindowedAttention):
-    """`GateSWA` with a cache that is a ring: the tokens of the window, and the kept sinks before them.
-
-    Args:
-        module: the trained module.
-        plan: how it runs.
-    """
+    """`GateSWA` with a cache that is a ring: the tokens of the window, and the kept sinks before them."""
 
     @staticmethod
     def describe(config: GateSWAConfig) -> Site:
@@ -101,7 +91,7 @@ def grouped_attention(
     softcap: float | None,
     virtual: Virtual,
 ) -> Tensor:
-    """Attend to keys and values, all of them or those of a window, and write the new ones.
+    """Attend to keys and values, all of them or those of a window, and write the new ones; returns [B, H, T, dv].
 
     Args:
         layer: of the cache.
@@ -111,9 +101,6 @@ def grouped_attention(
         scale: of the logits.
         softcap: of the logits.
         virtual: logits [H] of keys that every query sees, with their values [G, dv] if they have any.
-
-    Returns:
-        [B, H, T, dv].
     """
     plan, step = layer.plan, current_step()
     site = plan.site

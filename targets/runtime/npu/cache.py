@@ -92,12 +92,7 @@ def current_cache() -> Any:
 
 
 class NpuLayer(CacheLayerMixin):
-    """One layer: its buffers, and how they are written.
-
-    Args:
-        plan: what the legaliser decided.
-        buffers: one or two, shaped as `LayerPlan.caches` says.
-    """
+    """One layer: its buffers, shaped as `LayerPlan.caches` says, and how they are written."""
 
     is_sliding = False
 

@@ -20,16 +20,13 @@ ops = torch.ops.npu
 
 
 def npu_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Send tokens to their experts, sorted, and bring them back.
+    """Send tokens to their experts, sorted, and bring them back; returns [R, D].
 
     Args:
         module: transformers' module of all experts, with weights [E, out, in], or [E, in, out] where ``is_transposed``.
         hidden_states: [R, D].
         top_k_index: experts of each token, [R, k].
         top_k_weights: their weights, [R, k].
-
-    Returns:
-        [R, D].
 
     Raises:
         AttneditError: the experts have something that grouped products do not compute.
@@ -70,16 +67,12 @@ def _grouped(rows: Tensor, module: Any, name: str, counts: Tensor) -> Tensor:
 
 def _gated(module: Any, up: Tensor) -> Tensor:
     """The gate of the experts: fused where it is silu of the first half, the module's own elsewhere."""
-    activation = getattr(module, "act_fn", None)
-    if module.is_concatenated and _is_silu(activation) and has_default_gate(module):
+    silu = isinstance(getattr(module, "act_fn", None), torch.nn.SiLU | SiLUActivation)
+    if module.is_concatenated and silu and has_default_gate(module):
         gated: Tensor = ops.npu_swiglu(up)
         return gated
     own: Tensor = apply_gate(module, up)
     return own
-
-
-def _is_silu(activation: Any) -> bool:
-    return isinstance(activation, torch.nn.SiLU | SiLUActivation)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, npu_experts)

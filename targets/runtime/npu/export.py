@@ -15,9 +15,9 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError
-from attnedit.compiler.model_io.heads import check_text_alone, need_language_head
+from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
-from attnedit.targets.runtime.check import Case, Check, check_model, windows
+from attnedit.targets.runtime.check import Case, check_model, root_mean_square, windows
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.npu import export_air, run_npu
@@ -30,7 +30,7 @@ from attnedit.targets.runtime.npu.reference_attention import float32_allowed
 from attnedit.targets.runtime.npu.run_npu import WEIGHTS_FILE, NpuModel
 from attnedit.targets.runtime.npu.schema import torch_npu_version
 from attnedit.targets.runtime.npu.survey import survey
-from attnedit.targets.runtime.staging import Exportable, check_choice, generation_facts, staged
+from attnedit.targets.runtime.staging import Exportable, check_choice, generation_facts, staged, write_companions
 
 TOLERANCE = 1e-3
 """Largest tolerated difference of logits in float32, as a fraction of the largest logit."""
@@ -80,12 +80,11 @@ def export(
         >>> from attnedit.targets.runtime.npu import export
         >>> export(result, "qwen3-npu", batch_size=4)  # doctest: +SKIP
     """
-    need_language_head(result.model, "export to npu", "compile and export the language model that it came from")
+    check_exportable(result.model, "npu", "an NPU export")
     check_choice("--soc", soc, SOCS)
     chip = SOCS[soc]
     chosen = _choose_dtype(dtype, result.model.dtype, chip)
     sizes = _sizes(batch_size, capacity)
-    check_text_alone(result.model.config, type(result.model).__name__, "an NPU export")
     target = Path(directory).expanduser().resolve()
     check_free(target, overwrite=False)
     register()
@@ -100,7 +99,8 @@ def export(
             facts = _manifest(precise, plans, sizes, chip, programs)
             limit = min(sizes.capacity, facts.max_positions or sizes.capacity)
             cases = list(npu_cases(windows(precise), sizes.batch, limit))
-            checks = check_model(precise, _in_memory(facts, programs), TOLERANCE, cases)
+            lowered = NpuModel(facts.to_dict(), {phase: made.module() for phase, made in programs.items()}, "cpu")
+            checks = check_model(precise, lowered, TOLERANCE, cases)
         with stage("export in " + chosen, progress):
             model = share_copy(source).to(device="cpu", dtype=run_npu.DTYPES[chosen]).eval()
             programs = _programs(model, plans, sizes, chip)
@@ -108,10 +108,13 @@ def export(
             manifest.checks.extend(check.to_dict() for check in checks)
         with stage("write", progress):
             _write(programs, manifest, staging)
-            _write_companions(result, model, staging)
+            for script in (run_npu, export_air):
+                shutil.copyfile(str(script.__file__), staging / Path(str(script.__file__)).name)
+            write_companions(result, model, staging)
         with stage("check in " + chosen, progress):
-            for check in _check_written(model, staging, cases):
-                manifest.rounded_checks.append(check.to_dict())
+            written = NpuModel.load(staging)
+            checks = check_model(model, written, ROUNDED_TOLERANCE, cases, measure=root_mean_square)
+            manifest.rounded_checks.extend(check.to_dict() for check in checks)
             manifest.write(staging)
     return manifest
 
@@ -165,10 +168,6 @@ def _programs(model: PreTrainedModel, plans: list[LayerPlan], sizes: Sizes, soc:
     return {phase: export_program(model, plans, sizes, phase, fused=soc.fused) for phase in PHASES}
 
 
-def _in_memory(manifest: Manifest, programs: Mapping[Phase, ExportedProgram]) -> NpuModel:
-    return NpuModel(manifest.to_dict(), {phase: program.module() for phase, program in programs.items()}, "cpu")
-
-
 def _manifest(
     model: PreTrainedModel,
     plans: list[LayerPlan],
@@ -213,18 +212,3 @@ def _write(programs: Mapping[Phase, ExportedProgram], manifest: Manifest, direct
 def _alone(tensor: Tensor) -> Tensor:
     """A tensor that shares its memory with no other."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _write_companions(result: Any, model: PreTrainedModel, directory: Path) -> None:
-    """Write the scripts, the tokenizer and the generation defaults."""
-    for module in (run_npu, export_air):
-        shutil.copyfile(str(module.__file__), directory / Path(str(module.__file__)).name)
-    if getattr(result, "tokenizer", None) is not None:
-        result.tokenizer.save_pretrained(directory)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
-
-
-def _check_written(model: PreTrainedModel, directory: Path, cases: list[Case]) -> list[Check]:
-    """Compare what lies in the directory with the live model."""
-    return check_model(model, NpuModel.load(directory), ROUNDED_TOLERANCE, cases, rounded=True)

@@ -35,19 +35,20 @@ class Extras:
         return (out.float() * share + self.out * (1 - share)).to(out.dtype)
 
 
-def virtual_keys(query: Tensor, value_size: int, sinks: Virtual) -> Extras | None:
-    """Make extras of sinks: logits [H] and, perhaps, values [G, dv], for queries [B, H, T, d]."""
-    if not sinks:
-        return None
+def virtual_keys(query: Tensor, value_size: int, virtual: Virtual) -> Extras | None:
+    """Make extras of virtual keys for queries [B, H, T, d]; None of none."""
+    return Extras(*_of_all(query, value_size, virtual)) if virtual else None
+
+
+def _of_all(query: Tensor, value_size: int, virtual: Virtual) -> tuple[Tensor, Tensor]:
+    """Logits [B, H, T, m] and values [B, H, m, dv] of keys that every query sees."""
     batch, heads, length, _ = query.shape
-    logits = torch.stack([logit for logit, _ in sinks], dim=-1)[None, :, None].expand(batch, -1, length, -1)
+    logits = torch.stack([logit.float() for logit, _ in virtual], dim=-1)[None, :, None]
     rows = [
-        query.new_zeros((heads, value_size))
-        if value is None
-        else value.repeat_interleave(heads // value.shape[0], dim=0)
-        for _, value in sinks
+        query.new_zeros((heads, value_size)) if own is None else own.repeat_interleave(heads // own.shape[0], dim=0)
+        for _, own in virtual
     ]
-    return Extras(logits, torch.stack(rows, dim=1)[None])
+    return logits.expand(batch, -1, length, -1), torch.stack(rows, dim=1)[None].expand(batch, -1, -1, -1)
 
 
 def prompt_extras(
@@ -62,19 +63,13 @@ def prompt_extras(
     count = plan.site.sink_tokens
     if not count:
         return virtual_keys(query, value.shape[-1], virtual)
-    batch, heads, length, _ = query.shape
-    shared = heads // key.shape[1]
+    length, shared = query.shape[2], query.shape[1] // key.shape[1]
     first = torch.arange(count).clamp(max=length - 1)
     keys, values = (x.index_select(2, first).repeat_interleave(shared, dim=1) for x in (key, value))
     logits = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
     gone = torch.arange(length)[:, None] - torch.arange(count) >= int(plan.site.window or 0)
     logits = logits.masked_fill(~gone, HIDDEN)
     if virtual:
-        more = torch.stack([logit.float() for logit, _ in virtual], dim=-1)[None, :, None]
-        logits = torch.cat((logits, more.expand(batch, -1, length, -1)), dim=-1)
-        rows = [
-            values.new_zeros((heads, values.shape[-1])) if own is None else own.repeat_interleave(shared, dim=0)
-            for _, own in virtual
-        ]
-        values = torch.cat((values, torch.stack(rows, dim=1)[None].expand(batch, -1, -1, -1)), dim=2)
+        more, own = _of_all(query, value.shape[-1], virtual)
+        logits, values = torch.cat((logits, more), dim=-1), torch.cat((values, own), dim=2)
     return Extras(logits, values)

@@ -24,11 +24,7 @@ npu = torch.ops.npu
 
 
 def fuse(program: ExportedProgram, fused: bool = True) -> fx.GraphModule:
-    """Return a program as a module, simplified, with fused operators in place of what they compute.
-
-    Args:
-        program: in training form, not decomposed.
-        fused: False only simplifies.
+    """Return a program in training form as a module, simplified; if asked for, with fused operators where they fit.
 
     Raises:
         AttneditError: a pass broke the graph; it is named.
@@ -110,7 +106,8 @@ def _norm(module: fx.GraphModule, node: Any) -> None:
         return _add_norm(added, last, weight, epsilon)
 
     def build(graph: fx.Graph) -> fx.Node:
-        return _first(graph, name, (source, _cast(graph, weight, x.dtype), epsilon))
+        both = graph.call_function(name, (source, _cast(graph, weight, x.dtype), epsilon))
+        return graph.call_function(operator.getitem, (both, 0))
 
     _replace(last, build)
 
@@ -203,10 +200,14 @@ def _turned_half(cat: Any) -> Any:
     negative, first = cat.args[0]
     if not _is(negative, aten.neg.default):
         return None
-    low, high = _half(first), _half(negative.args[0])
-    return (
-        low[0] if low is not None and high is not None and low[0] is high[0] and (low[1], high[1]) == (0, 1) else None
-    )
+    return _whole(first, negative.args[0])
+
+
+def _whole(first: Any, second: Any) -> Any:
+    """The tensor whose first and second half of the last dim two nodes are; None where there is none."""
+    low, high = _half(first), _half(second)
+    joined = low is not None and high is not None and low[0] is high[0] and (low[1], high[1]) == (0, 1)
+    return low[0] if low is not None and joined else None
 
 
 def _half(node: Any) -> tuple[Any, int] | None:
@@ -239,9 +240,8 @@ def _halved_rotation(node: Any) -> tuple[list[Any], Any, Any, bool] | None:
     (x1, cos), (x2, sin) = real.args[0].args[:2], real.args[1].args[:2]
     if {frozenset(product.args[:2]) for product in imaginary.args[:2]} != {frozenset((x2, cos)), frozenset((x1, sin))}:
         return None
-    low, high = _half(x1), _half(x2)
-    whole = low is not None and high is not None and low[0] is high[0] and (low[1], high[1]) == (0, 1)
-    return [low[0]] if low is not None and whole else [x1, x2], cos, sin, True
+    whole = _whole(x1, x2)
+    return [x1, x2] if whole is None else [whole], cos, sin, True
 
 
 def _swiglu(module: fx.GraphModule, node: Any) -> None:
@@ -256,10 +256,9 @@ def _swiglu(module: fx.GraphModule, node: Any) -> None:
 
 
 def _swiglu_of(module: fx.GraphModule, gate: Any, up: Any, graph: fx.Graph) -> fx.Node:
-    low, high = _half(gate), _half(up)
-    if low is not None and high is not None and low[0] is high[0] and (low[1], high[1]) == (0, 1):
-        return graph.call_function(npu.npu_swiglu.default, (low[0],))
-    joined = _joined_projection(module, graph, gate, up) or graph.call_function(aten.cat.default, ([gate, up], -1))
+    joined = _whole(gate, up)
+    if joined is None:
+        joined = _joined_projection(module, graph, gate, up) or graph.call_function(aten.cat.default, ([gate, up], -1))
     return graph.call_function(npu.npu_swiglu.default, (joined,))
 
 
@@ -314,10 +313,6 @@ def _cast(graph: fx.Graph, node: Any, dtype: torch.dtype) -> Any:
     cast = graph.call_function(aten.to.dtype, (node, dtype))
     cast.meta["val"] = value(node).to(dtype)
     return cast
-
-
-def _first(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    return graph.call_function(operator.getitem, (graph.call_function(target, args), 0))
 
 
 def _attribute(module: nn.Module, name: str) -> torch.Tensor:

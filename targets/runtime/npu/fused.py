@@ -20,7 +20,7 @@ ops = torch.ops.npu
 def prompt_attention(
     plan: LayerPlan, query: Tensor, key: Tensor, value: Tensor, scale: float, extras: Extras | None
 ) -> Tensor:
-    """Causal or banded attention of a prompt, by the fused operator.
+    """Causal or banded attention of a prompt, by the fused operator; returns [B, H, T, dv].
 
     Args:
         plan: of the layer.
@@ -29,9 +29,6 @@ def prompt_attention(
         value: [B, G, T, dv].
         scale: of the logits.
         extras: further keys.
-
-    Returns:
-        [B, H, T, dv].
     """
     window = plan.site.window
     size = plan.prefill_size

@@ -5,11 +5,13 @@ Shapes: B batch, T new tokens, H heads, d query size, dv value size, r latent, s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.module import MLA
@@ -17,21 +19,19 @@ from attnedit.targets.attention.mla.rotary import rotate
 from attnedit.targets.runtime.decomposed import Virtual, attend
 from attnedit.targets.runtime.latent import AbsorbedAttention
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_step
-from attnedit.targets.runtime.npu.extras import Extras, virtual_keys
+from attnedit.targets.runtime.npu.extras import virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
 from attnedit.targets.runtime.npu.legalise import LayerPlan, Site
 from attnedit.targets.runtime.npu.limits import BLOCK
 
 ops = torch.ops.npu
 
+Turn = Callable[[Tensor], Tensor]
+"""Rotates slots [B, 1 or H, T, 2 s]; of a layer without any, what passes them on."""
+
 
 class LatentAttention(AbsorbedAttention):
-    """`MLA` with a paged cache: expanded for the prompt, absorbed in decode.
-
-    Args:
-        mla: the trained module; weights are computed from it.
-        plan: how it runs.
-    """
+    """`MLA` with a paged cache: expanded for the prompt, absorbed in decode."""
 
     @staticmethod
     def describe(config: MLAConfig) -> Site:
@@ -59,74 +59,48 @@ class LatentAttention(AbsorbedAttention):
     def forward(
         self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Any, cache: Any
     ) -> Tensor:
-        """Attend; as `MLA.forward`, with an NPU cache. The mask follows from the current step.
-
-        Returns:
-            [B, T, H, dv].
-        """
+        """Attend; as `MLA.forward`, with an NPU cache; returns [B, T, H, dv]. The mask follows from the step."""
         config = self.config
-        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
-        latent, slots = self.kv_a_proj_with_mqa(kv_input).unsqueeze(1).split([rank, rope], dim=-1)
-        if rope:
-            cos, sin = self.tables(cos, sin, slots)
-            slots = self._turned(slots, cos, sin)
+        sizes = [config.kv_lora_rank, config.qk_rope_head_dim]
+        latent, slots = self.kv_a_proj_with_mqa(kv_input).unsqueeze(1).split(sizes, dim=-1)
+        turn = partial(self._turned, *self.tables(cos, sin, slots)) if config.qk_rope_head_dim else nn.Identity()
+        slots = turn(slots)
         layer: NpuLayer = cache.layers[config.layer_idx]
         layer.write_pages(*self._packed(latent, slots))
-        virtual = [(self.sinks, None)] if self.sinks is not None else []
-        extras = virtual_keys(query, config.v_head_dim, virtual)
-        attention = self._prompt if current_step().prefill else self._token
-        return attention(query, latent, slots, cos, sin, layer, extras).transpose(1, 2)
+        virtual: Virtual = () if self.sinks is None else ((self.sinks, None),)
+        if current_step().prefill:
+            return self._prompt(query, latent, slots, turn, virtual).transpose(1, 2)
+        return self._token(query, layer, turn, virtual).transpose(1, 2)
 
-    def _prompt(
-        self,
-        query: Tensor,
-        latent: Tensor,
-        slots: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        layer: NpuLayer,
-        extras: Extras | None,
-    ) -> Tensor:
+    def _prompt(self, query: Tensor, latent: Tensor, slots: Tensor, turn: Turn, virtual: Virtual) -> Tensor:
         """Expand the latent [B, 1, T, r] to keys and values of every head; returns [B, H, T, dv]."""
         config, heads = self.config, query.shape[1]
         up = self.kv_b_proj(latent[:, 0]).unflatten(-1, (heads, -1)).transpose(1, 2)
         key, value = up.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         parts = [(query, key)] if config.qk_nope_head_dim else []
-        if self.q_rope_proj is not None and cos is not None and sin is not None:
-            turned = self._turned(torch.matmul(query, self.q_rope_proj.transpose(1, 2)), cos, sin)
+        if self.q_rope_proj is not None:
+            turned = turn(torch.matmul(query, self.q_rope_proj.transpose(1, 2)))
             parts.append((turned, slots.expand(-1, heads, -1, -1)))
+        extras = virtual_keys(query, config.v_head_dim, virtual)
         query, key = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
         if self.plan.prefill.fused:
             return prompt_attention(self.plan, query, key, value, config.scale, extras)
-        bias = prompt_bias(self.plan, query.shape[2])
-        sinks: Virtual = () if self.sinks is None else ((self.sinks, None),)
-        return attend(query * config.scale, key, value, bias, config.softcap, sinks)
+        return attend(query * config.scale, key, value, prompt_bias(self.plan, query.shape[2]), config.softcap, virtual)
 
-    def _token(
-        self,
-        query: Tensor,
-        latent: Tensor,
-        slots: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        layer: NpuLayer,
-        extras: Extras | None,
-    ) -> Tensor:
+    def _token(self, query: Tensor, layer: NpuLayer, turn: Turn, virtual: Virtual) -> Tensor:
         """Take the queries [B, H, 1, d] down to the cache; returns [B, H, 1, dv]."""
         config, plan, step = self.config, self.plan, current_step()
         rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
         down = torch.matmul(query, self.query_down)
         onto_latent = down[..., :rank] if config.qk_nope_head_dim else down.new_zeros((*down.shape[:3], rank))
-        onto_slots = down[..., down.shape[-1] - rope :]
-        if rope and cos is not None and sin is not None:
-            onto_slots = self._turned(onto_slots, cos, sin)
+        onto_slots = turn(down[..., down.shape[-1] - rope :])
         if not plan.decode.fused:
             keys = layer.all_rows(0)
             queries = torch.cat((onto_latent, onto_slots), dim=-1) * config.scale
-            sinks: Virtual = () if self.sinks is None else ((self.sinks, None),)
             bias = rows_bias(plan, keys.shape[2])
-            context = attend(queries, keys, keys[..., :rank], bias, config.softcap, sinks)
+            context = attend(queries, keys, keys[..., :rank], bias, config.softcap, virtual)
             return torch.matmul(context, self.value_up)
+        extras = virtual_keys(query, config.v_head_dim, virtual)
         parts = self._packed(onto_latent, onto_slots)
         more = plan.heads - query.shape[1]
         parts = [F.pad(x, (0, 0, 0, 0, 0, more)).contiguous() for x in parts]
@@ -164,7 +138,7 @@ class LatentAttention(AbsorbedAttention):
         joined = torch.cat((latent, within), dim=-1)
         return [F.pad(joined, (0, self.plan.size - joined.shape[-1])), F.pad(beside, (0, rope - beside.shape[-1]))]
 
-    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _turned(self, cos: Tensor, sin: Tensor, x: Tensor) -> Tensor:
         if not self.plan.prefill.fused and not self.plan.decode.fused:
             return rotate(x, cos, sin)
         cos, sin = (torch.cat((table, table), dim=-1) for table in (cos, sin))

@@ -142,13 +142,7 @@ class LayerPlan:
 
 
 def legalise(site: Site, soc: Soc, dtype: str) -> LayerPlan:
-    """Decide how an attention runs.
-
-    Args:
-        site: the attention.
-        soc: the system on chip.
-        dtype: name of the dtype of the exported model.
-    """
+    """Decide how an attention runs in a dtype on a chip."""
     reason = _never(site, soc)
     if site.form == "latent":
         return _latent(site, dtype, reason)

@@ -103,14 +103,7 @@ def cache_shapes(plans: Sequence[LayerPlan], sizes: Sizes) -> dict[str, tuple[in
 def export_program(
     model: PreTrainedModel, plans: Sequence[LayerPlan], sizes: Sizes, phase: Phase, *, fused: bool = True
 ) -> ExportedProgram:
-    """Trace one phase of a model.
-
-    Args:
-        model: with or without rewritten attention, in the dtype to export; left as it was.
-        plans: how each layer runs.
-        sizes: what is fixed.
-        phase: which.
-        fused: whether the chip has fused operators.
+    """Trace one phase of a model, which is left as it was.
 
     Returns:
         A program of ``input_ids`` [B, T] (T is free in prefill, 1 in decode), ``lengths`` int64 [B], ``block_table``

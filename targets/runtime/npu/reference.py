@@ -43,14 +43,6 @@ def _normalised(x: Tensor, factor: Tensor, epsilon: float, name: str, gamma: Ten
     return (x.float() * inverse * factor).to(x.dtype), inverse
 
 
-def _norm_shapes(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), input.new_empty((*input.shape[:-1], 1), dtype=torch.float32)
-
-
-def _add_norm_shapes(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_norm_shapes(x1, gamma), torch.empty_like(x1))
-
-
 def rotary_mul(
     input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
 ) -> Tensor:
@@ -69,20 +61,10 @@ def rotary_mul(
     return (x * r1.float() + turned * r2.float()).to(input.dtype)
 
 
-def _rotary_shapes(input: Tensor, *others: Any, **options: Any) -> Tensor:
-    return input.new_empty(input.shape)
-
-
 def swiglu(input: Tensor, dim: int = -1) -> Tensor:
     """Compute ``npu_swiglu``: the first half's silu times the second half."""
     gate, up = input.float().chunk(2, dim=dim)
     return (torch.nn.functional.silu(gate) * up).to(input.dtype)
-
-
-def _swiglu_shapes(input: Tensor, dim: int = -1) -> Tensor:
-    shape = list(input.shape)
-    shape[dim] = shape[dim] // 2
-    return input.new_empty(shape)
 
 
 def scatter_pages(
@@ -135,22 +117,23 @@ def _same(input: Tensor, *others: Any, **options: Any) -> Tensor:
 
 
 REFERENCES: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
-    "npu_add_rms_norm": (add_rms_norm, _add_norm_shapes),
+    "npu_add_rms_norm": (add_rms_norm, add_rms_norm),
     "npu_fused_infer_attention_score_v2": (attention.infer, attention.infer_shapes),
     "npu_fusion_attention": (attention.train, None),
-    "npu_gemma_rms_norm": (gemma_rms_norm, _norm_shapes),
+    "npu_gemma_rms_norm": (gemma_rms_norm, gemma_rms_norm),
     "npu_grouped_matmul": (experts.grouped_matmul, experts.grouped_matmul_shapes),
-    "npu_moe_finalize_routing": (experts.combine, experts.combine_shapes),
-    "npu_moe_gating_top_k_softmax": (experts.gate_softmax, experts.gate_softmax_shapes),
+    "npu_moe_finalize_routing": (experts.combine, experts.combine),
+    "npu_moe_gating_top_k_softmax": (experts.gate_softmax, experts.gate_softmax),
     "npu_moe_init_routing_v2": (experts.route, experts.route_shapes),
-    "npu_rms_norm": (rms_norm, _norm_shapes),
-    "npu_rotary_mul": (rotary_mul, _rotary_shapes),
+    "npu_rms_norm": (rms_norm, rms_norm),
+    "npu_rotary_mul": (rotary_mul, rotary_mul),
     "npu_scatter_nd_update_": (scatter_rows, _same),
     "npu_scatter_pa_kv_cache": (scatter_pages, _nothing),
-    "npu_swiglu": (swiglu, _swiglu_shapes),
+    "npu_swiglu": (swiglu, swiglu),
     "scatter_update_": (scatter_update, _same),
 }
-"""Operator -> implementation and shapes; None where autograd is to follow the implementation."""
+"""Operator -> implementation and shapes, of which an implementation that reads no values tells by itself; None where
+autograd is to follow the implementation."""
 
 
 @cache

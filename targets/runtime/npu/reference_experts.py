@@ -25,14 +25,9 @@ def gate_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple
         raise AttneditError(f"npu_moe_gating_top_k_softmax: finished {finished is not None}, k {k} of {x.shape[-1]}")
     weights, chosen = x.float().softmax(dim=-1).topk(k, dim=-1)
     rows = x.shape[0]
-    place = torch.arange(rows, dtype=torch.int32)[:, None] + rows * torch.arange(k, dtype=torch.int32)
+    of_row, of_choice = (torch.arange(count, dtype=torch.int32, device=x.device) for count in (rows, k))
+    place = of_row[:, None] + rows * of_choice
     return weights.to(x.dtype), chosen.int(), place
-
-
-def gate_softmax_shapes(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of `gate_softmax`."""
-    shape = (*x.shape[:-1], k)
-    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
 
 
 def route(
@@ -54,21 +49,9 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute ``npu_moe_init_routing_v2``: tokens [R, D] sorted by the experts [R, k] that they go to.
 
-    Args:
-        x: tokens.
-        expert_idx: int32.
-        scale: not modelled.
-        offset: not modelled.
-        active_num: -1: all tokens.
-        expert_capacity: not used by the kernel.
-        expert_num: E.
-        drop_pad_mode: 0, the one that exists.
-        expert_tokens_num_type: 1: tokens of each expert; the running sum (0) does not exist yet.
-        expert_tokens_num_flag: must be set.
-        quant_mode: -1: no quantisation.
-        active_expert_range: [0, E].
-        row_idx_type: 0: for every (token, choice) the sorted row it went to; 1 the reverse.
-        x_dtype: not modelled.
+    Known are all tokens (`active_num` -1) and experts (`active_expert_range` [0, E]), counted for each expert
+    (`expert_tokens_num_type` 1), without quantisation. `row_idx_type` 0 asks for the sorted row that every (token,
+    choice) went to, 1 for the reverse.
 
     Returns:
         [R k, D]; int32 [R k]; int64 [E]; an empty tensor.
@@ -110,20 +93,9 @@ def grouped_matmul(
     group_list_type: int | None = 0,
     **others: Any,
 ) -> list[Tensor]:
-    """Compute ``npu_grouped_matmul`` of one tensor of sorted rows [R, D] with weights [E, D, O].
+    """Compute ``npu_grouped_matmul`` of one tensor of sorted rows [R, D] with weights [E, D, O]: one of [R, O].
 
-    Args:
-        x: one tensor.
-        weight: one tensor.
-        bias: one tensor [E, O].
-        group_list: int64 [E]; rows of each expert with `group_list_type` 1, their running sum with 0.
-        split_item: 2 or 3: one tensor comes out.
-        group_type: 0: rows are grouped.
-        group_list_type: what `group_list` counts.
-        **others: not modelled.
-
-    Returns:
-        One tensor [R, O].
+    `group_list` has the rows of each expert, int64 [E], or with `group_list_type` 0 their running sum.
     """
     if any(value is not None and value != 0 for value in others.values()):
         raise AttneditError("npu_grouped_matmul: the reference knows no quantisation and no activation")
@@ -157,23 +129,10 @@ def combine(
     drop_pad_mode: int | None = 0,
     k: int | None = 1,
 ) -> Tensor:
-    """Compute ``npu_moe_finalize_routing``: the weighted sum of each token's rows.
+    """Compute ``npu_moe_finalize_routing``: the weighted sum [R, D] of each token's rows [R k, D], by `scales` [R, k].
 
-    Row ``i + j R`` of `expanded_src_to_dst_row` says where choice j of token i lies.
-
-    Args:
-        expanded_permuted_rows: [R k, D].
-        skip1: not modelled.
-        skip2: not modelled.
-        bias: not modelled.
-        scales: weights [R, k].
-        expanded_src_to_dst_row: int32 [R k].
-        export_for_source_row: read for `bias` only.
-        drop_pad_mode: 0.
-        k: read where there are no weights.
-
-    Returns:
-        [R, D].
+    Row ``i + j R`` of `expanded_src_to_dst_row` says where choice j of token i lies. Biases and rows to skip are
+    not modelled; `k` and `export_for_source_row` are read only with those.
     """
     if skip1 is not None or skip2 is not None or bias is not None or scales is None or drop_pad_mode != 0:
         raise AttneditError("npu_moe_finalize_routing: the reference knows weights alone")
@@ -183,10 +142,3 @@ def combine(
     rows = rows.unflatten(0, (scales.shape[1], scales.shape[0]))
     out: Tensor = (rows * scales.float().T[..., None]).sum(0).to(expanded_permuted_rows.dtype)
     return out
-
-
-def combine_shapes(
-    expanded_permuted_rows: Tensor, skip1: None, skip2: None, bias: None, scales: Tensor, *others: Any, **options: Any
-) -> Tensor:
-    """Shapes of `combine`."""
-    return expanded_permuted_rows.new_empty((scales.shape[0], expanded_permuted_rows.shape[1]))

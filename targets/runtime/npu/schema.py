@@ -1,7 +1,8 @@
 """Schemas of the fused operators, as data of one torch_npu version; compared with the real ones where those are.
 
 ``python -m attnedit.targets.runtime.npu.schema FILE VERSION`` reads them anew from
-``torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml`` of a torch_npu wheel.
+``torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml`` of a torch_npu wheel: of the operators that lowered graphs
+and training may call, whose names ``schemas.json`` has, whatever stands behind a new one.
 """
 
 from __future__ import annotations
@@ -19,24 +20,6 @@ from attnedit.compiler.compatibility.torch_names import operator_names, parse_sc
 from attnedit.compiler.errors import UsageError
 
 FILE = Path(__file__).with_name("schemas.json")
-
-OPERATORS = (
-    "npu_add_rms_norm",
-    "npu_fused_infer_attention_score_v2",
-    "npu_fusion_attention",
-    "npu_gemma_rms_norm",
-    "npu_grouped_matmul",
-    "npu_moe_finalize_routing",
-    "npu_moe_gating_top_k_softmax",
-    "npu_moe_init_routing_v2",
-    "npu_rms_norm",
-    "npu_rotary_mul",
-    "npu_scatter_nd_update_",
-    "npu_scatter_pa_kv_cache",
-    "npu_swiglu",
-    "scatter_update_",
-)
-"""What lowered graphs, and training, may call."""
 
 
 @cache
@@ -64,8 +47,8 @@ def schemas() -> dict[str, str]:
 
 def real_operators() -> set[str]:
     """Operators of ours that something registered already: torch_npu's, as we register only what is absent."""
-    known = {name.removeprefix("npu::").split(".")[0] for name in _registered()}
-    return known & set(OPERATORS)
+    known = {name.removeprefix("npu::").split(".")[0] for name in operator_names() if name.startswith("npu::")}
+    return known & set(schemas())
 
 
 def check_live() -> list[str]:
@@ -96,13 +79,9 @@ def read_yaml(text: str) -> dict[str, str]:
     """
     lines = re.findall(r"^\s*-? ?func: (.*)$", text, flags=re.MULTILINE)
     by_name = {line.split("(")[0]: line for line in lines if "." not in line.split("(")[0]}
-    if absent := sorted(set(OPERATORS) - set(by_name)):
+    if absent := sorted(set(schemas()) - set(by_name)):
         raise UsageError(f"the file has no function {', '.join(absent)}")
-    return {name: re.sub(r"(Tensor(?:\(a!\))?) self\b", r"\1 input", by_name[name]) for name in OPERATORS}
-
-
-def _registered() -> set[str]:
-    return {name for name in operator_names() if name.startswith("npu::")}
+    return {name: re.sub(r"(Tensor(?:\(a!\))?) self\b", r"\1 input", by_name[name]) for name in schemas()}
 
 
 def main() -> None:

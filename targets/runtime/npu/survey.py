@@ -23,15 +23,12 @@ from attnedit.compiler.graph.anchor import (
 from attnedit.targets.attention.module import AttentionModule, attention_modules
 from attnedit.targets.runtime.decomposed import lowering_of
 from attnedit.targets.runtime.npu.legalise import Site
-from attnedit.targets.runtime.tracing import takes_positions
+from attnedit.targets.runtime.tracing import kept_tensors, takes_positions
 
 
 @torch.no_grad()
 def survey(model: PreTrainedModel) -> list[Site]:
-    """Run two tokens, and describe the attention of every layer of the cache.
-
-    Args:
-        model: with weights, or on meta.
+    """Run two tokens, and describe the attention of every layer of the cache; a model on meta will do.
 
     Raises:
         UsageError: a layer's attention cannot be lowered: it keeps something else than keys and values, does not go
@@ -64,12 +61,7 @@ def survey(model: PreTrainedModel) -> list[Site]:
     for index, layer in enumerate(cache.layers):
         if index in found:
             continue
-        key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(key, Tensor) or not isinstance(value, Tensor) or key.dim() != 4:
-            raise UsageError(
-                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values; "
-                "the NPU export has no buffers for such a state"
-            )
+        key, value = kept_tensors(model, index, layer, "the NPU export has no buffers")
         if index in rewritten:
             found[index] = _traced(rewritten[index], key, value)
             continue

@@ -27,12 +27,7 @@ TRAINING = "attnedit_npu_training"
 
 @contextmanager
 def training_attention(device_type: str, *models: nn.Module) -> Iterator[None]:
-    """Inside the block models attend by ``npu_fusion_attention``.
-
-    Args:
-        device_type: of the device that they are on: "npu"; "cpu" takes the references.
-        models: the source and the student, whatever of their attention was rewritten.
-    """
+    """Inside the block models attend by ``npu_fusion_attention``; on a CPU by its reference."""
     register()
     with ExitStack() as stack:
         for model in models:

@@ -33,11 +33,6 @@ def fixed_programs(
 ) -> Iterator[tuple[str, ir.Model]]:
     """Trace a model once for prefill and once for decode.
 
-    Args:
-        model: in the dtype to export.
-        layers: what each layer caches.
-        sizes: of all axes.
-
     Yields:
         file name and graph.
 

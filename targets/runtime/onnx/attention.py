@@ -42,9 +42,6 @@ class LatentAttention(AbsorbedAttention):
     The logits are two products with the two parts of the cache, and the latent is the value as it stands: no part
     of the cache is sliced or copied. Where the cache has keys of another size than the latent's, its two halves
     hold latent and slots joined and cut in the middle.
-
-    Args:
-        mla: the trained module; weights are computed from it.
     """
 
     def __init__(self, mla: MLA) -> None:
@@ -58,11 +55,7 @@ class LatentAttention(AbsorbedAttention):
     def forward(
         self, query: Tensor, kv_input: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor, cache: Any
     ) -> Tensor:
-        """Attend; as `MLA.forward`, with the additive mask of `export_mask` and an export cache.
-
-        Returns:
-            [B, T, H, dv].
-        """
+        """Attend; as `MLA.forward`, with the mask of `export_mask` and an export cache; returns [B, T, H, dv]."""
         config = self.config
         rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
         batch, heads, length, _ = query.shape

@@ -20,6 +20,7 @@ from attnedit.compiler.compatibility.caches import with_cache
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.module import attention_modules
 from attnedit.targets.runtime.decomposed import lowering_of
+from attnedit.targets.runtime.tracing import kept_tensors
 
 CacheForm = Literal["dynamic", "static", "fixed"]
 """Grown by concatenation; buffers of any capacity, written by TensorScatter; every size a number, written by
@@ -74,12 +75,7 @@ def layer_caches(model: PreTrainedModel) -> list[LayerCache]:
     rewritten = {module.config.layer_idx: module for _, module in attention_modules(model)}
     found = []
     for index, layer in enumerate(cache.layers):
-        key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(key, Tensor) or not isinstance(value, Tensor) or key.dim() != 4:
-            raise UsageError(
-                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, not keys and values; "
-                "the ONNX export has no inputs for such a state"
-            )
+        key, value = kept_tensors(model, index, layer, "the ONNX export has no inputs")
         if key.dtype != model.dtype or value.dtype != model.dtype:
             raise UsageError(
                 f"layer {index} of {type(model).__name__} caches {str(key.dtype).removeprefix('torch.')}; the caches "

@@ -14,23 +14,23 @@ import torch
 from transformers import PreTrainedModel
 
 from attnedit.compiler.errors import UsageError, VerificationError
-from attnedit.compiler.model_io.heads import need_language_head
+from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import kind_of
 from attnedit.targets.attention.module import attention_modules
-from attnedit.targets.runtime.check import check_model
+from attnedit.targets.runtime.check import check_model, root_mean_square
 from attnedit.targets.runtime.decomposed import lowering_of
 from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.checkpoint import check_free
 from attnedit.targets.runtime.onnx.atc import OPSET, fixed_cases, fixed_programs
-from attnedit.targets.runtime.onnx.cache import CacheForm, LayerCache, layer_caches
+from attnedit.targets.runtime.onnx.cache import LayerCache, layer_caches
 from attnedit.targets.runtime.onnx.genai import even_split, write_config
 from attnedit.targets.runtime.onnx.kernels import check_kernels, choose_dtype, choose_opset
 from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, FixedSizes, Manifest
 from attnedit.targets.runtime.onnx.program import Signature, export_program
 from attnedit.targets.runtime.onnx.quantize import quantize_weights
 from attnedit.targets.runtime.onnx.runner import OnnxModel
-from attnedit.targets.runtime.staging import Exportable, check_choice, generation_facts, staged
+from attnedit.targets.runtime.staging import Exportable, check_choice, generation_facts, staged, write_companions
 from attnedit.targets.runtime.tracing import takes_positions
 
 TOLERANCES = {"float32": 1e-3, "float16": 5e-2}
@@ -93,7 +93,7 @@ def export(
         flavor, cache, quantize, opset, {"batch": batch_size, "sequence_length": seq_len, "capacity": capacity}
     )
     number = OPSET if fixed else choose_opset(cache, opset)
-    need_language_head(result.model, "export to onnx", "compile and export the language model that it came from")
+    check_exportable(result.model, "onnx")
     chosen = choose_dtype(dtype, result.model.dtype)
     _check_rope(result.model)
     target = Path(directory).expanduser().resolve()
@@ -115,32 +115,31 @@ def export(
                 save_program(program, staging / file)
                 _check_file(staging / file)
         with stage("check", progress):
-            manifest = _manifest(model, layers, "fixed" if fixed else cache, number, quantize, flavor, fixed)
-            _write_companions(result, model, manifest, staging)
+            manifest = Manifest(
+                **generation_facts(model),
+                cache="fixed" if fixed else cache,
+                quantize=quantize,
+                opset=number,
+                positions=takes_positions(model),
+                layers=list(layers),
+                flavor=flavor,
+                fixed=fixed,
+            )
+            manifest.write(staging)
+            write_companions(result, model, staging)
+            if flavor == "genai":
+                write_config(manifest, staging, model.config.get_text_config(decoder=True))
             plan = fixed_cases(fixed) if fixed else None
             checks = check_model(model, OnnxModel(staging), TOLERANCES[manifest.dtype], plan)
         if quantize is not None:
             with stage("quantize", progress):
                 quantize_weights(staging / MODEL_FILE, quantize)
                 _check_file(staging / MODEL_FILE)
-                checks = check_model(model, OnnxModel(staging), ROUNDED_TOLERANCES[quantize], rounded=True)
+                checks = check_model(model, OnnxModel(staging), ROUNDED_TOLERANCES[quantize], measure=root_mean_square)
         with stage("write", progress):
             manifest.checks.extend(check.to_dict() for check in checks)
             manifest.write(staging)
     return manifest
-
-
-def _write_companions(result: Any, model: PreTrainedModel, manifest: Manifest, directory: Path) -> None:
-    """Write everything beside the graphs: what the directory says of itself, tokenizer, generation defaults."""
-    manifest.write(directory)
-    if getattr(result, "tokenizer", None) is not None:
-        result.tokenizer.save_pretrained(directory)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
-    if manifest.flavor == "genai":
-        text = model.config.get_text_config(decoder=True)
-        sizes = {"hidden_size": text.hidden_size, "heads": text.num_attention_heads}
-        write_config(manifest, directory, **sizes, bos_token_id=text.bos_token_id)
 
 
 def _even(model: PreTrainedModel, layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
@@ -204,27 +203,6 @@ def _check_file(file: Path) -> None:
     except onnx.checker.ValidationError as error:
         reason = next(iter(str(error).splitlines()), "")
         raise VerificationError(f"onnx.checker refuses the exported model: {reason}") from error
-
-
-def _manifest(
-    model: PreTrainedModel,
-    layers: tuple[LayerCache, ...],
-    cache: CacheForm,
-    opset: int,
-    quantize: str | None,
-    flavor: str,
-    fixed: FixedSizes | None,
-) -> Manifest:
-    return Manifest(
-        **generation_facts(model),
-        cache=cache,
-        quantize=quantize,
-        opset=opset,
-        positions=takes_positions(model),
-        layers=list(layers),
-        flavor=flavor,
-        fixed=fixed,
-    )
 
 
 # Once per process they would say that torchvision is not there, which no language model needs.

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.runtime.onnx.cache import LayerCache
 from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, Manifest
@@ -24,9 +26,6 @@ def even_split(layers: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
     """Cache layouts with one size for every key and value.
 
     Latent layers hold latent and slots joined, cut in the middle; shorter ones are filled up with zeros.
-
-    Args:
-        layers: what each layer caches.
 
     Raises:
         UsageError: onnxruntime-genai has no cache for such layers.
@@ -56,17 +55,10 @@ def even_split(layers: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
     return tuple(replace(layer, key_size=size, value_size=size) for layer in layers)
 
 
-def write_config(
-    manifest: Manifest, directory: Path, *, hidden_size: int, heads: int, bos_token_id: int | None
-) -> None:
+def write_config(manifest: Manifest, directory: Path, text: PreTrainedConfig) -> None:
     """Write genai_config.json, and name the tokenizer as onnxruntime-extensions calls it.
 
-    Args:
-        manifest: of the exported model.
-        directory: that holds it.
-        hidden_size: D.
-        heads: query heads H.
-        bos_token_id: token that begins a text; the first that ends one where there is none.
+    Where the language model has no token that begins a text, the first that ends one stands for it.
     """
     layer = manifest.layers[0]
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
@@ -78,7 +70,7 @@ def write_config(
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL_FILE,
         "head_size": layer.key_size,
-        "hidden_size": hidden_size,
+        "hidden_size": text.hidden_size,
         "inputs": {
             **inputs,
             "past_key_names": "past_key_values.%d.key",
@@ -89,14 +81,14 @@ def write_config(
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-        "num_attention_heads": heads,
+        "num_attention_heads": text.num_attention_heads,
         "num_hidden_layers": len(manifest.layers),
         "num_key_value_heads": layer.heads,
     }
     config = {
         "model": {
             "type": MODEL_TYPE,
-            "bos_token_id": ends[0] if bos_token_id is None else bos_token_id,
+            "bos_token_id": ends[0] if text.bos_token_id is None else text.bos_token_id,
             "eos_token_id": ends,
             "pad_token_id": manifest.pad_token_id,
             "context_length": length,

@@ -125,12 +125,7 @@ class _CachedModel(nn.Module):
 
 
 def export_program(model: PreTrainedModel, signature: Signature, opset: int) -> ir.Model:
-    """Trace a model and translate it to ONNX.
-
-    Args:
-        model: with or without rewritten attention, in the dtype to export; left as it was.
-        signature: inputs and outputs.
-        opset: version of the ai.onnx operators.
+    """Trace a model, which is left as it was, and translate it to ONNX.
 
     Raises:
         AttneditError: torch could not trace or translate it.

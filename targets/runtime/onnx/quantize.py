@@ -23,10 +23,6 @@ BITS = {"int8": 8, "int4": 4}
 def quantize_weights(file: Path, form: str) -> None:
     """Round the weights of all linear layers, in place; embeddings and products inside attention stay.
 
-    Args:
-        file: the model.
-        form: "int8" or "int4".
-
     Raises:
         UsageError: nothing in the model can be rounded.
     """

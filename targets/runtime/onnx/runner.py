@@ -157,13 +157,7 @@ class OnnxModel:
 
 
 class Decoding:
-    """A running text: the cache, and which of its tokens are padding.
-
-    Args:
-        model: the exported model.
-        batch: B.
-        capacity: C, for fixed buffers.
-    """
+    """A running text: the cache, and which of its tokens are padding."""
 
     def __init__(self, model: OnnxModel, batch: int, capacity: int | None = None) -> None:
         self.model, self.batch, self.capacity = model, batch, capacity
