@@ -93,7 +93,7 @@ class Rewritten:
 
 
 @dataclass(frozen=True)
-class Job:
+class Changes:
     """What every layer becomes.
 
     Attributes:
@@ -133,7 +133,7 @@ class LayerwiseRewrite:
         model: PreTrainedModel,
         reader: CheckpointReader,
         sites: list[AttentionSite],
-        job: Job,
+        job: Changes,
         output: Path,
     ) -> None:
         self._model, self._reader, self._job = model, reader, job

@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx
 from transformers import PreTrainedModel
 
-from attnedit._calibrate import calibration_name
 from attnedit.compiler.capture.sites import left_of
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
+from attnedit.compiler.data.token_windows import shares_of
 from attnedit.compiler.evaluation.evaluate import kv_usage
 from attnedit.compiler.formats import own_version
 from attnedit.compiler.reporting.records import KVUsage, LayerReport, RuleReport, Verification
@@ -27,7 +27,7 @@ _WEAKEST = _CONTRACTS[-1]
 
 @dataclass
 class Fitted:
-    """New attention, by the site's name.
+    """New attention, by the site's name; filled in as targets are fitted.
 
     Attributes:
         graphs: with their weights, or on meta where these are written already.
@@ -44,17 +44,17 @@ class Fitted:
         rounding: what decoding may be off by; see `same_decode`.
     """
 
-    graphs: dict[str, fx.GraphModule]
-    matched: Mapping[str, Collection[str]] = field(default_factory=dict)
-    spent: Mapping[str, float] = field(default_factory=dict)
-    contracts: Mapping[str, str] = field(default_factory=dict)
-    energy_kept: Mapping[str, float] = field(default_factory=dict)
-    output_error: Mapping[str, float] = field(default_factory=dict)
-    loss_increase: Mapping[str, float] = field(default_factory=dict)
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    matched: dict[str, Collection[str]] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    contracts: dict[str, str] = field(default_factory=dict)
+    energy_kept: dict[str, float] = field(default_factory=dict)
+    output_error: dict[str, float] = field(default_factory=dict)
+    loss_increase: dict[str, float] = field(default_factory=dict)
     full: list[int] | None = None
     notes: list[str] = field(default_factory=list)
     rules: list[RuleReport] = field(default_factory=list)
-    kinds: Mapping[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
     earlier: frozenset[str] = frozenset()
     checks: list[Verification] = field(default_factory=list)
     rounding: float = 0.0
@@ -140,3 +140,12 @@ def _layers(plan: Plan, configs: Mapping[str, SiteConfig], after: KVUsage, fitte
             )
         )
     return rows
+
+
+def calibration_name(calibration: Any) -> str:
+    """How the report names the data."""
+    if calibration is None:
+        return "own samples"
+    if isinstance(calibration, Mapping):
+        return ", ".join(f"{name} ({share_of_data:.0%})" for name, share_of_data in shares_of(calibration).items())
+    return str(calibration) if isinstance(calibration, str) or hasattr(calibration, "__fspath__") else "given data"

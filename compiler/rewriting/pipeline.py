@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +27,33 @@ HALF_ROUNDING = 2e-2
 """Of the largest value: what "close" may be off by beyond its tolerances where the model is in half precision."""
 
 
-@dataclass(frozen=True)
 class Target:
-    """A named pipeline: what a third party registers under the entry points `attnedit.targets`.
+    """What attention becomes: what a third party registers under the entry points `attnedit.targets`.
 
-    Attributes:
+    This one is made of rewrites; `attnedit.AttentionTarget` is one that chooses shapes for all sites under a budget.
+
+    Args:
         name: what `attnedit compile --target` calls it.
         rewrites: in order.
         description: one line for people.
+
+    Attributes:
+        reads: options of `attnedit.options.CompileOptions` that it reads; it is refused any other that only some
+            targets read.
+        leaves: whether it may leave layers for another target to change ("gateswa+mla").
     """
 
     name: str
-    rewrites: tuple[Rewrite, ...]
+    rewrites: tuple[Rewrite, ...] = ()
     description: str = ""
+    reads: ClassVar[frozenset[str]] = frozenset({"partial"})
+    leaves: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        """Take any sequence of rewrites."""
-        object.__setattr__(self, "rewrites", tuple(self.rewrites))
+    def __init__(self, name: str, rewrites: Sequence[Rewrite], description: str = "") -> None:
+        self.name, self.rewrites, self.description = name, tuple(rewrites), description
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
 
 
 @dataclass
