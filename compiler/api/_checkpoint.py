@@ -29,7 +29,7 @@ from attnedit.compiler.model_io.remote_code import copy_code
 from attnedit.compiler.processes import processes
 from attnedit.compiler.reporting.records import PipelineStage
 from attnedit.compiler.reporting.report import Report
-from attnedit.layerwise import STATE_DIRECTORY, Changes, LayerwiseRewrite
+from attnedit.layerwise import STATE_DIRECTORY, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
 from attnedit.passes.target import AnyTarget
 from attnedit.planning import Plan, check_head
@@ -159,7 +159,6 @@ class CheckpointSource(Source):
     def fit(self, job: Job, target: AnyTarget | None, entry: PipelineStage) -> None:
         """All layers in one walk, each written before the next is read."""
         options, fitted, claims = self.options, job.fitted, job.plan.claims()
-        changes = {name: (one, shape) for one, claim in claims for name, shape in claim.shapes.items()}
         for one, claim in claims:
             sites = [site for site in job.plan.chosen if site.name in claim.shapes]
             fitted.notes += [_EVEN_NOTE] * one.by_loss(claim, sites)
@@ -169,9 +168,8 @@ class CheckpointSource(Source):
                 fitted.full = claim.leave if isinstance(claim.leave, list) else []
         fitted.notes.append("read, rewritten and written layer by layer")
         open_run(self.output, self._recipe, overwrite=options.overwrite)
-        work = LayerwiseRewrite(
-            self.model, self._reader, job.sites, Changes(changes, job.windows, options.seed), self.output
-        )
+        given = job.windows, options.seed, self.output
+        work = LayerwiseRewrite(self.model, self._reader, job.sites, claims, *given)
         written = work.run(options.progress)
         write_index(self.output, work.shards)
         entry.did = f"{len(work.shards)} parts read, {len(written.configs)} layers rewritten, all written"

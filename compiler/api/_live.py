@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnedit._stages import Job, Source
 from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.capture.sites import AttentionSite
+from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.model_io.devices import resolve_device
 from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
 from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
+from attnedit.compiler.progress import track
 from attnedit.compiler.reporting.records import PipelineStage
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.options import CompileOptions
+from attnedit.passes.effort import effort_on
 from attnedit.passes.kept_fits import KeptFits
-from attnedit.passes.layers import fit_layers, single_losses
-from attnedit.passes.questions import Question
+from attnedit.passes.layer_loss import loss_increases, measured_rows
+from attnedit.passes.questions import Claim, Question, SiteFit, SiteWork
 from attnedit.passes.target import AnyTarget
 from attnedit.planning import Plan, check_fresh, check_head
 from attnedit.targets.attention.kinds import config_of, kind_of
 from attnedit.targets.runtime.eager import share_copy
 
+FIT_TOKENS = 16_384
+"""Calibration tokens of each length for the quick fits whose losses are measured; at least two windows."""
 _SHARES_NOTE = "latent layers share the cache by what each costs alone; allocation='even' gives all the same"
 
 
@@ -69,8 +76,7 @@ class LiveSource(Source):
         claim = target.plan(self._question(job, target))
         if job.windows is None or not target.by_loss(claim, self.left):
             return
-        given: dict[str, Any] = {"seed": self.options.seed, "progress": self.options.progress}
-        self._alone = single_losses(target, self.model, self.result, self.left, claim, job.windows, **given)
+        self._alone = self.costs(target, claim, job.windows)
         entry.did = f"{len(self._alone)} layers measured"
         job.fitted.loss_increase |= self._alone
         job.fitted.notes.append(_SHARES_NOTE)
@@ -80,24 +86,83 @@ class LiveSource(Source):
         assert target is not None
         fitted, start = job.fitted, perf_counter()
         claim = target.plan(dataclasses.replace(self._question(job, target), losses=self._alone or None))
-        given: dict[str, Any] = {"seed": self.options.seed, "kept": self._kept, "progress": self.options.progress}
-        layers = fit_layers(target, self.model, self.result, self.left, claim, job.windows, **given)
-        entry.did = f"{len(layers.fits)} layers became {target.kind.title}"
-        entry.did += f", {len(layers.left)} stay as they are" if target.leaves else ""
-        fitted.loss_increase |= layers.loss_increases
-        fitted.notes += [_choice_note(layers.left)] if layers.loss_increases else []
-        fitted.notes += target.fitted_notes(layers.fits)
-        fitted.full = layers.left if target.leaves else fitted.full
-        fitted.matched[target.name] = layers.fits
-        for name, fit in layers.fits.items():
+        fits, stay, costs = self.layers(target, claim, job.windows, self._kept)
+        entry.did = f"{len(fits)} layers became {target.kind.title}"
+        entry.did += f", {len(stay)} stay as they are" if target.leaves else ""
+        fitted.loss_increase |= costs
+        fitted.notes += [*([_choice_note(stay)] if costs else []), *target.fitted_notes(fits)]
+        fitted.full = stay if target.leaves else fitted.full
+        fitted.matched[target.name] = fits
+        for name, fit in fits.items():
             fitted.graphs[name], fitted.contracts[name] = fit.graph, fit.contract.kind
             for measured, figure in ((fitted.energy_kept, fit.energy_kept), (fitted.output_error, fit.output_error)):
                 if figure is not None:
                     measured[name] = figure
-        done = [site for site in self.left if site.name in layers.fits]
+        done = [site for site in self.left if site.name in fits]
         self._changed |= {site.layer_idx: claim.shapes[site.name].values for site in done}
-        self.left, self._alone = [site for site in self.left if site.name not in layers.fits], {}
+        self.left, self._alone = [site for site in self.left if site.name not in fits], {}
         fitted.spent[target.name] = perf_counter() - start
+
+    def layers(
+        self, target: AnyTarget, claim: Claim, windows: Sequence[Tensor] | None, kept: KeptFits | None = None
+    ) -> tuple[dict[str, SiteFit], list[int], dict[str, float]]:
+        """Rewrite attention sites as a target wants them; nothing is put into the models yet.
+
+        Args:
+            target: configured.
+            claim: what it makes of the sites that are left.
+            windows: calibration token ids [N, T] of each length T, longest first; None where every shape is exact.
+            kept: where fits are kept and looked for.
+
+        Returns:
+            Fits by the site's name, layers that keep what they have, and what each costs alone where that says which.
+
+        Raises:
+            UsageError: the data does not show what is lost.
+            CaptureError: a layer cannot be rewritten, or layers exchange more than hidden states.
+        """
+        seed, progress = self.options.seed, self.options.progress
+        tried, fits = [site for site in self.left if site.name in claim.shapes], dict[str, SiteFit]()
+
+        def visit(site: AttentionSite, inputs: Iterator[AttentionInputs]) -> None:
+            work = SiteWork(self.model, self.result, site, inputs, windows or (), seed, kept)
+            fits[site.name] = target.fit_site(work, claim.shapes[site.name])
+
+        if windows is None:
+            for site in track(tried, "build layers", progress):
+                visit(site, iter(()))
+            return fits, [], {}
+        target.check_data(windows)
+        stage = f"fit {target.stage if target.leaves else 'layers'}"
+        stream(self.model, tried, windows, visit, progress=progress, stage=stage, exact=target.exact_stream)
+        if not isinstance(claim.leave, int):
+            return fits, claim.leave, {}
+        rows = self._measured(windows)[1] if claim.leave else None
+        costs = {} if rows is None else self._costs(tried, fits, rows)
+        stay = sorted(tried, key=lambda site: -costs.get(site.name, 0.0))[: claim.leave]
+        fits = {name: fit for name, fit in fits.items() if all(site.name != name for site in stay)}
+        return fits, sorted(site.layer_idx for site in stay), costs
+
+    def costs(self, target: AnyTarget, claim: Claim, windows: Sequence[Tensor]) -> dict[str, float]:
+        """What the model loses with one layer alone changed, after a quick fit, on windows that the fit has not seen.
+
+        The arguments are those of `layers`; nothing is put into the result.
+
+        Returns:
+            Mean KL(source || result) in nats per token, by the site's name.
+        """
+        seen, rows = self._measured(windows)
+        few = [part[: max(2, FIT_TOKENS // part.shape[1])] for part in seen]
+        return self._costs(self.left, self.layers(target.quick(), claim, few)[0], rows)
+
+    def _measured(self, windows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return measured_rows(windows, self.options.seed, effort_on(self.model).measured_long)
+
+    def _costs(
+        self, sites: list[AttentionSite], fits: Mapping[str, SiteFit], rows: Sequence[Tensor]
+    ) -> dict[str, float]:
+        graphs = {name: fit.graph for name, fit in fits.items()}
+        return loss_increases(self.model, sites, graphs, rows, progress=self.options.progress)
 
     def lower(self, job: Job) -> None:
         """As many graphs as there is fuel for."""

@@ -18,14 +18,13 @@ from attnedit.compiler.execution.verify import decode_error, decode_note, logits
 from attnedit.compiler.graph.modules import evaluating, set_modes
 from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.reporting.records import PipelineStage
-from attnedit.figures import engine_notes, site_graphs
 from attnedit.options import CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.effort import effort_on
 from attnedit.passes.target import AnyTarget
 from attnedit.passes.targets import OWN
 from attnedit.result import CompileResult
-from attnedit.rows import compile_report
+from attnedit.rows import compile_report, engine_notes, site_graphs
 from attnedit.targets.attention.kinds import config_of
 from attnedit.targets.runtime.eager import splice, to_attnedit, use_captured_implementation
 from attnedit.targets.runtime.hf.towards import check_form
