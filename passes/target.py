@@ -51,7 +51,6 @@ class AttentionTarget(Target, ABC, Generic[S, F]):
         description: one line for people.
         begins: whether its fits want `attnedit.passes.beginnings`, the first tokens of many texts, beside the windows.
         default_budget: where none is asked for; None where the target goes by something else.
-        stage, does: of the pipeline, in `attnedit compile --explain`.
         fits: dataclass of what `fit` returns: tensors, numbers, and such dataclasses.
         queries: sampled over all calibration windows for a fit; None for `FitOptions.output_queries`.
         fit_options: how much work a fit may do; from the option `alternations`.

@@ -29,9 +29,9 @@ from attnedit.compiler.model_io.remote_code import copy_code
 from attnedit.compiler.processes import processes
 from attnedit.compiler.reporting.records import PipelineStage
 from attnedit.compiler.reporting.report import Report
+from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.layerwise import STATE_DIRECTORY, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
-from attnedit.passes.target import AnyTarget
 from attnedit.planning import Plan, check_head
 from attnedit.recipe import Recipe, with_recipe
 from attnedit.result import with_license
@@ -156,7 +156,7 @@ class CheckpointSource(Source):
             reader = CheckpointReader(self.output, result, device=self.device, name=str(self.output))
         return reader.streaming(cast("torch.nn.ModuleList", layers))
 
-    def fit(self, job: Job, target: AnyTarget | None, entry: PipelineStage) -> None:
+    def fit(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """All layers in one walk, each written before the next is read."""
         options, fitted, claims = self.options, job.fitted, job.plan.claims()
         for one, claim in claims:

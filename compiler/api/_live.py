@@ -22,12 +22,13 @@ from attnedit.compiler.progress import track
 from attnedit.compiler.reporting.records import PipelineStage
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
+from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.options import CompileOptions
 from attnedit.passes.effort import effort_on
 from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.layer_loss import loss_increases, measured_rows
 from attnedit.passes.questions import Claim, Question, SiteFit, SiteWork
-from attnedit.passes.target import AnyTarget
+from attnedit.passes.target import AnyTarget, AttentionTarget
 from attnedit.planning import Plan, check_fresh, check_head
 from attnedit.targets.attention.kinds import config_of, kind_of
 from attnedit.targets.runtime.eager import share_copy
@@ -70,8 +71,9 @@ class LiveSource(Source):
         """Make the model that becomes the result."""
         self.result = self.model if self.options.in_place else share_copy(self.model)
 
-    def measure(self, job: Job, target: AnyTarget, entry: PipelineStage) -> None:
+    def measure(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """What each layer costs alone after a quick fit, where shares go by it."""
+        assert isinstance(target, AttentionTarget)
         entry.did = "shares are even, nothing was measured"
         claim = target.plan(self._question(job, target))
         if job.windows is None or not target.by_loss(claim, self.left):
@@ -81,9 +83,9 @@ class LiveSource(Source):
         job.fitted.loss_increase |= self._alone
         job.fitted.notes.append(_SHARES_NOTE)
 
-    def fit(self, job: Job, target: AnyTarget | None, entry: PipelineStage) -> None:
+    def fit(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """All layers that a target changes."""
-        assert target is not None
+        assert isinstance(target, AttentionTarget)
         fitted, start = job.fitted, perf_counter()
         claim = target.plan(dataclasses.replace(self._question(job, target), losses=self._alone or None))
         fits, stay, costs = self.layers(target, claim, job.windows, self._kept)

@@ -18,10 +18,11 @@ from attnedit.compiler.execution.verify import decode_error, decode_note, logits
 from attnedit.compiler.graph.modules import evaluating, set_modes
 from attnedit.compiler.model_io.heads import has_language_head
 from attnedit.compiler.reporting.records import PipelineStage
+from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.options import CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.effort import effort_on
-from attnedit.passes.target import AnyTarget
+from attnedit.passes.target import AttentionTarget
 from attnedit.passes.targets import OWN
 from attnedit.result import CompileResult
 from attnedit.rows import compile_report, engine_notes, site_graphs
@@ -223,34 +224,29 @@ def explained(options: CompileOptions, *, parts: bool = False) -> list[dict[str,
 
 def _fitting(options: CompileOptions, parts: bool) -> list[Stage]:
     """What the targets do one after another, or all in one walk through the layers."""
-    if not options.planned:
-        return [_fit_stage(None, "rewrite", "apply rewrites", ("partial", *EDITING))]
-    own = [(target, _own(target)) for target in options.configured]
     if parts:
-        every = tuple(dict.fromkeys(name for _, names in own for name in names))
+        every = tuple(dict.fromkeys(name for target in options.configured for name in _own(target)))
         return [_fit_stage(None, "fit", "read, fit and write layer by layer", every)]
     found = []
-    for target, names in own:
-        if "allocation" in target.reads and target.allocation != "even":
+    for target in options.configured or options.targets:
+        if isinstance(target, AttentionTarget) and "allocation" in target.reads and target.allocation != "even":
             what = "measure what each layer alone costs, where shares go by it"
             found.append(_fit_stage(target, "allocation", what, ("allocation",), measured=True))
-        found.append(_fit_stage(target, target.stage, target.does, names))
+        found.append(_fit_stage(target, target.stage, target.does, _own(target)))
     return found
 
 
 def _fit_stage(
-    target: AnyTarget | None, name: str, what: str, options: tuple[str, ...], *, measured: bool = False
+    target: Target | None, name: str, what: str, options: tuple[str, ...], *, measured: bool = False
 ) -> Stage:
     def do(job: Job, entry: PipelineStage) -> None:
-        if measured and target is not None:
-            job.source.measure(job, target, entry)
-        else:
-            job.source.fit(job, target, entry)
+        (job.source.measure if measured else job.source.fit)(job, target, entry)
 
     return Stage(name, what, options, do, needed=lambda job: bool(job.source.left))
 
 
-def _own(target: AnyTarget) -> tuple[str, ...]:
+def _own(target: Target) -> tuple[str, ...]:
     """Options that a target reads as it fits."""
     others = {*PLANNING, *DATA, "allocation"}
-    return tuple(name for name in CompileOptions.model_fields if name in target.reads and name not in others)
+    own = tuple(name for name in CompileOptions.model_fields if name in target.reads and name not in others)
+    return (*own, *EDITING) if target.rewrites else own

@@ -26,7 +26,7 @@ from attnedit.compiler.rewriting.pipeline import Inputs, SiteRecord, Target, run
 from attnedit.compiler.rewriting.rewrite import Rewrite, check_rewrite
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions
-from attnedit.passes.target import AnyTarget, AttentionTarget
+from attnedit.passes.target import AttentionTarget
 from attnedit.passes.targets import targets_named
 from attnedit.planning import LATENT_ALREADY, REASONS, Plan, first_of
 from attnedit.result import CompileResult
@@ -113,7 +113,7 @@ class RewriteSource(LiveSource):
         )
         return CalibrationWindows([windows])
 
-    def fit(self, job: Job, target: AnyTarget | None, entry: PipelineStage) -> None:
+    def fit(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """Rewrite by rewrite, each over every site, and held to its contract."""
         options, fitted, windows = self.options, job.fitted, job.windows
         prompt = _prompt(self.model, windows) if options.verify else None

@@ -18,9 +18,9 @@ from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.execution.verify import check_tokens
 from attnedit.compiler.progress import Progress, stage
 from attnedit.compiler.reporting.records import KVUsage, LossCurve, PipelineStage, SiteGraphs, Verification
+from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.options import CompileOptions
 from attnedit.passes.beginnings import beginnings
-from attnedit.passes.target import AnyTarget
 from attnedit.planning import Plan, calibration_windows, plan_sites
 from attnedit.result import CompileResult
 from attnedit.rows import Fitted
@@ -99,10 +99,10 @@ class Source(ABC):
         return calibration_windows(self.model, self.options)
 
     @abstractmethod
-    def fit(self, job: Job, target: AnyTarget | None, entry: PipelineStage) -> None:
+    def fit(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """New attention for the sites that a target changes, into `Job.fitted`; of all that there is for None."""
 
-    def measure(self, job: Job, target: AnyTarget, entry: PipelineStage) -> None:
+    def measure(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """What each layer costs alone, before a target's budget is shared by it."""
         raise NotImplementedError(f"{self.name}: nothing is measured layer by layer")
 

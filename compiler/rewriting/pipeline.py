@@ -41,6 +41,7 @@ class Target:
         reads: options of `attnedit.options.CompileOptions` that it reads; it is refused any other that only some
             targets read.
         leaves: whether it may leave layers for another target to change ("gateswa+mla").
+        stage, does: of the pipeline, in `attnedit compile --explain`.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Target:
     description: str = ""
     reads: ClassVar[frozenset[str]] = frozenset({"partial"})
     leaves: ClassVar[bool] = False
+    stage: ClassVar[str] = "rewrite"
+    does: str = "apply rewrites"
 
     def __init__(self, name: str, rewrites: Sequence[Rewrite], description: str = "") -> None:
         self.name, self.rewrites, self.description = name, tuple(rewrites), description
