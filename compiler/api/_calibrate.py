@@ -39,7 +39,7 @@ from attnedit.passes.calibration.run import DISTILL
 from attnedit.passes.calibration.run import calibrate as run_training
 from attnedit.passes.calibration.state import StageState
 from attnedit.passes.calibration.training import DivergedError
-from attnedit.passes.effort import effort_on
+from attnedit.passes.site_sample import effort_on
 from attnedit.planning import check_head
 from attnedit.result import CompileResult
 from attnedit.rows import calibration_name

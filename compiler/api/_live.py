@@ -24,10 +24,10 @@ from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.options import CompileOptions
-from attnedit.passes.effort import effort_on
 from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.layer_loss import loss_increases, measured_rows
 from attnedit.passes.questions import Claim, Question, SiteFit, SiteWork
+from attnedit.passes.site_sample import effort_on
 from attnedit.passes.target import AnyTarget, AttentionTarget
 from attnedit.planning import Plan, check_fresh, check_head
 from attnedit.targets.attention.kinds import config_of, kind_of

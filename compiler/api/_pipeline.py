@@ -21,7 +21,7 @@ from attnedit.compiler.reporting.records import PipelineStage
 from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.options import CompileOptions, SourceOptions
 from attnedit.passes.calibration.options import CalibrationOptions
-from attnedit.passes.effort import effort_on
+from attnedit.passes.site_sample import effort_on
 from attnedit.passes.target import AttentionTarget
 from attnedit.passes.targets import OWN
 from attnedit.result import CompileResult
@@ -141,84 +141,47 @@ EDITING = ("fuel", "dump_graphs")
 HIDDEN = ("tokenizer", "processor", "progress")
 """Fields that are objects, not settings."""
 
-BEFORE = (
-    Stage("load", "read the source, and refuse what cannot be rewritten", LOADING, _load),
-    Stage(
-        "capture",
-        "find attention by running it, read facts off its graph, plan what each site becomes",
-        CAPTURE,
-        _capture,
-        bar=True,
-    ),
-    Stage(
-        "data",
-        "cut calibration windows",
-        DATA,
-        _data,
-        listed=lambda options, parts: options.planned or any(one.fit is not None for one in options.rewrites),
-        needed=lambda job: job.plan.needs_data,
-    ),
-)
-AFTER = (
-    Stage(
-        "reference",
-        "run the source on what the result is held to",
-        ("verify",),
-        _refer,
-        listed=lambda options, parts: options.verify,
-        needed=lambda job: job.plan.exact or not job.source.few_passes,
-    ),
-    Stage("lower", "put the new attention in place", ("in_place", *EDITING), _lower),
-    Stage(
-        "verify",
-        "hold the result to its contract",
-        ("verify",),
-        _verify,
-        listed=lambda options, parts: options.verify,
-        bar=True,
-    ),
-    Stage(
-        "train",
-        "fit by gradient steps, then distil",
-        TRAINING,
-        _train,
-        listed=lambda options, parts: options.steps > 0,
-    ),
-)
+
+def every_stage(options: CompileOptions, parts: bool) -> list[Stage]:
+    """The list: what runs and is explained is those of it that are listed."""
+    fitted = options.planned or any(one.fit is not None for one in options.rewrites)
+    find = "find attention by running it, read facts off its graph, plan what each site becomes"
+    return [
+        Stage("load", "read the source, and refuse what cannot be rewritten", LOADING, _load),
+        Stage("capture", find, CAPTURE, _capture, bar=True),
+        Stage("data", "cut calibration windows", DATA, _data, fitted, lambda job: job.plan.needs_data),
+        *_fitting(options, parts),
+        Stage(
+            "reference",
+            "run the source on what the result is held to",
+            ("verify",),
+            _refer,
+            options.verify,
+            lambda job: job.plan.exact or not job.source.few_passes,
+        ),
+        Stage("lower", "put the new attention in place", ("in_place", *EDITING), _lower),
+        Stage("verify", "hold the result to its contract", ("verify",), _verify, options.verify, bar=True),
+        Stage("train", "fit by gradient steps, then distil", TRAINING, _train, options.steps > 0),
+    ]
 
 
 def stages_of(options: CompileOptions, *, parts: bool = False) -> list[Stage]:
-    """The stages of a compilation in order, to `attnedit._stages.run` or to explain: between ours those of its targets.
-
-    Args:
-        options: of the compilation.
-        parts: whether it goes layer by layer.
-    """
-    return [each for each in (*BEFORE, *_fitting(options, parts), *AFTER) if each.listed(options, parts)]
+    """The stages of a compilation in order, for `attnedit._stages.run`; layer by layer where it goes in parts."""
+    return [each for each in every_stage(options, parts) if each.listed]
 
 
 def explained(options: CompileOptions, *, parts: bool = False) -> list[dict[str, Any]]:
-    """The stages that a compilation will go through, before anything is done.
+    """The same before anything is done: of each stage its name, what it does, and the options that it reads.
 
-    Args:
-        options: of the compilation.
-        parts: whether it goes layer by layer.
-
-    Returns:
-        Of each the stage's name, what it does, and the options that it reads with their values; those of the whole job
-        are with the first.
+    Those of the whole job are with the first.
     """
-    stages = stages_of(options, parts=parts)
-    placed = {name for each in (*BEFORE, *AFTER, *stages) for name in each.options}
-    placed = placed.union(*(target.reads for target in OWN.values()), {"partial"})
-    whole = [name for name in CompileOptions.model_fields if name not in placed and name not in HIDDEN]
+    placed = {name for each in every_stage(options, parts) for name in each.options}
+    placed = placed.union(Target.reads, *(target.reads for target in OWN.values()))
+    whole = tuple(name for name in CompileOptions.model_fields if name not in placed and name not in HIDDEN)
+    first, *others = stages_of(options, parts=parts)
     return [
-        {
-            "stage": each.name,
-            "does": each.what,
-            "options": {name: getattr(options, name) for name in (*(whole if place == 0 else ()), *each.options)},
-        }
-        for place, each in enumerate(stages)
+        {"stage": each.name, "does": each.what, "options": {name: getattr(options, name) for name in names}}
+        for each, names in ((first, whole + first.options), *((each, each.options) for each in others))
     ]
 
 

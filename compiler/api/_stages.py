@@ -183,7 +183,7 @@ class Stage:
         what: it does, for people.
         options: fields of `CompileOptions` that it reads first; a field of none is of the whole job.
         do: it, and say in the log's entry what was done and checked.
-        listed: whether it is there, with these options, and layer by layer or not.
+        listed: whether a compilation with these options has it.
         needed: whether there is anything to do, once the stages before it are done.
         bar: whether nothing in it tells progress.
     """
@@ -192,7 +192,7 @@ class Stage:
     what: str
     options: tuple[str, ...]
     do: Callable[[Job, PipelineStage], None]
-    listed: Callable[[CompileOptions, bool], bool] = lambda options, parts: True
+    listed: bool = True
     needed: Callable[[Job], bool] = lambda job: True
     bar: bool = False
 

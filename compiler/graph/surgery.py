@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnedit.compiler.compatibility.torch_names import FakeTensor, HigherOrderOperator, own_buffers, temporary_buffers
 from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.graph.anchor import reference_attention
 from attnedit.compiler.graph.dataflow import anchors, where
-from attnedit.compiler.graph.fused import fused_attention
 
 
 def prune(graph: fx.Graph) -> None:
@@ -37,8 +37,35 @@ def cut(root: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
     output.args = (tuple(nodes[name] for name in names),)
     prune(graph)
     for anchor in anchors(graph):
-        anchor.target = fused_attention
+        anchor.target = _fused_attention
     return with_graph(root, graph)
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    window: int | None,
+    layer: int,
+) -> Tensor:
+    """Attend without logits in memory where the mask says all; arguments and result as of `attnedit::attention`.
+
+    >>> query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    >>> mask = torch.full((5, 5), float("-inf")).triu(1)[None, None]
+    >>> settings = (0.3, None, None, None, 0)
+    >>> expected = torch.ops.attnedit.attention(query, key, key, mask, *settings)
+    >>> torch.allclose(_fused_attention(query, key, key, mask, *settings), expected, atol=1e-5)
+    True
+    """
+    if softcap is not None or sinks is not None or mask is None or mask.dim() != 4:
+        return reference_attention(query, key, value, mask, scale, softcap, sinks, window)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    output = sdpa(query, key, value, attn_mask=mask[..., : key.shape[2]], scale=scale, enable_gqa=True)
+    return output.transpose(1, 2)
 
 
 def with_graph(root: fx.GraphModule, graph: fx.Graph, class_name: str | None = None) -> fx.GraphModule:

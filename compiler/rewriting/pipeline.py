@@ -16,11 +16,10 @@ from attnedit.compiler.errors import CaptureError, VerificationError
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.reporting.records import RuleReport, Verification
-from attnedit.compiler.rewriting.apply import Applied, Batches, Outcome, apply, trace_patterns
+from attnedit.compiler.rewriting.apply import Applied, Batches, Outcome, apply, run_fit, trace_patterns
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.graft import SiteGraph
-from attnedit.compiler.rewriting.parts import run_fit
 from attnedit.compiler.rewriting.rewrite import Batch, Rewrite, options_of
 
 HALF_ROUNDING = 2e-2

@@ -10,7 +10,7 @@ from commands import Captured, answer
 from examples import EXAMPLES
 
 import attnedit
-from attnedit._pipeline import AFTER, BEFORE, explained, stages_of
+from attnedit._pipeline import every_stage, explained, stages_of
 from attnedit._stages import Job, Stage
 from attnedit.cli import main
 from attnedit.compiler.reporting.records import PipelineStage
@@ -63,9 +63,11 @@ def test_the_list_that_runs_is_the_list_explained(
         seen.append(len(job.sites))
         entry.did = "counted"
 
-    counting = Stage("count", "count the sites", ("seed",), count)
-    monkeypatch.setattr("attnedit._pipeline.BEFORE", (*BEFORE, counting))
-    monkeypatch.setattr("attnedit._pipeline.AFTER", tuple(each for each in AFTER if each.name != "verify"))
+    def other(options: CompileOptions, parts: bool) -> list[Stage]:
+        first, *rest = (each for each in every_stage(options, parts) if each.name != "verify")
+        return [first, rest[0], rest[1], Stage("count", "count the sites", ("seed",), count), *rest[2:]]
+
+    monkeypatch.setattr("attnedit._pipeline.every_stage", other)
     asked: dict[str, Any] = {"target": "gateswa", "window": 4, "full_layers": "0,", "calibration": tokens(6, 32)}
     options = CompileOptions.of(**asked)
     names = [each.name for each in stages_of(options, parts=parts)]
@@ -89,7 +91,8 @@ def test_every_option_is_shown_with_its_value() -> None:
     assert shown["fit_steps"] == 3
     everything = set(CompileOptions.model_fields) - {"tokenizer", "processor", "progress"}
     assert set(shown) == everything
-    assert {name for stage in (*BEFORE, *AFTER) for name in stage.options} <= set(CompileOptions.model_fields)
+    stages = every_stage(CompileOptions.of(), parts=False)
+    assert {name for stage in stages for name in stage.options} <= set(CompileOptions.model_fields)
 
 
 def test_explain_does_nothing_else(tmp_path: Path, capsys: Captured) -> None:
