@@ -86,13 +86,16 @@ def compile_live(read: Reader, options: CompileOptions, name: str | None = None)
 
     job, stages = Job(options, opens), stages_of(options)
     if options.steps and directory is not None:
+        start = directory / START_DIRECTORY
         run(stages[:1], job)
         with processes().main_first():  # whose result the others read
-            if not (directory / START_DIRECTORY).is_dir():
+            if not start.is_dir():
                 run(stages[1:-1], job)
-                outcome(job).save(directory / START_DIRECTORY)
-        job.done = load(directory / START_DIRECTORY, trust_remote_code=is_own_class(type(job.source.model)))
-        job.done.tokenizer, job.done.processor = job.options.tokenizer, job.options.processor
+                outcome(job).save(start)
+        source, asked, job = job.source, job.options, Job(job.options, opens)
+        source.result = source.model  # what was made and saved is not kept beside what is loaded and trained
+        job.source, job.done = source, load(start, trust_remote_code=is_own_class(type(source.model)))
+        job.done.tokenizer, job.done.processor = asked.tokenizer, asked.processor
         run(stages[-1:], job)
     else:
         run(stages, job)
