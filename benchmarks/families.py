@@ -226,7 +226,7 @@ def examine(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, str]]:
         yield "note", f"positions stay in the keys of {unread} layers"
     if len(latent) < len(sites):
         # Tracing takes most of the time, and finds the same each time.
-        mock.patch.object(importlib.import_module("attnedit._compile"), "capture", return_value=sites).start()
+        mock.patch.object(importlib.import_module("attnedit._live"), "capture", return_value=sites).start()
         done = attnedit.compile(model, "mla", kv_budget=1.0, **options)
         full = done.model
         for note in done.report.notes:

@@ -23,14 +23,13 @@ from attnedit.compiler.data.calibration_windows import calibration_windows
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.model_io.models import load_source
 from attnedit.passes.budget import source_values
-from attnedit.passes.effort import queries_for
 from attnedit.passes.fit_options import FitOptions
 from attnedit.passes.mla.initialise import Split, analytic, mix_components
 from attnedit.passes.mla.least_squares import logit_target, refit_latent, refit_output, refit_query
 from attnedit.passes.mla.shapes import shape_for
 from attnedit.passes.mla.weights import output_error
 from attnedit.passes.sample import LayerSample
-from attnedit.passes.site_sample import take_samples
+from attnedit.passes.site_sample import queries_for, take_samples
 
 SIDES = (refit_query, refit_latent)
 

@@ -22,7 +22,7 @@ from attnedit.passes.beginnings import without_beginnings
 from attnedit.passes.repeats import with_repeats
 
 MEASURED = 8
-"""Windows of the shortest length that losses are measured on; of longer ones see `attnedit.passes.effort`."""
+"""Windows of the shortest length that losses are measured on; of longer ones see `attnedit.passes.site_sample`."""
 _CHUNK = 128
 """Positions whose distributions are held in float32 at once."""
 

@@ -14,10 +14,9 @@ from attnedit.compiler.execution.stream import AttentionInputs
 from attnedit.compiler.rewriting.rewrite import Contract, learned
 from attnedit.passes.beginnings import without_beginnings
 from attnedit.passes.budget import Allocation
-from attnedit.passes.effort import queries_for
 from attnedit.passes.kept_fits import KeptFits
 from attnedit.passes.sample import LayerSample
-from attnedit.passes.site_sample import take_samples
+from attnedit.passes.site_sample import queries_for, take_samples
 
 
 class TargetOptions(Protocol):
@@ -143,7 +142,7 @@ class SiteWork:
         """The site's queries, keys and values on the calibration data.
 
         Args:
-            queries: to sample over all windows (`attnedit.passes.effort`).
+            queries: to sample over all windows (`attnedit.passes.site_sample`).
             hidden: whether to keep the hidden states.
         """
         count = queries_for(self.source, without_beginnings(self.windows)[0], queries)

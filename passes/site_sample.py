@@ -1,4 +1,7 @@
-"""From the calibration stream to the tensors of one site."""
+"""From the calibration stream to the tensors of one site.
+
+How much is looked at depends on the device: a GPU does in a minute what takes two cores an hour.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from attnedit.compiler.data.token_windows import context_length
 from attnedit.compiler.errors import AttneditError
 from attnedit.compiler.execution.stream import AttentionInputs
 from attnedit.compiler.graph.surgery import cut
+from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.passes.sample import FIRST_POSITIONS, LayerSample, Rotation
 
 NEAR = 1024
@@ -140,6 +144,34 @@ def sampled_queries(windows: Sequence[Tensor], total: int) -> Callable[[int], in
         return max(1, int(queries * length / tokens[long]))
 
     return count
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Of the closed form, on one kind of device.
+
+    Attributes:
+        queries: sampled queries, as a multiple of what the options of a fit ask for.
+        measured_long: windows of each longer length that losses of layers are measured on.
+    """
+
+    queries: float
+    measured_long: int
+
+
+ON_CPU = Effort(queries=1.0, measured_long=1)
+ON_GPU = Effort(queries=2.0, measured_long=3)
+"""Both take a half and a quarter of SmolLM2's cache further (docs/notebook/2026-11-long-context.md)."""
+
+
+def effort_on(model: PreTrainedModel) -> Effort:
+    """What the device of the model's embeddings, where calibration runs, can do."""
+    return ON_CPU if embedding_weight(model).device.type == "cpu" else ON_GPU
+
+
+def queries_for(model: PreTrainedModel, windows: Sequence[Tensor], total: int) -> Callable[[int], int]:
+    """`sampled_queries` of the windows, as many times `total` as the model's device can do."""
+    return sampled_queries(windows, round(effort_on(model).queries * total))
 
 
 def _mean_position(length: int) -> float:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.model_inputs import given_digest
+from attnedit.compiler.rewriting.pipeline import Target
 from attnedit.compiler.rewriting.rewrite import Reject
 from attnedit.passes.beginnings import begins
 from attnedit.passes.budget import Allocation, by_loss, least_values, plan
@@ -37,8 +38,8 @@ S = TypeVar("S", bound=Shape)
 F = TypeVar("F", bound=SiteFitted)
 
 
-class AttentionTarget(ABC, Generic[S, F]):
-    """What attention becomes, chosen for all sites under one budget, and fitted site by site on sampled activations.
+class AttentionTarget(Target, ABC, Generic[S, F]):
+    """A target that chooses for all sites under one budget, and fits site by site on sampled activations.
 
     A package registers an instance under the entry points `attnedit.targets`. A subclass needs `shape`, `fit` and
     `build`; the driver does the rest: budgets, even or by loss, data, one model or layer by layer, fits that are kept,
@@ -48,23 +49,16 @@ class AttentionTarget(ABC, Generic[S, F]):
         name: what `attnedit compile --target` calls it.
         kind: of the attention that it makes. A saved result names it, so the entry point has the kind's name.
         description: one line for people.
-        reads: options of `attnedit.options.CompileOptions` that it reads; it is refused any other that only some
-            targets read.
-        leaves: whether it may leave layers for another target to change ("gateswa+mla").
         begins: whether its fits want `attnedit.passes.beginnings`, the first tokens of many texts, beside the windows.
         default_budget: where none is asked for; None where the target goes by something else.
-        stage, does: of the pipeline, in `attnedit compile --explain`.
         fits: dataclass of what `fit` returns: tensors, numbers, and such dataclasses.
         queries: sampled over all calibration windows for a fit; None for `FitOptions.output_queries`.
         fit_options: how much work a fit may do; from the option `alternations`.
         allocation: how layers share the budget; from the option.
     """
 
-    name: str
     kind: AttentionKind
-    description: str = ""
     reads: ClassVar[frozenset[str]] = frozenset({"kv_budget", "allocation", "calibration_length", "alternations"})
-    leaves: ClassVar[bool] = False
     begins: ClassVar[bool] = False
     default_budget: ClassVar[float | None] = 0.5
     stage: ClassVar[str] = "fit"
@@ -73,6 +67,9 @@ class AttentionTarget(ABC, Generic[S, F]):
     queries: ClassVar[int | None] = None
     fit_options: FitOptions = FitOptions()
     allocation: Allocation = "auto"
+
+    def __init__(self) -> None:
+        """Subclasses have options of their own, or none."""
 
     def configured(self, options: TargetOptions) -> Self:
         """A copy that goes by a compilation's options.

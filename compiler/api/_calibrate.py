@@ -39,9 +39,10 @@ from attnedit.passes.calibration.run import DISTILL
 from attnedit.passes.calibration.run import calibrate as run_training
 from attnedit.passes.calibration.state import StageState
 from attnedit.passes.calibration.training import DivergedError
-from attnedit.passes.effort import effort_on
+from attnedit.passes.site_sample import effort_on
 from attnedit.planning import check_head
 from attnedit.result import CompileResult
+from attnedit.rows import calibration_name
 
 START_DIRECTORY = "start"
 """In a run directory: the model before training."""
@@ -260,12 +261,3 @@ def _learned_notes(stages: Sequence[StageReport]) -> list[str]:
         for done in stages
         if done.name == DISTILL and done.trained_on and done.best > BY_HEART * done.trained_on
     ]
-
-
-def calibration_name(calibration: Any) -> str:
-    """How the report names the data."""
-    if calibration is None:
-        return "own samples"
-    if isinstance(calibration, Mapping):
-        return ", ".join(f"{name} ({share_of_data:.0%})" for name, share_of_data in shares_of(calibration).items())
-    return str(calibration) if isinstance(calibration, str) or hasattr(calibration, "__fspath__") else "given data"

@@ -11,11 +11,10 @@ from typing import Any, Unpack, cast, get_type_hints
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from attnedit._pipeline import Source, run, with_recipe
-from attnedit._stages import Log
+from attnedit._pipeline import outcome, stages_of
+from attnedit._stages import Job, Source, run
 from attnedit.arguments import CheckpointArguments, shown
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.capture.sites import AttentionSite
@@ -28,13 +27,14 @@ from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.compiler.model_io.models import load_config_only, load_processor, load_tokenizer
 from attnedit.compiler.model_io.remote_code import copy_code
 from attnedit.compiler.processes import processes
+from attnedit.compiler.reporting.records import PipelineStage
 from attnedit.compiler.reporting.report import Report
-from attnedit.layerwise import STATE_DIRECTORY, Job, LayerwiseRewrite
+from attnedit.compiler.rewriting.pipeline import Target
+from attnedit.layerwise import STATE_DIRECTORY, LayerwiseRewrite
 from attnedit.options import TARGETS, CompileOptions
 from attnedit.planning import Plan, check_head
-from attnedit.recipe import Recipe
+from attnedit.recipe import Recipe, with_recipe
 from attnedit.result import with_license
-from attnedit.rows import Fitted
 from attnedit.run_directory import check_run, open_run
 from attnedit.targets.attention.kinds import kind_of
 from attnedit.targets.runtime.eager.checkpoint import RUN_FILE, read_back, write_beside
@@ -106,13 +106,15 @@ def compile_in_parts(model: str, directory: str | PathLike[str], options: Compil
     if options.calibration is None and options.kv_budget != 1:
         raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
     recipe = {"command": "compile --low-memory", **Recipe.from_options(options, model=model).model_dump(mode="json")}
-    source = CheckpointSource(model, Path(directory).expanduser().resolve(), options, recipe)
-    result, report = run(source, source.options)
-    return _finish(result, source.output, with_recipe(report, options, model), source.options)
+    output = Path(directory).expanduser().resolve()
+    job = Job(options, lambda asked: CheckpointSource(model, output, asked, recipe))
+    run(stages_of(options, parts=True), job)
+    done = outcome(job)
+    return _finish(done.model, output, with_recipe(done.report, options, model), job.options)
 
 
 class CheckpointSource(Source):
-    """A checkpoint on meta, rewritten and written layer by layer; see `attnedit._pipeline.Source`."""
+    """A checkpoint on meta, rewritten and written layer by layer; see `attnedit._stages.Source`."""
 
     few_passes = True
 
@@ -133,8 +135,7 @@ class CheckpointSource(Source):
 
     def capture(self) -> list[AttentionSite]:
         """Its attention sites."""
-        self._sites = _capture(self.model, self.name)
-        return self._sites
+        return _capture(self.model, self.name)
 
     def ready(self, plan: Plan) -> None:
         """Refuse what takes passes through the whole model."""
@@ -155,36 +156,34 @@ class CheckpointSource(Source):
             reader = CheckpointReader(self.output, result, device=self.device, name=str(self.output))
         return reader.streaming(cast("torch.nn.ModuleList", layers))
 
-    def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
+    def fit(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """All layers in one walk, each written before the next is read."""
-        options, notes, claims = self.options, ["read, rewritten and written layer by layer"], plan.claims()
-        changes = {name: (target, shape) for target, claim in claims for name, shape in claim.shapes.items()}
-        for target, claim in claims:
-            sites = [site for site in plan.chosen if site.name in claim.shapes]
-            notes = [_EVEN_NOTE] * target.by_loss(claim, sites) + notes
-            if windows is not None:
-                target.check_data(windows)
+        options, fitted, claims = self.options, job.fitted, job.plan.claims()
+        for one, claim in claims:
+            sites = [site for site in job.plan.chosen if site.name in claim.shapes]
+            fitted.notes += [_EVEN_NOTE] * one.by_loss(claim, sites)
+            if job.windows is not None:
+                one.check_data(job.windows)
+            if one.leaves:
+                fitted.full = claim.leave if isinstance(claim.leave, list) else []
+        fitted.notes.append("read, rewritten and written layer by layer")
         open_run(self.output, self._recipe, overwrite=options.overwrite)
-        job = Job(changes, windows, options.seed)
-        work = LayerwiseRewrite(self.model, self._reader, self._sites, job, self.output)
-        with log("fit") as entry:
-            written = work.run(options.progress)
-            write_index(self.output, work.shards)
-            entry.did = f"{len(work.shards)} parts read, {len(written.configs)} layers rewritten, all written"
+        given = job.windows, options.seed, self.output
+        work = LayerwiseRewrite(self.model, self._reader, job.sites, claims, *given)
+        written = work.run(options.progress)
+        write_index(self.output, work.shards)
+        entry.did = f"{len(work.shards)} parts read, {len(written.configs)} layers rewritten, all written"
         entry.seconds = written.seconds  # with those of runs that were killed
-        self._layers = work.layers
-        named, configs = {site.name: site for site in self._sites}, written.configs
-        full = next((claim.leave for target, claim in claims if target.leaves), None)
-        return Fitted(
-            {name: kind_of(config).graph(self.model, named[name], config) for name, config in configs.items()},
-            matched={target.name: [name for name in claim.shapes if name in configs] for target, claim in claims},
-            spent=written.rule_seconds,
-            contracts=written.contracts,
-            energy_kept=written.energy_kept,
-            output_error=written.output_error,
-            full=full if isinstance(full, list) or full is None else [],
-            notes=notes,
-        )
+        self._layers, self._written = work.layers, written.configs
+        fitted.matched = {one.name: [name for name in claim.shapes if name in written.configs] for one, claim in claims}
+        fitted.spent, fitted.contracts = written.rule_seconds, written.contracts
+        fitted.energy_kept, fitted.output_error = written.energy_kept, written.output_error
+
+    def lower(self, job: Job) -> None:
+        """Graphs on meta of what is written."""
+        named = {site.name: site for site in job.sites}
+        for name, config in self._written.items():
+            job.fitted.graphs[name] = kind_of(config).graph(self.model, named[name], config)
 
 
 def _open(model: str, options: CompileOptions, device: torch.device) -> tuple[PreTrainedModel, CheckpointReader]:

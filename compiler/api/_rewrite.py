@@ -1,19 +1,18 @@
-"""`attnedit.rewrite`: the pipeline from a live model to one whose attention graphs rewrites have edited."""
+"""`attnedit.rewrite`: the pipeline with a source whose attention graphs rewrites edit."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnedit._pipeline import Source, on_device, run
-from attnedit._stages import Log, said
+from attnedit._live import LiveSource
+from attnedit._pipeline import outcome, stages_of
+from attnedit._stages import Job, run, said
 from attnedit.arguments import CompileArguments, check_known, shown
 from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.capture.sites import AttentionSite
@@ -21,26 +20,18 @@ from attnedit.compiler.data.calibration_windows import CalibrationWindows
 from attnedit.compiler.data.token_windows import token_windows
 from attnedit.compiler.errors import CaptureError, UsageError
 from attnedit.compiler.execution.verify import LENGTH, check_tokens
-from attnedit.compiler.model_io.heads import SAMPLING, need_language_head
-from attnedit.compiler.model_io.live_checks import check_in_memory, check_live
-from attnedit.compiler.model_io.source_checks import check_config, check_weights, model_name
-from attnedit.compiler.reporting.records import KVUsage
-from attnedit.compiler.rewriting.dumps import Dump
-from attnedit.compiler.rewriting.fuel import Fuel
+from attnedit.compiler.reporting.records import KVUsage, PipelineStage
 from attnedit.compiler.rewriting.graft import SiteGraph
 from attnedit.compiler.rewriting.pipeline import Inputs, SiteRecord, Target, run_pipeline
-from attnedit.compiler.rewriting.registry import PASSES, TARGETS, load, registered
 from attnedit.compiler.rewriting.rewrite import Rewrite, check_rewrite
-from attnedit.options import TARGETS as OWN_TARGETS
 from attnedit.options import CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.target import AttentionTarget
+from attnedit.passes.targets import targets_named
 from attnedit.planning import LATENT_ALREADY, REASONS, Plan, first_of
 from attnedit.result import CompileResult
-from attnedit.rows import Fitted
 from attnedit.targets.attention.rewritten.config import RewrittenConfig
 from attnedit.targets.attention.rewritten.graph import KV_CACHE_MODULE, config_of, lower, pure
-from attnedit.targets.runtime.eager import share_copy
 from attnedit.targets.runtime.eager.classes import source_sites
 
 
@@ -76,67 +67,42 @@ def rewrite(
             raise UsageError(f"{name} is for training: give the rewrites to attnedit.compile as a Target")
     target = Target("+".join(one.name for one in chosen), tuple(chosen))
     checked = CompileOptions.of(target=target, **options)
-    result, report = run(RewriteSource(model, checked), checked)
-    return CompileResult(result, report, checked.tokenizer, processor=checked.processor)
+    job = Job(checked, lambda asked: RewriteSource(model, asked))
+    run(stages_of(checked), job)
+    return outcome(job)
 
 
-@dataclass(frozen=True)
-class RewritePlan(Plan):
-    """What rewrites are to do to the attention sites of a model.
-
-    Attributes:
-        rewrites: in order.
-    """
-
-    rewrites: tuple[Rewrite, ...] = ()
-
-    @cached_property
-    def exact(self) -> bool:
-        """Whether every contract is."""
-        return all(one.contract.kind == "exact" for one in self.rewrites)
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether a rewrite is fitted."""
-        return any(one.fit is not None for one in self.rewrites)
-
-    @property
-    def target_name(self) -> str:
-        """The rewrites by their classes."""
-        return "+".join(one.name for one in self.rewrites)
-
-    @property
-    def budget_asked(self) -> None:
-        """Rewrites have none."""
-
-
-class RewriteSource(Source):
-    """A live model whose graphs rewrites edit; see `attnedit._pipeline.Source`."""
+class RewriteSource(LiveSource):
+    """A live model whose graphs rewrites edit, one that rewrites have edited before too."""
 
     def __init__(self, model: PreTrainedModel, options: CompileOptions) -> None:
-        self._rewrites = tuple(resolve(cast("str | Target", options.target)))
-        self._limit, self._dump = Fuel(options.fuel), Dump(options.dump_graphs)
-        self._options = options
-        self.name = model_name(model)
-        _check_source(model, self.name)
-        if options.calibration is None and any(one.fit is not None for one in self._rewrites):
-            need_language_head(model, SAMPLING, "give calibration text")
-        self.model = self.result = on_device(model, options)
+        self._rewrites = tuple(resolve(options.rewrites))
+        super().__init__(model, options)
+
+    def check_again(self, model: PreTrainedModel) -> None:
+        """Refuse a model whose attention is of a kind of its own."""
+        record: Any = model.config.attnedit
+        other = [site for site, values in record["sites"].items() if values.get("kind") != KV_CACHE_MODULE]
+        if other:
+            raise UsageError(
+                f"{self.name} is no longer ordinary attention ({first_of(other)}); rewrite the model that it came from"
+            )
 
     def capture(self) -> list[AttentionSite]:
         """Its attention sites, with what earlier rewrites did to them."""
         sites, self._records = _records(self.model)
         return sites
 
-    def plan(self, sites: list[AttentionSite], before: KVUsage, options: CompileOptions) -> RewritePlan:
+    def plan(self, sites: list[AttentionSite], before: KVUsage) -> Plan:
         """Every site is there for every rewrite."""
         chosen = [record.site for record in self._records]
         latent = len(sites) - len(chosen)
         notes = [f"{latent} {REASONS[LATENT_ALREADY]}"] if latent else []
-        return RewritePlan(sites, chosen, before, options, (), notes, rewrites=self._rewrites)
+        return Plan(sites, chosen, before, self.options, (), notes)
 
-    def data(self, options: CompileOptions) -> CalibrationWindows:
+    def data(self) -> CalibrationWindows:
         """Windows of one length: an author's fit may hold attention of all pairs of tokens."""
+        options = self.options
         windows = token_windows(
             options.calibration,
             options.tokenizer,
@@ -147,98 +113,59 @@ class RewriteSource(Source):
         )
         return CalibrationWindows([windows])
 
-    def ready(self, plan: Plan) -> None:
-        """Make the model that becomes the result."""
-        self.result = self.model if self._options.in_place else share_copy(self.model)
-
-    def fit(self, plan: Plan, windows: list[Tensor] | None, log: Log) -> Fitted:
+    def fit(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """Rewrite by rewrite, each over every site, and held to its contract."""
-        options, records = self._options, self._records
+        options, fitted, windows = self.options, job.fitted, job.windows
         prompt = _prompt(self.model, windows) if options.verify else None
-        with log("rewrite") as entry:
-            rules, checks = run_pipeline(
-                self._rewrites,
-                records,
-                Inputs(self.model, prompt, windows),
-                fuel=self._limit,
-                dump=self._dump,
-                partial=options.partial,
-                progress=options.progress,
-            )
-            entry.did = ", ".join(f"{rule.name}: {rule.rewritten} of {rule.matched} matches" for rule in rules)
-            entry.checked = [said(check) for check in checks]
-        changed = [record for record in records if record.entries]
-        graphs = {}
+        fitted.rules, fitted.checks = run_pipeline(
+            self._rewrites,
+            self._records,
+            Inputs(self.model, prompt, windows),
+            fuel=self.fuel,
+            dump=self.dump,
+            partial=options.partial,
+            progress=options.progress,
+        )
+        entry.did = ", ".join(f"{rule.name}: {rule.rewritten} of {rule.matched} matches" for rule in fitted.rules)
+        entry.checked = [said(check) for check in fitted.checks]
+        fitted.notes += [*self.fuel.note(), *_import_notes(self._rewrites)]
+        fitted.rounding = max(one.contract.atol + one.contract.rtol for one in self._rewrites)
+
+    def lower(self, job: Job) -> None:
+        """Modules that use the model's cache and attention in place of the ops of the edited graphs."""
+        fitted, changed = job.fitted, [record for record in self._records if record.entries]
         for record in changed:
             place = record.site.name
             model_config = config_of(self.result, self.result.get_submodule(place))
             config = RewrittenConfig(record.site.layer_idx, tuple(record.entries))
-            graphs[place] = lower(_own(record, self.result), record.site, model_config, config)
-        return Fitted(
-            graphs,
-            output_error={record.site.name: record.error for record in changed if record.error is not None},
-            notes=[*self._limit.note(), *_import_notes(self._rewrites)],
-            rules=rules,
-            kinds={record.site.name: _names(record) for record in changed},
-            earlier=frozenset(record.site.name for record in changed if not record.changed),
-            checks=checks,
-            rounding=max(one.contract.atol + one.contract.rtol for one in self._rewrites),
-        )
+            fitted.graphs[place] = lower(_own(record, self.result), record.site, model_config, config)
+            fitted.kinds[place] = _names(record)
+            if record.error is not None:
+                fitted.output_error[place] = record.error
+        fitted.earlier = frozenset(record.site.name for record in changed if not record.changed)
 
 
 def resolve(rewrites: Rewrite | Target | str | Sequence[Rewrite | str]) -> list[Rewrite]:
     """Rewrites in order, from rewrites, targets, and names that packages register.
 
     Raises:
-        UsageError: a name is not registered.
+        UsageError: a name is not registered, or is a target's with a budget.
         RewriteError: something is no rewrite.
     """
-    if isinstance(rewrites, str):
-        return [found for part in rewrites.split("+") for found in _named(part.strip())]
-    if isinstance(rewrites, Target):
-        rewrites = rewrites.rewrites
-    several = list(rewrites) if isinstance(rewrites, Sequence) else [rewrites]
-    chosen = [found for one in several for found in (_named(one) if isinstance(one, str) else [one])]
+    several = list(rewrites) if isinstance(rewrites, Sequence) and not isinstance(rewrites, str) else [rewrites]
+    chosen: list[Rewrite] = []
+    for one in several:
+        for made in targets_named(one) if isinstance(one, str) else [one]:
+            if isinstance(made, AttentionTarget):
+                raise UsageError(
+                    f"{made.name} is made by attnedit.compile, not by rewrites; it cannot be combined with them"
+                )
+            chosen += made.rewrites if isinstance(made, Target) else [made]
     if not chosen:
         raise UsageError("no rewrites are given; give at least one")
-    for one in chosen:
-        check_rewrite(one)
+    for rewrite_ in chosen:
+        check_rewrite(rewrite_)
     return chosen
-
-
-def _points(group: str) -> dict[str, Any]:
-    return registered(group, dict.fromkeys(OWN_TARGETS, ""))
-
-
-def _named(name: str) -> list[Rewrite]:
-    targets, passes = _points(TARGETS), _points(PASSES)
-    if name in OWN_TARGETS:
-        raise UsageError(f"{name} is made by attnedit.compile, not by rewrites; it cannot be combined with them")
-    if name not in targets and name not in passes:
-        known = ", ".join(sorted({*targets, *passes})) or "none is registered"
-        raise UsageError(f"no target or pass {name!r} among the entry points {TARGETS} and {PASSES}: {known}")
-    found = load(targets[name], "target") if name in targets else load(passes[name], "pass")
-    made = found() if callable(found) else found
-    if isinstance(made, AttentionTarget):
-        raise UsageError(f"{name} is made by attnedit.compile, not by rewrites; it cannot be combined with them")
-    if isinstance(made, Target):
-        return resolve(made)
-    return resolve([made])
-
-
-def _check_source(model: PreTrainedModel, name: str) -> None:
-    check_live(model, name)
-    check_in_memory(model, name)
-    record = getattr(model.config, "attnedit", None)
-    if record is None:
-        check_config(model.config, name, trust_remote_code=True)  # what is live has run already
-        check_weights(model, name)
-        return
-    other = [site for site, values in record["sites"].items() if values.get("kind") != KV_CACHE_MODULE]
-    if other:
-        raise UsageError(
-            f"{name} is no longer ordinary attention ({first_of(other)}); rewrite the model that it came from"
-        )
 
 
 def _records(model: PreTrainedModel) -> tuple[list[AttentionSite], list[SiteRecord]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +23,7 @@ from attnedit.compiler.files import replaced
 from attnedit.compiler.formats import FORMAT_KEY, check_format
 from attnedit.compiler.model_io.checkpoint_reader import CheckpointReader, weights_of
 from attnedit.compiler.progress import Progress, silent
-from attnedit.passes.questions import SiteWork
+from attnedit.passes.questions import Claim, SiteWork
 from attnedit.passes.target import AnyTarget
 from attnedit.targets.attention.config import SiteConfig
 from attnedit.targets.attention.kinds import config_from_dict, config_of, config_to_dict
@@ -92,31 +91,6 @@ class Rewritten:
         return cls(**values, hidden=hidden)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every layer becomes.
-
-    Attributes:
-        changes: by the site's name: the target that changes it, and the shape that it gets.
-        windows: calibration token ids [N, T] of each length T; None where nothing is fitted.
-        seed: of the sampled queries.
-    """
-
-    changes: Mapping[str, tuple[AnyTarget, Any]]
-    windows: list[Tensor] | None
-    seed: int
-
-    @property
-    def fitted(self) -> set[str]:
-        """Names of the sites that need data."""
-        return {name for name, (_, shape) in self.changes.items() if not shape.exact}
-
-    @property
-    def exact_stream(self) -> bool:
-        """Whether hidden states are computed in the model's own dtype; see `FitOptions`."""
-        return any(target.exact_stream for target, _ in self.changes.values())
-
-
 class LayerwiseRewrite:
     """Rewrites a model whose weights are on meta, from its reader into shards.
 
@@ -124,7 +98,9 @@ class LayerwiseRewrite:
         model: the source; left with its weights on meta.
         reader: of its checkpoint.
         sites: all its attention sites.
-        job: what becomes of them.
+        claims: what becomes of them, by target.
+        windows: calibration token ids [N, T] of each length T; None where nothing is fitted.
+        seed: of the sampled queries.
         output: directory for the shards, with a run's state in it.
     """
 
@@ -133,15 +109,20 @@ class LayerwiseRewrite:
         model: PreTrainedModel,
         reader: CheckpointReader,
         sites: list[AttentionSite],
-        job: Job,
+        claims: list[tuple[AnyTarget, Claim]],
+        windows: list[Tensor] | None,
+        seed: int,
         output: Path,
     ) -> None:
-        self._model, self._reader, self._job = model, reader, job
+        self._model, self._reader, self._windows, self._seed = model, reader, windows, seed
+        self._changes = {name: (target, shape) for target, claim in claims for name, shape in claim.shapes.items()}
+        self._exact_stream = any(target.exact_stream for target, claim in claims if claim.shapes)
         self._layers, self._by_layer = decoder_layers(model, sites)
         self.layers = next(name for name, module in model.named_modules() if module is self._layers)
         self.shards = plan_shards(model, reader.stored, self.layers)
         self._output, self._state = output, output / STATE_DIRECTORY
-        fitted = [index for index, site in self._by_layer.items() if site.name in job.fitted]
+        lossy = {name for name, (_, shape) in self._changes.items() if not shape.exact}
+        fitted = [index for index, site in self._by_layer.items() if site.name in lossy]
         self._last_fitted = max(fitted, default=-1)
 
     def run(self, progress: Progress | None = None) -> Rewritten:
@@ -180,7 +161,7 @@ class LayerwiseRewrite:
         rewritten.seconds += seconds
         site = None if shard.layer is None else self._by_layer.get(shard.layer)
         if site is not None and site.name in rewritten.configs:
-            name = self._job.changes[site.name][0].name
+            name = self._changes[site.name][0].name
             rewritten.rule_seconds[name] = rewritten.rule_seconds.get(name, 0.0) + seconds
 
     def _rewrite(self, shard: Shard, stream: Stream | None, rewritten: Rewritten) -> dict[str, Tensor]:
@@ -190,12 +171,12 @@ class LayerwiseRewrite:
         if shard.layer is None:
             pass
         elif stream is not None and shard.layer <= self._last_fitted:
-            if site is None or site.name not in self._job.changes:
+            if site is None or site.name not in self._changes:
                 stream.advance(shard.layer)
             else:
                 with stream.inputs(shard.layer, site.name) as inputs:
                     graph = self._fit(site, inputs, rewritten)
-        elif site is not None and site.name in self._job.changes:
+        elif site is not None and site.name in self._changes:
             graph = self._fit(site, iter(()), rewritten)
         values = self._model.state_dict()
         own = {name: values[name] for name in shard.weights}
@@ -207,9 +188,9 @@ class LayerwiseRewrite:
         return {**{name: value for name, value in own.items() if not name.startswith(old)}, **new}
 
     def _fit(self, site: AttentionSite, inputs: Iterator[AttentionInputs], rewritten: Rewritten) -> fx.GraphModule:
-        model, job = self._model, self._job
-        target, shape = job.changes[site.name]
-        fit = target.fit_site(SiteWork(model, model, site, inputs, job.windows or (), job.seed), shape)
+        target, shape = self._changes[site.name]
+        work = SiteWork(self._model, self._model, site, inputs, self._windows or (), self._seed)
+        fit = target.fit_site(work, shape)
         found = ((rewritten.energy_kept, fit.energy_kept), (rewritten.output_error, fit.output_error))
         for figures, figure in found:
             if figure is not None:
@@ -219,20 +200,20 @@ class LayerwiseRewrite:
 
     def _enter(self, index: int, hidden: list[Tensor] | None) -> Stream:
         """The stream before layer `index`, where it has the hidden states known from an earlier run."""
-        assert self._job.windows is not None
+        assert self._windows is not None
         base = self._model.base_model
         start = next(f"{name}." if name else "" for name, module in self._model.named_modules() if module is base)
         held = [name for name in self._reader.stored if name.startswith(start)]
         outside = [name for name in held if not name.startswith(f"{self.layers}.")]
         with self._reader.resident([*outside, *weights_of(self._model, f"{self.layers}.0")]):
-            stream = Stream(self._model, self._layers, self._job.windows, exact=self._job.exact_stream)
+            stream = Stream(self._model, self._layers, self._windows, exact=self._exact_stream)
         if hidden is not None:
             stream.skip_to(index, hidden)
         return stream
 
     def _keep_windows(self) -> None:
         """Go on with the same calibration data only."""
-        windows, file = self._job.windows, self._state / _WINDOWS_FILE
+        windows, file = self._windows, self._state / _WINDOWS_FILE
         if windows is None:
             return
         named = {f"windows.{index}": part.contiguous() for index, part in enumerate(windows)}

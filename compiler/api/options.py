@@ -23,15 +23,13 @@ from attnedit.compiler.model_io.processors import Processor
 from attnedit.compiler.options import Flag, Number, Options, Switch, Whole
 from attnedit.compiler.progress import Progress
 from attnedit.compiler.rewriting.pipeline import Target
-from attnedit.compiler.rewriting.registry import PASSES as REGISTERED_PASSES
-from attnedit.compiler.rewriting.registry import TARGETS as REGISTERED_TARGETS
-from attnedit.compiler.rewriting.registry import load, names_of, registered
+from attnedit.compiler.rewriting.rewrite import Rewrite
 from attnedit.passes.budget import Allocation
 from attnedit.passes.calibration.options import CalibrationOptions
 from attnedit.passes.fit_options import FitOptions
 from attnedit.passes.target import AnyTarget, AttentionTarget
 from attnedit.passes.targets import OURS as OURS
-from attnedit.passes.targets import OWN, readers
+from attnedit.passes.targets import OWN, readers, targets_named
 from attnedit.targets.runtime.hf.towards import Form, form_for
 
 TARGETS = tuple(OURS)
@@ -68,7 +66,7 @@ class DataOptions(Options):
 class AttentionOptions(DataOptions):
     """What attention becomes, in closed form: what decides a result that is not trained."""
 
-    target: str | InstanceOf[Target] | InstanceOf[AttentionTarget] = "mla"  # type: ignore[type-arg]  # of any shape
+    target: str | InstanceOf[Target] = "mla"
     """What attention becomes: mla, gateswa or gateswa+mla, or targets and passes of other packages.
 
     "mla" is latent attention; "gateswa" a sliding window in most layers; with "gateswa+mla" the layers without window
@@ -211,8 +209,7 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
         """Refuse what contradicts itself, whatever the model."""
         reads = frozenset().union(*(target.reads for target in self.targets))
         for name, known_readers in READERS.items():
-            known = name in reads if self.planned else not known_readers
-            if not known and getattr(self, name) != type(self).model_fields[name].default:
+            if name not in reads and getattr(self, name) != type(self).model_fields[name].default:
                 *most, last = known_readers or ["of rewrites"]
                 listed = f"{', '.join(most)} and {last}" if most else last
                 raise UsageError(f"{name} is for the targets {listed}, not for {self.target_name}")
@@ -231,45 +228,33 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
         return self.target if isinstance(self.target, str) else self.target.name
 
     @cached_property
-    def targets(self) -> tuple[AnyTarget, ...]:
-        """What plans over all sites under one budget, in order; none where the target is made of rewrites.
+    def targets(self) -> tuple[Target, ...]:
+        """What becomes of attention: targets that plan over all sites under one budget, in order, or one of rewrites.
 
         Raises:
             UsageError: there is no such target.
         """
-        if isinstance(self.target, AttentionTarget):
-            return (self.target,)
-        if isinstance(self.target, Target):
-            return ()
-        if self.target in OURS:
-            return OURS[self.target]
-        points = registered(REGISTERED_TARGETS, dict.fromkeys(TARGETS, ""))
-        found = []
-        for name in (part.strip() for part in self.target.split("+")):
-            made: Any = OWN[name] if name in OWN else load(points[name], "target") if name in points else None
-            found.append(made() if isinstance(made, type) and issubclass(made, AttentionTarget) else made)
-        planned = [made for made in found if isinstance(made, AttentionTarget)]
-        if len(planned) == len(found) and all(made.leaves for made in planned[:-1]):
-            return tuple(planned)
-        if planned or names_of(self.target, TARGETS) is None:
-            others = sorted({*points, *registered(REGISTERED_PASSES)})
-            raise UsageError(f"no target {self.target!r}; there is {', '.join((*TARGETS, *others))}")
-        return ()
+        return targets_named(self.target) if isinstance(self.target, str) else (self.target,)
+
+    @property
+    def rewrites(self) -> tuple[Rewrite, ...]:
+        """What the target is made of; none where it has a budget."""
+        return () if self.planned else self.targets[0].rewrites
 
     @cached_property
     def configured(self) -> tuple[AnyTarget, ...]:
-        """The same, each set to these options."""
-        return tuple(target.configured(self) for target in self.targets)
+        """Those that have a budget, each set to these options."""
+        return tuple(one.configured(self) for one in self.targets if isinstance(one, AttentionTarget))
 
     @property
     def planned(self) -> bool:
         """Whether the target has a budget, and is not made of rewrites."""
-        return bool(self.targets)
+        return isinstance(self.targets[0], AttentionTarget)
 
     @property
     def leaves(self) -> bool:
         """Whether layers stay as they are by choice, in the result too."""
-        return self.planned and self.targets[-1].leaves
+        return self.targets[-1].leaves
 
     def asked(self, name: str, default: object) -> Any:
         """A field; where it is None what the profile or engine asks for in its place, or else a default."""
@@ -281,6 +266,6 @@ class CompileOptions(CalibrateOptions, SourceOptions, AttentionOptions):
     @cached_property
     def form(self) -> Form | None:
         """The form that a profile asks for, or None."""
-        kinds = [target.kind for target in self.targets]
+        kinds = [one.kind for one in self.targets if isinstance(one, AttentionTarget)]
         asked = (self.kv_budget, self.gate, self.sinks, self.engine)
         return form_for(self.profile, self.kernel_dims, self.target_name, kinds, *asked) if kinds else None

@@ -42,7 +42,7 @@ class Plan:
         chosen: those that change.
         before: the source's cache.
         options: what was asked for.
-        targets: what changes them, in order: each what those before it left.
+        targets: what changes them, in order: each what those before it left; none where rewrites do.
         notes: what the user should know.
         rejected: of the sites that stay as they are, how many by reason.
     """
@@ -58,23 +58,27 @@ class Plan:
     @cached_property
     def exact(self) -> bool:
         """Whether nothing is to be lost."""
+        if rewrites := self.options.rewrites:
+            return all(one.contract.kind == "exact" for one in rewrites)
         return all(shape.exact for _, claim in self.claims() for shape in claim.shapes.values())
 
     @property
     def needs_data(self) -> bool:
         """Whether something is fitted."""
+        if rewrites := self.options.rewrites:
+            return any(one.fit is not None for one in rewrites)
         return not self.exact
 
     @property
     def target_name(self) -> str:
-        """What the attention becomes."""
-        return self.options.target_name
+        """What the attention becomes: the target, or its rewrites by their classes."""
+        return "+".join(one.name for one in self.options.rewrites) or self.options.target_name
 
     @property
     def budget_asked(self) -> float | None:
         """What the report says was asked for."""
         asked = self.options
-        default = None if asked.kernel_dims else self.targets[0].default_budget
+        default = None if asked.kernel_dims or not self.targets else self.targets[0].default_budget
         return default if asked.kv_budget is None else asked.kv_budget
 
     def question(self, target: AnyTarget, left: list[AttentionSite], changed: Mapping[int, float]) -> Question:
@@ -211,7 +215,9 @@ def _lossless(options: CalibrateOptions) -> bool:
     """Whether nothing is asked for that takes data."""
     if not isinstance(options, CompileOptions) or options.steps:
         return False
-    return options.kv_budget == 1 and options.planned and all(one.default_budget for one in options.targets)
+    if not options.planned:
+        return all(one.fit is None for one in options.rewrites)
+    return options.kv_budget == 1 and all(one.default_budget for one in options.configured)
 
 
 def check_fresh(model: PreTrainedModel, name: str) -> None:

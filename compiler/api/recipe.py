@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.options import Number
+from attnedit.compiler.reporting.report import Report
 from attnedit.options import AttentionOptions, CompileOptions
 from attnedit.passes.calibration.options import CalibrationOptions
 
@@ -156,6 +157,12 @@ class Recipe(AttentionOptions):
         values = self.model_dump(exclude={"format", "model", "revision", "dtype", "training"})
         values.update(self.training)
         return values
+
+
+def with_recipe(report: Report, options: CompileOptions, model: str | None) -> Report:
+    """The report with what was asked for; `model` names the source, where it has a name."""
+    recipe = Recipe.from_options(options, report.full_layers, report.calibration_length, model)
+    return report.model_copy(update={"recipe": recipe.model_dump(exclude_defaults=True)})
 
 
 def _changed(options: CalibrationOptions) -> dict[str, Any]:

@@ -14,21 +14,21 @@ import torch
 from torch import fx
 
 from attnedit.compiler.capture import stored_traces
-from attnedit.compiler.capture.export import Exported, export_attention, unlift
+from attnedit.compiler.capture.export import Exported, export_attention, export_program, trace_attention
 from attnedit.compiler.capture.facts import FactReader, NoOutputProjectionError
 from attnedit.compiler.capture.forwards import probe_inputs
 from attnedit.compiler.capture.kept_exports import Key, forget, keep, key_of, recall
 from attnedit.compiler.capture.normalise import clean
 from attnedit.compiler.capture.probe import AttentionCall, discover
 from attnedit.compiler.capture.sites import AttentionSite, Facts, Sites, by_reason
-from attnedit.compiler.capture.trace import export_program, shadow, trace_attention
 from attnedit.compiler.compatibility.torch_names import pytree, temporary_buffers
 from attnedit.compiler.errors import CaptureError, OtherAttentionError
 from attnedit.compiler.graph.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.graph.dataflow import anchors, structure_hash
 from attnedit.compiler.graph.masks import dense_mask
-from attnedit.compiler.graph.modules import evaluation_mode
+from attnedit.compiler.graph.modules import evaluation_mode, shadow
 from attnedit.compiler.graph.spec import LENGTH, verify
+from attnedit.compiler.graph.surgery import unlift
 from attnedit.compiler.model_io.heads import outputs_of
 
 _log = logging.getLogger(__name__)

@@ -1,30 +1,178 @@
-"""Makes of a traced attention module an fx graph with the anchor in it, and the module's own signature."""
+"""One attention module through torch.export, and as an fx graph with the anchor in it and the module's own signature.
+
+It is traced as a bfloat16 copy on the meta device: no weight is touched, and every cast the source makes shows up in
+the graph whatever the dtype of the live model is.
+"""
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from transformers import Cache
 
 from attnedit.compiler.capture.forwards import PAST
-from attnedit.compiler.capture.normalise import clean, merge_duplicates, raise_children, retarget_sizes
+from attnedit.compiler.capture.normalise import ChildCall, clean, merge_duplicates, raise_children, retarget_sizes
 from attnedit.compiler.capture.probe import AttentionCall
-from attnedit.compiler.capture.trace import ROOT, Structure, Trace, structure_of
-from attnedit.compiler.capture.written_out import drop_past, emit_anchor
-from attnedit.compiler.compatibility.torch_names import (
-    FakeTensor,
-    HigherOrderOperator,
-    pytree,
-)
+from attnedit.compiler.capture.written_out import Past, drop_past, emit_anchor
+from attnedit.compiler.compatibility.torch_names import TorchDynamoException, pytree, without_fake_cache
 from attnedit.compiler.errors import CaptureError
-from attnedit.compiler.graph.dataflow import Evaluator, where
-from attnedit.compiler.graph.spec import LENGTH, verify
-from attnedit.compiler.graph.surgery import prune
+from attnedit.compiler.graph.anchor import ANCHOR
+from attnedit.compiler.graph.dataflow import Evaluator
+from attnedit.compiler.graph.modules import shadow
+from attnedit.compiler.graph.spec import BATCH, LENGTH, verify
+from attnedit.compiler.graph.surgery import prune, unlift
+
+PROBE_DTYPE = torch.bfloat16
+ROOT = "attn"
+"""Where the module stands in what is traced."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What torch made of one call of an attention module.
+
+    Attributes:
+        program: in functional form.
+        children: calls of its child modules.
+        output: values of the output, True where they are tensors, and their structure.
+    """
+
+    program: torch.export.ExportedProgram
+    children: list[ChildCall]
+    output: tuple[list[Any], pytree.TreeSpec]
+
+
+class Structure:
+    """The arguments of the probe's call and the structure of its output.
+
+    Not attributes of the module: export restores those after tracing.
+    """
+
+    def __init__(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        self.leaves = leaves
+        self.spec = spec
+        self.output: tuple[list[Any], pytree.TreeSpec] | None = None
+
+
+class _Flat(torch.nn.Module):
+    """Calls the attention module with tensors put back among its other arguments; keeps its output structure."""
+
+    def __init__(self, module: torch.nn.Module, structure: Structure) -> None:
+        super().__init__()
+        self.attn = module
+        self.structure = structure
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.structure.leaves]
+        if past := tuple(given):
+            leaves = [Past(*past) if isinstance(leaf, Cache) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure.spec)
+        output = self.attn(*args, **kwargs)
+        values, spec = pytree.tree_flatten(output)
+        self.structure.output = ([isinstance(v, torch.Tensor) or v for v in values], spec)
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _empty(leaf: Any, device: str) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    dtype = PROBE_DTYPE if leaf.is_floating_point() else leaf.dtype
+    # Contiguous and distinct: a view of another argument would become a guard on its base.
+    return torch.empty(leaf.shape, dtype=dtype, device=device)
+
+
+def record_children(module: torch.nn.Module) -> tuple[list[ChildCall], list[Any]]:
+    """Note every call of a child module from now on; returns the calls so far, and hooks to remove."""
+    calls: list[ChildCall] = []
+    counts: dict[str, int] = {}
+    handles = []
+    for name, child in module.named_modules():
+        if not name:
+            continue
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            number = counts.get(name, 0)
+            counts[name] = number + 1
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            marked = [ChildCall.TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            calls.append(ChildCall(name, number, marked, spec))
+
+        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+    return calls, handles
+
+
+def trace_attention(call: AttentionCall) -> Trace:
+    """Trace the attention module of one call.
+
+    Raises:
+        CaptureError: torch.export could not.
+    """
+    cached = call.cached
+    # Constants that a module makes on the way have values on a real device only; nothing is computed there.
+    implementation, device = (ANCHOR, "meta") if cached is None else (cached.implementation, "cpu")
+    copied = shadow(call.module, implementation, device, PROBE_DTYPE)
+    structure = structure_of(call, device)
+    flat = _Flat(copied, structure).eval()
+    inputs = tuple(leaf for leaf in structure.leaves if isinstance(leaf, torch.Tensor))
+    if cached is not None:
+        inputs += (_empty(cached.keys, device), _empty(cached.values, device))
+    children, handles = record_children(copied)
+    dynamic = (tuple(_dynamic(tensor, cached is not None) for tensor in inputs),)
+    try:
+        program = export_program(flat, inputs, dynamic)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if structure.output is None:
+        raise AssertionError("the module that is exported has run")
+    return Trace(program, children, structure.output)
+
+
+def structure_of(call: AttentionCall, device: str) -> Structure:
+    """The arguments of a call, their tensors empty ones on a device."""
+    given = call if call.cached is None else call.cached
+    leaves, spec = pytree.tree_flatten((given.args, dict(given.kwargs)))
+    return Structure([_empty(leaf, device) for leaf in leaves], spec)
+
+
+def export_program(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: Any
+) -> torch.export.ExportedProgram:
+    """Non-strict export in functional form, every composite op kept; CaptureError where torch.export fails."""
+    program: torch.export.ExportedProgram
+    try:
+        # With gradients on, the no_grad regions of rotary embeddings would become higher-order ops.
+        with torch.no_grad(), without_fake_cache(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch's own copy of it
+            program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+            program = program.run_decompositions({})
+    except (RuntimeError, ValueError, TypeError, AssertionError, TorchDynamoException) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"torch.export failed: {reason}") from error
+    return program
+
+
+def _dynamic(tensor: torch.Tensor, written_out: bool) -> dict[int, Any]:
+    # Batch, and whatever is as long as the sequence; feature dims stay numbers.
+    lengths = {size for size in tensor.shape if size in (BATCH, LENGTH, PAST, PAST + LENGTH)}
+    dims = [
+        dim
+        for dim, size in enumerate(tensor.shape)
+        if size in lengths and dim < max(tensor.dim() - 1, 2 if tensor.dim() < 4 else 4)
+    ]
+    if written_out and tensor.dim() and tensor.shape[0] % BATCH == 0:
+        dims.append(0)  # batch and heads in one
+    if written_out and tensor.dim() and tensor.shape[-1] == PAST + LENGTH:
+        dims.append(tensor.dim() - 1)
+    return {dim: torch.export.Dim.AUTO for dim in dims}
 
 
 @dataclass(frozen=True)
@@ -39,59 +187,6 @@ def bind(call: AttentionCall) -> inspect.BoundArguments:
     """The arguments of the call that is exported by parameter name, without defaults."""
     given = call if call.cached is None else call.cached
     return inspect.signature(call.module.forward).bind(*given.args, **given.kwargs)
-
-
-def unlift(
-    program: torch.export.ExportedProgram,
-    graph: fx.Graph,
-    root: str,
-    argument: Callable[[fx.Node], fx.Node],
-    constant: str = "_constant_",
-) -> tuple[list[fx.Node], dict[str, torch.Tensor]]:
-    """Copy an exported program into a graph, where get_attr takes the place of what export made arguments of.
-
-    Args:
-        program: to copy.
-        graph: that gets its nodes, all but the output.
-        root: what their FQNs begin with; it is left out.
-        argument: adds the node for an argument that the program had before.
-        constant: what the names of tensors that the code makes begin with.
-
-    Returns:
-        The nodes that are returned, and the tensors that the code makes, by get_attr target.
-
-    Raises:
-        CaptureError: there is an op that calls other graphs, or a constant whose value cannot be known.
-    """
-    signature = program.graph_signature
-    own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    lifted = signature.inputs_to_lifted_tensor_constants
-    constants: dict[str, torch.Tensor] = {}
-    values: dict[fx.Node, fx.Node] = {}
-    outputs: list[fx.Node] = []
-    for node in program.graph.nodes:
-        if node.op == "output":
-            outputs = [values[n] for n in node.args[0]]
-            continue
-        if node.op == "placeholder":
-            if node.name in own:
-                new = graph.get_attr(own[node.name].removeprefix(f"{root}."))
-            elif node.name in lifted:
-                name = constant + lifted[node.name].rsplit(".", 1)[-1]
-                value = program.constants[lifted[node.name]]
-                if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.is_meta:
-                    raise CaptureError(f"the source makes a constant tensor ({name}) that has no value")
-                constants[name] = value
-                new = graph.get_attr(name)
-            else:
-                new = argument(node)
-            new.meta.update(node.meta)
-        elif node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
-            raise CaptureError(f"{where(node)} is the higher-order op {node.target}; cannot rewrite it")
-        else:
-            new = graph.node_copy(node, lambda n: values[n])
-        values[node] = new
-    return outputs, constants
 
 
 def export_attention(call: AttentionCall, trace: Trace) -> Exported:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import transformers
 
+from attnedit.compiler.capture.export import Trace
 from attnedit.compiler.capture.kept_exports import Key
 from attnedit.compiler.capture.normalise import ChildCall
-from attnedit.compiler.capture.trace import Trace
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.files import cache_directory, replaced
 

@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from attnedit.compiler.compatibility.torch_names import forward_hooks
+from attnedit.compiler.compatibility.transformers_names import ATTENTION_FIELD
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -40,6 +43,46 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     # transformers marks tensors it has initialised.
     alias.__dict__.update(tensor.__dict__)
     return alias
+
+
+def shadow(
+    module: nn.Module, implementation: str, device: str, dtype: torch.dtype, seed: int | None = None
+) -> nn.Module:
+    """A copy of `module` that shares no storage with it and whose attention implementation is `implementation`.
+
+    Args:
+        module: any attention module.
+        implementation: for the copy of its configuration; the module's own is left alone.
+        device: "meta", or where parameters are made.
+        dtype: of the floating parameters and buffers.
+        seed: for random parameters; None for empty ones.
+    """
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        floating = tensor.is_floating_point()
+        replacement: torch.Tensor
+        if generator is None:
+            replacement = torch.empty_like(tensor, device=device, dtype=dtype if floating else tensor.dtype)
+        elif floating and (isinstance(tensor, nn.Parameter) or tensor.is_meta):
+            # Variance 1/fan_in keeps activations near 1, vectors near 1 keep norms from vanishing.
+            spread = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
+            replacement = torch.empty(tensor.shape, dtype=dtype).uniform_(-1.7, 1.7, generator=generator) * spread
+        else:
+            replacement = tensor.detach().to(device=device, dtype=dtype if floating else tensor.dtype, copy=True)
+        if isinstance(tensor, nn.Parameter):
+            replacement = nn.Parameter(replacement, requires_grad=False)
+        memo[id(tensor)] = replacement
+    for child in module.modules():
+        config = getattr(child, "config", None)
+        if config is not None and id(config) not in memo:
+            twin = copy.copy(config)
+            if hasattr(twin, ATTENTION_FIELD):
+                setattr(twin, ATTENTION_FIELD, implementation)
+            memo[id(config)] = twin
+    hooks = {id(hook): hook for child in module.modules() for hook in forward_hooks(child)}
+    memo.update(hooks)
+    return copy.deepcopy(module, memo).eval()
 
 
 def evaluating(model: nn.Module) -> dict[str, bool]:

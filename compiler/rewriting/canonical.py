@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnedit.compiler.capture.trace import PROBE_DTYPE
+from attnedit.compiler.capture.export import PROBE_DTYPE
 from attnedit.compiler.compatibility.torch_names import OpOverload, hint_of, schema_of
 from attnedit.compiler.graph.dataflow import aten, is_size
 from attnedit.compiler.rewriting.tracing import HINTS

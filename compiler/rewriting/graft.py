@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.tools_common import stable_topological_sort
 
+from attnedit.compiler.capture.export import PROBE_DTYPE
 from attnedit.compiler.capture.normalise import follow_dtype
 from attnedit.compiler.capture.sites import AttentionSite
-from attnedit.compiler.capture.trace import PROBE_DTYPE
 from attnedit.compiler.compatibility.torch_names import hint_of
 from attnedit.compiler.errors import RewriteError
 from attnedit.compiler.graph import provenance

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +16,46 @@ from attnedit.compiler.errors import CaptureError, VerificationError
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.progress import Progress, track
 from attnedit.compiler.reporting.records import RuleReport, Verification
-from attnedit.compiler.rewriting.apply import Applied, Batches, Outcome, apply, trace_patterns
+from attnedit.compiler.rewriting.apply import Applied, Batches, Outcome, apply, run_fit, trace_patterns
 from attnedit.compiler.rewriting.dumps import Dump
 from attnedit.compiler.rewriting.fuel import Fuel
 from attnedit.compiler.rewriting.graft import SiteGraph
-from attnedit.compiler.rewriting.parts import run_fit
 from attnedit.compiler.rewriting.rewrite import Batch, Rewrite, options_of
 
 HALF_ROUNDING = 2e-2
 """Of the largest value: what "close" may be off by beyond its tolerances where the model is in half precision."""
 
 
-@dataclass(frozen=True)
 class Target:
-    """A named pipeline: what a third party registers under the entry points `attnedit.targets`.
+    """What attention becomes: what a third party registers under the entry points `attnedit.targets`.
 
-    Attributes:
+    This one is made of rewrites; `attnedit.AttentionTarget` is one that chooses shapes for all sites under a budget.
+
+    Args:
         name: what `attnedit compile --target` calls it.
         rewrites: in order.
         description: one line for people.
+
+    Attributes:
+        reads: options of `attnedit.options.CompileOptions` that it reads; it is refused any other that only some
+            targets read.
+        leaves: whether it may leave layers for another target to change ("gateswa+mla").
+        stage, does: of the pipeline, in `attnedit compile --explain`.
     """
 
     name: str
-    rewrites: tuple[Rewrite, ...]
+    rewrites: tuple[Rewrite, ...] = ()
     description: str = ""
+    reads: ClassVar[frozenset[str]] = frozenset({"partial"})
+    leaves: ClassVar[bool] = False
+    stage: ClassVar[str] = "rewrite"
+    does: str = "apply rewrites"
 
-    def __post_init__(self) -> None:
-        """Take any sequence of rewrites."""
-        object.__setattr__(self, "rewrites", tuple(self.rewrites))
+    def __init__(self, name: str, rewrites: Sequence[Rewrite], description: str = "") -> None:
+        self.name, self.rewrites, self.description = name, tuple(rewrites), description
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
 
 
 @dataclass

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -37,21 +37,6 @@ def registered(group: str, own: Mapping[str, str] | None = None) -> dict[str, En
                 f"already{f' ({other.value})' if other.value else ''}; remove one of them, or rename its entry point"
             )
     return {name: point for name, point in known.items() if point.value}
-
-
-def names_of(target: str, own: Sequence[str]) -> list[str] | None:
-    """The parts of a target made of registered targets and passes, with "+" between; None for anything else.
-
-    Args:
-        target: as a user wrote it.
-        own: targets of our own, which nobody else may register.
-    """
-    if target in own:
-        return None
-    reserved = dict.fromkeys(own, "")
-    known = {**registered(TARGETS, reserved), **registered(PASSES, reserved)}
-    parts = [part.strip() for part in target.split("+")]
-    return parts if all(part in known for part in parts) else None
 
 
 def load(point: EntryPoint, what: str) -> Any:

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnedit.compiler.capture.export import unlift
+from attnedit.compiler.capture.export import PROBE_DTYPE, export_program, record_children
 from attnedit.compiler.capture.forwards import PAST as PROBED_PAST
 from attnedit.compiler.capture.normalise import clean, raise_children
 from attnedit.compiler.capture.sites import AttentionSite
-from attnedit.compiler.capture.trace import PROBE_DTYPE, export_program, record_children, shadow
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError, RewriteError
 from attnedit.compiler.graph.anchor import ANCHOR
+from attnedit.compiler.graph.modules import shadow
 from attnedit.compiler.graph.spec import BATCH, LENGTH
-from attnedit.compiler.graph.surgery import prune
+from attnedit.compiler.graph.surgery import prune, unlift
 from attnedit.compiler.rewriting.language import LEGEND, AttentionUse, Speaking, known_sizes, shape_letters, speaking
 
 PAST = 23

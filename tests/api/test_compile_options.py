@@ -22,10 +22,11 @@ from transformers import (
 )
 
 import attnedit
+from attnedit._live import LiveSource
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.execution.verify import TOLERANCE
+from attnedit.options import CompileOptions
 from attnedit.passes.budget import plan, source_values
-from attnedit.passes.layers import fit_layers, single_losses
 from attnedit.passes.mla.shapes import shape_for
 from attnedit.passes.mla.target import LatentTarget
 from attnedit.passes.questions import Claim
@@ -166,8 +167,10 @@ def test_the_measured_loss_is_that_of_the_layer_alone_on_windows_half_of_which_r
     shapes = plan(sites, before, sites, 0.25, shape=shape_for)
     result = share_copy(model)
     target, claim = LatentTarget(), Claim(shapes)
-    found = single_losses(target, model, result, sites, claim, [data], seed=4)
-    graphs = fit_layers(target.quick(), model, result, sites, claim, [data[:8]], seed=4).graphs
+    live = LiveSource(model, CompileOptions.of(calibration=data, seed=4))
+    live.left, live.result = sites, result
+    found = live.costs(target, claim, [data])
+    graphs = {name: fit.graph for name, fit in live.layers(target.quick(), claim, [data[:8]])[0].items()}
     unseen = data[8:].clone()
     unseen[[1, 3]] = with_repeats(data[[9, 11]], torch.Generator().manual_seed(4))
     assert not torch.equal(unseen, data[8:])

@@ -175,7 +175,7 @@ def test_the_graph_gives_hidden_states() -> None:
     ],
 )
 def test_what_needs_logits_is_refused(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnedit._compile.capture", lambda *_: pytest.fail("work was done before"))
+    monkeypatch.setattr("attnedit._live.capture", lambda *_: pytest.fail("work was done before"))
     with pytest.raises(UsageError) as caught:
         attnedit.compile(headed("llama", "sequences"), **options)
     assert message in str(caught.value)

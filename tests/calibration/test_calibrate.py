@@ -244,7 +244,7 @@ def test_an_unfinished_run_is_gone_on_with_by_its_recipe_alone(
     assert (tmp_path / "stopped" / RUN_FILE).exists()
     other = refusal(capsys, *arguments, "--seed", 1, "-o", tmp_path / "stopped")
     assert "another recipe (seed 0 there, 1 here)" in other
-    with mock.patch("attnedit._compile._one_shot", side_effect=AssertionError("compiled again")):
+    with mock.patch("attnedit._live.capture", side_effect=AssertionError("compiled again")):
         found = answer(capsys, *arguments, "-o", tmp_path / "stopped")
     for stage, expected in zip(found["stages"], whole["stages"], strict=True):
         assert {**stage, "seconds": 0} == {**expected, "seconds": 0}

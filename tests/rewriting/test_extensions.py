@@ -202,7 +202,7 @@ def test_names_and_target_objects_in_python(llama: torch.nn.Module) -> None:
         attnedit.rewrite(llama, damping.Damped(0.25)),  # type: ignore[arg-type]
     ]
     assert all(torch.equal(logits(result.model, ids), logits(results[0].model, ids)) for result in results)
-    with pytest.raises(attnedit.UsageError, match=r"no target or pass 'dumped' among .*: damped, swapped"):
+    with pytest.raises(attnedit.UsageError, match=r"no target 'dumped'; there is mla, .*damped, swapped"):
         attnedit.rewrite(llama, "dumped")  # type: ignore[arg-type]
     with pytest.raises(attnedit.UsageError, match=r"mla is made by attnedit.compile"):
         attnedit.rewrite(llama, "mla")  # type: ignore[arg-type]

@@ -206,7 +206,15 @@ def test_least_squares_repairs_some_of_what_pooling_breaks() -> None:
 
 def test_rewrites_go_through_the_pipeline_of_targets() -> None:
     report = attnedit.rewrite(source("llama"), EXAMPLES["MultiQuery"]()(), calibration=tokens(2, 64)).report
-    assert [entry.name for entry in report.pipeline] == ["capture", "data", "rewrite", "lower", "verify"]
+    assert [entry.name for entry in report.pipeline] == [
+        "load",
+        "capture",
+        "data",
+        "rewrite",
+        "reference",
+        "lower",
+        "verify",
+    ]
     assert report.calibration_length == 64
     assert report.calibration_windows == "2 x 64"
     assert report.kv_curve is not None

@@ -22,7 +22,7 @@ __all__ = ["VOCABULARY", "deviation", "in_pieces", "logits", "same_weights", "to
 
 torch.set_num_threads(1)
 CONTEXT = 128
-MODULE: Any = importlib.import_module("attnedit._compile")
+MODULE: Any = importlib.import_module("attnedit._live")
 
 _SITES: dict[tuple[str, str], list[AttentionSite]] = {}
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedModel
 
 from attnedit._checkpoint import compile_in_parts
 from attnedit._compile import compile_live
-from attnedit._stages import stages_of
+from attnedit._pipeline import explained
 from attnedit.cli.flags import takes
 from attnedit.cli.terminal import (
     JsonOption,
@@ -92,17 +93,21 @@ def compile_model(
     # An earlier result stays until the new one is whole, so there is no place beside it to keep fits.
     keeps = trained or unfinished or not place.exists() or not any(place.iterdir())
     with ProgressBars() as progress, contextlib.ExitStack() as closing:
-        with stage("load model", progress):
-            source = load_source(model, **options.loading)
-        if options.calibration is not None:
-            check_tokenizer_there(source, "calibration text")
+
+        def read(asked: CompileOptions) -> tuple[PreTrainedModel, CompileOptions]:
+            with stage("load model", progress):
+                source = load_source(model, **asked.loading)
+            if asked.calibration is not None:
+                check_tokenizer_there(source, "calibration text")
+            found = {"tokenizer": source.tokenizer, "processor": source.processor}
+            return source.model, asked.model_copy(update=found)
+
         directory = place if trained else None
         if keeps and not trained:
             directory = closing.enter_context(run_with_fits(place, run, overwrite=overwrite))
         # Untrained, the source is not used again, so the memory for a second attention is spared.
-        work: dict[str, Any] = {"tokenizer": source.tokenizer, "processor": source.processor}
-        work |= {"in_place": not trained, "run_directory": directory}
-        result = compile_live(source.model, options.model_copy(update={**work, "progress": progress}), model)
+        work = {"in_place": not trained, "run_directory": directory, "progress": progress}
+        result = compile_live(read, options.model_copy(update=work), model)
         if not processes().main:
             return
         with stage("save", progress):
@@ -111,7 +116,7 @@ def compile_model(
 
 
 def _explain(options: CompileOptions, *, parts: bool, json: bool) -> None:
-    stages = stages_of(options, parts=parts)
+    stages = explained(options, parts=parts)
     if json:
         return print_json({"stages": stages})
     for number, each in enumerate(stages, 1):

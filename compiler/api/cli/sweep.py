@@ -81,7 +81,9 @@ def sweep(
         rows.append({"kv_budget": None, "kv_budget_achieved": 1.0, "seconds": 0.0, **figures})
         for each in asked:
             start = perf_counter()
-            result = compile_live(source.model, each.model_copy(update={**work, "calibration": data.parts}))
+            result = compile_live(
+                lambda asked: (source.model, asked), each.model_copy(update={**work, "calibration": data.parts})
+            )
             seconds = perf_counter() - start
             figures = measure(result.model, tokens, seq_len=seq_len, windows=windows, progress=progress)
             achieved = result.report.kv_budget_achieved

@@ -1,0 +1,1 @@
+../../compiler/api/_live.py

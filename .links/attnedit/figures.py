@@ -1,1 +1,0 @@
-../../compiler/api/figures.py
