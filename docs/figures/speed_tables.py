@@ -73,6 +73,31 @@ def throughput() -> str:
     return table(head, rows)
 
 
+def vllm() -> str:
+    """Whole models in vLLM: tokens per second at batches of 1, 8 and the largest, and the first token."""
+    named = {model["name"]: model for model in data("vllm-throughput")["models"]}
+    cases = {
+        name: {(case["length"], case["batch"]): case["tokens_per_s"] for case in model["decode"]}
+        for name, model in named.items()
+    }
+    first = {name: {case["length"]: case["ms"] for case in model["first_token"]} for name, model in named.items()}
+    rows = []
+    for cached in sorted({length for times in cases.values() for length, _ in times}):
+        for name, times in cases.items():
+            most = max((batch for length, batch in times if length == cached), default=0)
+            ran = most > 8
+            cells: list[Any] = [f"{cached:,} tokens, {name}"]
+            cells += [None if (cached, few) not in times else round(times[cached, few]) for few in (1, 8)]
+            cells += [most, round(times[cached, most])] if ran else [None, None]
+            base = cases["source"]
+            most_of_source = max(batch for length, batch in base if length == cached)
+            gain = f"{times[cached, most] / base[cached, most_of_source]:.1f}" if ran else None
+            ms = first[name].get(cached)
+            rows.append([*cells, gain, None if ms is None else round(ms)])
+    head = ["cached", "tokens/s, batch 1", "batch 8", "largest batch", "tokens/s", "of the source", "first token, ms"]
+    return table(head, rows)
+
+
 def small_batches() -> str:
     """Microseconds of a compiled layer at small batches, without the head, with how many times as fast it is."""
     cases = data("gpu-decode-compiled")["model"]
@@ -168,4 +193,4 @@ def _us(time: float | None) -> str | None:
 
 
 SPEED_TABLES: list[Callable[[], str]] = [kernels, one_layer, throughput, small_batches, first_token, growth]
-SPEED_TABLES += [llama_cpp]
+SPEED_TABLES += [llama_cpp, vllm]
