@@ -203,7 +203,9 @@ def _fit_stage(
     target: Target | None, name: str, what: str, options: tuple[str, ...], *, measured: bool = False
 ) -> Stage:
     def do(job: Job, entry: PipelineStage) -> None:
-        (job.source.measure if measured else job.source.fit)(job, target, entry)
+        # As it was planned: towards a profile's class it is another one of the same name.
+        planned = next((one for one in job.plan.targets if target is not None and one.name == target.name), target)
+        (job.source.measure if measured else job.source.fit)(job, planned, entry)
 
     return Stage(name, what, options, do, needed=lambda job: bool(job.source.left))
 
