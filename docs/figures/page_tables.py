@@ -13,7 +13,14 @@ from cells import DOCS, data, measured, table, with_interval
 from result_tables import RESULT_TABLES, ratios_of, runs
 from speed_tables import SPEED_TABLES
 
-PAGES = ("results.md", "decide.md", "compare.md", "tutorials/train-on-a-gpu.md", "engines/llama.cpp.md")
+PAGES = (
+    "results.md",
+    "decide.md",
+    "compare.md",
+    "tutorials/train-on-a-gpu.md",
+    "engines/llama.cpp.md",
+    "engines/vllm.md",
+)
 PAGES += tuple(f"results/{name}.md" for name in ("quality", "retrieval", "short", "speed", "cost"))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

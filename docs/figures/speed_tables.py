@@ -84,8 +84,11 @@ def vllm() -> str:
     rows = []
     for cached in sorted({length for times in cases.values() for length, _ in times}):
         for name, times in cases.items():
-            most = max((batch for length, batch in times if length == cached), default=0)
-            ran = most > 8
+            batches = [batch for length, batch in times if length == cached]
+            if not batches:
+                continue
+            most = max(batches)
+            ran = most > 8  # else the run was stopped before
             cells: list[Any] = [f"{cached:,} tokens, {name}"]
             cells += [None if (cached, few) not in times else round(times[cached, few]) for few in (1, 8)]
             cells += [most, round(times[cached, most])] if ran else [None, None]

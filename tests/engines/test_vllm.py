@@ -377,3 +377,15 @@ def test_a_server_answers_and_answers_the_same_after_a_restart(folder: Path, dir
             assert [complete(address, text) for text in texts] == expected
             with ThreadPoolExecutor(2) as pool:
                 assert list(pool.map(partial(complete, address), texts)) == expected
+
+
+def test_the_benchmark_of_throughput_runs(folder: Path) -> None:
+    """Windows and latents of a tiny model, through vLLM's connector for benchmarks."""
+    program, out = Path(__file__).parents[2] / "benchmarks" / "vllm_throughput.py", folder / "throughput.json"
+    command = [python(), str(program), "--tiny", "--models", "GateSWA + MLA 1/8", "--lengths", "64", "--batches", "1"]
+    subprocess.run([*command, "--out", str(out)], env=environment(), capture_output=True, text=True, check=True)
+    (found,) = json.loads(out.read_text())["models"]
+    assert found["cache_tokens"] > 0
+    assert [case["batch"] for case in found["decode"]][0] == 1
+    assert all(case["tokens_per_s"] > 0 for case in found["decode"])
+    assert found["first_token"][0]["ms"] > 0
