@@ -386,6 +386,6 @@ def test_the_benchmark_of_throughput_runs(folder: Path) -> None:
     subprocess.run([*command, "--out", str(out)], env=environment(), capture_output=True, text=True, check=True)
     (found,) = json.loads(out.read_text())["models"]
     assert found["cache_tokens"] > 0
-    assert [case["batch"] for case in found["decode"]][0] == 1
+    assert found["decode"][0]["batch"] == 1
     assert all(case["tokens_per_s"] > 0 for case in found["decode"])
     assert found["first_token"][0]["ms"] > 0
