@@ -119,7 +119,7 @@ def seconds(engine: Any, batch: int, length: int, new: int) -> float:
     return time.perf_counter() - begin
 
 
-def measure(name: str, lengths: list[int], batches: list[int], shape: Shape, out: Path) -> None:
+def measure(name: str, lengths: list[int], batches: list[int], step: int, shape: Shape, out: Path) -> None:
     """One model, in this process; prints and saves its cases as they come."""
     import vllm
     from vllm import LLM
@@ -133,7 +133,7 @@ def measure(name: str, lengths: list[int], batches: list[int], shape: Shape, out
             skip_tokenizer_init=True,
             dtype="bfloat16",
             max_num_seqs=MOST,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=step,
             enable_prefix_caching=False,
             gpu_memory_utilization=0.92,
             kv_transfer_config={
@@ -149,6 +149,7 @@ def measure(name: str, lengths: list[int], batches: list[int], shape: Shape, out
         "name": name,
         "vllm": vllm.__version__,
         "device": torch.cuda.get_device_name() if shape.device == "cuda" else shape.device,
+        "tokens_a_step": step,
         "cache_tokens": cache.kv_cache_size_tokens,
         "start_s": time.perf_counter() - begin,
         "decode": [],
@@ -189,20 +190,27 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="beside the largest")
+    parser.add_argument("--step", type=int, default=8192, help="new tokens, at most; windows reserve room for them")
     parser.add_argument("--tiny", action="store_true", help="a trial of the program, on a processor")
     parser.add_argument("--out", type=Path, default=Path("vllm-throughput.json"))
     parser.add_argument("--one", action="store_true", help="in this process")
     args = parser.parse_args()
     shape = TRIAL if args.tiny else Shape()
     if args.one:
-        measure(args.models[0], args.lengths, args.batches, shape, args.out)
+        measure(args.models[0], args.lengths, args.batches, args.step, shape, args.out)
         return
     found = []
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             own = Path(folder) / "one.json"
             command = [sys.executable, __file__, "--one", "--models", name, "--out", str(own)]
-            command += [*(["--tiny"] if args.tiny else []), "--lengths", *map(str, args.lengths)]
+            command += [
+                *(["--tiny"] if args.tiny else []),
+                "--step",
+                str(args.step),
+                "--lengths",
+                *map(str, args.lengths),
+            ]
             done = subprocess.run([*command, "--batches", *map(str, args.batches)], check=False)
             if own.exists():
                 found.append(json.loads(own.read_text()))
