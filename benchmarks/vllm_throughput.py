@@ -119,7 +119,7 @@ def seconds(engine: Any, batch: int, length: int, new: int) -> float:
     return time.perf_counter() - begin
 
 
-def measure(name: str, lengths: list[int], batches: list[int], step: int, shape: Shape, out: Path) -> None:
+def measure(name: str, lengths: list[int], batches: list[int], most_new: int, shape: Shape, out: Path) -> None:
     """One model, in this process; prints and saves its cases as they come."""
     import vllm
     from vllm import LLM
@@ -133,7 +133,7 @@ def measure(name: str, lengths: list[int], batches: list[int], step: int, shape:
             skip_tokenizer_init=True,
             dtype="bfloat16",
             max_num_seqs=MOST,
-            max_num_batched_tokens=step,
+            max_num_batched_tokens=most_new,
             enable_prefix_caching=False,
             gpu_memory_utilization=0.92,
             kv_transfer_config={
@@ -149,7 +149,7 @@ def measure(name: str, lengths: list[int], batches: list[int], step: int, shape:
         "name": name,
         "vllm": vllm.__version__,
         "device": torch.cuda.get_device_name() if shape.device == "cuda" else shape.device,
-        "tokens_a_step": step,
+        "tokens_a_step": most_new,
         "cache_tokens": cache.kv_cache_size_tokens,
         "start_s": time.perf_counter() - begin,
         "decode": [],
