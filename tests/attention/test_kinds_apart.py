@@ -22,6 +22,9 @@ SHARED = {
     "targets/runtime/hf/latent.py": "latent attention as matrices, for its profiles and its GGUF",
     "targets/runtime/hf/windowed.py": "layers with windows, for their profiles and their GGUF",
     "targets/runtime/vllm/attention.py": "the modules that vllm/served.py names, which only vLLM can import",
+    "targets/runtime/vllm/latent_layer.py": "the layer of one of those modules",
+    "targets/runtime/vllm/paged_attention.py": "what that layer computes",
+    "targets/runtime/vllm/paged_steps.py": "the same for one new token, by the kernel of latent attention",
 }
 LISTS = {
     "targets/attention/__init__.py": "public names",
