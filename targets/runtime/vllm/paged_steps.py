@@ -44,15 +44,15 @@ def attend_steps(query: Tensor, cache: Tensor, rank: int, pages: Pages, logits: 
     What the cache holds behind the tokens of a request, in its last block, must be finite.
 
     Args:
-        query: [N, H, w].
+        query: [N, H, w], as `roles_for` was asked, like the others.
         cache: [blocks, tokens of a block, w].
         rank: r.
         pages: of the batch.
-        logits: what becomes of them.
+        logits: plain.
         roles: what `roles_for` said.
 
     Returns:
-        [N, H, r].
+        [N, H, r]; zeros for padding.
     """
     requests, (heads, width) = pages.lengths.shape[0], query.shape[1:]
     programs = requests * -(-heads // roles.heads)
