@@ -119,6 +119,24 @@ def seconds(engine: Any, batch: int, length: int, new: int) -> float:
     return time.perf_counter() - begin
 
 
+def largest_batch(engine: Any, length: int) -> int:
+    """How many requests the cache holds while they are answered.
+
+    vLLM's own figure counts for every window the tokens of two steps as well, which a request gives back when its
+    prompt has been read. One request must find room for that, so as much as one request may take is left free.
+    """
+    config = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    held = 0
+    for group in config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        window = getattr(spec, "sliding_window", None)
+        tokens = length + LONG if window is None else window - 1
+        held += -(-tokens // spec.block_size) + (window is not None)
+    longest = engine.llm_engine.vllm_config.model_config.max_model_len
+    one = -(-config.num_blocks * longest // engine.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
+    return int(min(MOST, 1 + (config.num_blocks - one) // held))
+
+
 def measure(name: str, lengths: list[int], batches: list[int], most_new: int, shape: Shape, out: Path) -> None:
     """One model, in this process; prints and saves its cases as they come."""
     import vllm
@@ -161,7 +179,7 @@ def measure(name: str, lengths: list[int], batches: list[int], most_new: int, sh
 
     print(f"{name}: a cache of {cache.kv_cache_size_tokens:,} tokens, {report['start_s']:.0f} s to start", flush=True)
     for length in lengths:
-        largest = min(MOST, cache.kv_cache_size_tokens // (length + LONG + 32))
+        largest = largest_batch(engine, length)
         for batch in dict.fromkeys((*batches, largest)):
             if not 0 < batch <= largest:
                 continue

@@ -130,9 +130,9 @@ class LayerSample:
         n, h, q = self.query.shape[:3]
         most = CHUNK_ELEMENTS * (1 if self.query.device.type == "cpu" else GPU_CHUNKS)
         edges = torch.linspace(0, q, min(QUERY_BLOCKS, q) + 1).round().int().tolist()
-        result = []
+        result, positions = [], self.positions.tolist()  # one wait for the device
         for first, end in itertools.pairwise(edges):
-            low, high = int(self.positions[first]), int(self.positions[end - 1]) + 1
+            low, high = positions[first], positions[end - 1] + 1
             keys = slice(0 if self.window is None else max(0, low - self.window + 1), high)
             step = max(1, most // (h * (end - first) * (keys.stop - keys.start)))
             result += [Chunk(slice(i, min(i + step, n)), slice(first, end), keys) for i in range(0, n, step)]

@@ -21,6 +21,7 @@ from attnedit.passes.mla.weights import (
     mix,
     output_error,
     query_features,
+    query_tables,
     score,
     slot_tables,
 )
@@ -36,6 +37,7 @@ from attnedit.passes.solve import (
     thin,
 )
 from attnedit.targets.attention.mla.rotary import rotate
+from attnedit.targets.attention.triton_support import runs_on
 
 OUTPUT_RIDGE = 0.5
 """Ridge of the output regression towards the weights it starts from, as a fraction of the mean diagonal of its Gram
@@ -68,6 +70,12 @@ class Weighted:
 
     def pull(self, error: Tensor) -> Tensor:
         """Gradient of the weighted variance over keys, weight x (error - its weighted mean); overwrites `error`."""
+        if runs_on(error.device) and error.is_contiguous() and self.weight.is_contiguous():
+            from attnedit.passes.mla.pull_kernel import pull_rows
+
+            with torch.cuda.device_of(error):  # triton launches on the current device
+                pull_rows[(self.strength.numel(),)](error, self.weight, self.strength, error.shape[-1], BLOCK=2048)
+            return error
         mean = torch.linalg.vecdot(self.weight, error)[..., None] / self.strength
         return error.sub_(mean).mul_(self.weight)
 
@@ -97,7 +105,9 @@ def logit_target(samples: Sequence[LayerSample], factors: Factors | None = None)
     common = _common([sample.teacher or sample for sample in samples])
     for part, own in enumerate(samples):
         sample = own.teacher or own
-        keys = None if factors is None else key_features(own, factors.latent, factors.slots, factors.columns)
+        if factors is not None:
+            keys = key_features(own, factors.latent, factors.slots, factors.columns)
+            queries = query_features(own, factors.query_latent, factors.query_slots, factors.columns)
         metric = sample.output_weight.mT @ sample.output_weight  # [H, e, e]
         share = sample.heads // sample.groups
         centred = sample
@@ -114,9 +124,9 @@ def logit_target(samples: Sequence[LayerSample], factors: Factors | None = None)
             mass = p.sum(-1, keepdim=True)
             mean = ((seen @ metric) * seen).sum(-1, keepdim=True)
             read = (p * size[chunk.sequences, :, :, chunk.keys]).sum(-1, keepdim=True)
-            if factors is not None and keys is not None:
-                q = query_features(own, chunk, factors.query_latent, factors.query_slots, factors.columns)
-                student = own.probabilities(score(q, keys[chunk.sequences, chunk.keys]), chunk)
+            if factors is not None:
+                asked, cached = queries[chunk.sequences, :, chunk.queries], keys[chunk.sequences, chunk.keys]
+                student = own.probabilities(score(asked, cached), chunk)
                 p = p.lerp(student, STUDENT_SHARE)
             weight = p.mul_((read - (2 - mass) * mean).clamp(min=0))
             total += float(weight.sum())
@@ -269,7 +279,7 @@ def refit_query(samples: Sequence[LayerSample], factors: Factors, target: LogitT
     moment = weighted_moment(keys, _key_weights(samples, target))
     right_latent = inverse_root(moment[:r, :r], WHITENING_RIDGE, alike=True)
     right_slots = inverse_root(moment[r:, r:], WHITENING_RIDGE)
-    tables = [slot_tables(sample, factors.columns) for sample in samples]
+    tables = [query_tables(sample, factors.columns) for sample in samples]
 
     def to_maps(x: Blocks) -> tuple[Tensor, Tensor]:
         return left.mT @ x[0] @ right_latent, right_slots.mT @ x[1] @ left
@@ -277,18 +287,18 @@ def refit_query(samples: Sequence[LayerSample], factors: Factors, target: LogitT
     def gradient(maps: tuple[Tensor, Tensor], with_target: bool) -> Blocks:
         latent = torch.zeros_like(factors.query_latent)
         slots = torch.zeros_like(factors.query_slots)
+        features = [query_features(sample, *maps, factors.columns) for sample in samples]
         for part in target.chunks:
-            chunk, sample = part.chunk, samples[part.part]
+            chunk = part.chunk
             cached = keys[part.part][chunk.sequences, chunk.keys]
-            error = score(query_features(sample, chunk, *maps, factors.columns), cached)
+            asked = features[part.part][chunk.sequences, :, chunk.queries]
+            error = score(asked, cached)
             if with_target:
                 error -= part.logits
-            back = mix(part.pull(error), cached)
-            query = sample.query[chunk.sequences, :, chunk.queries]
-            latent += torch.einsum("nhqd,nhqr->hdr", query, back[..., :r])
-            cos, sin = (table[sample.positions[chunk.queries]] for table in tables[part.part])
-            turned = rotate(back[..., r:], cos, -sin)
-            slots += torch.einsum("nhqs,nhqd->hsd", turned, query)
+            asked.copy_(mix(part.pull(error), cached))  # no other chunk has these queries
+        for sample, back, (cos, sin) in zip(samples, features, tables, strict=True):
+            latent += torch.einsum("nhqd,nhqr->hdr", sample.query, back[..., :r])
+            slots += torch.einsum("nhqs,nhqd->hsd", rotate(back[..., r:], cos, -sin), sample.query)
         scale = samples[0].scale / target.total
         return [left @ latent @ right_latent.mT * scale, right_slots @ slots @ left.mT * scale]
 
@@ -304,18 +314,17 @@ def refit_latent(samples: Sequence[LayerSample], factors: Factors, target: Logit
     sources = [sample.source for sample in samples]
     right = inverse_root(weighted_moment(sources, _key_weights(samples, target)), WHITENING_RIDGE)  # [E, E]
     keys = [key_features(sample, factors.latent, factors.slots, factors.columns) for sample in samples]
-    queries: list[Tensor] = []
-    seen: list[Tensor] = []
+    queries = [query_features(sample, factors.query_latent, factors.query_slots, factors.columns) for sample in samples]
+    seen = [q.new_empty(*q.shape[:3], source.shape[-1]) for q, source in zip(queries, sources, strict=True)]
     curvature = keys[0].new_zeros(keys[0].shape[-1], keys[0].shape[-1])
     for part in target.chunks:
         chunk, sample = part.chunk, samples[part.part]
-        q = query_features(sample, chunk, factors.query_latent, factors.query_slots, factors.columns)
+        q = queries[part.part][chunk.sequences, :, chunk.queries]
         p = sample.probabilities(score(q, keys[part.part][chunk.sequences, chunk.keys]), chunk)
-        seen.append(mix(p, sample.source[chunk.sequences, chunk.keys]))
+        seen[part.part][chunk.sequences, :, chunk.queries] = mix(p, sample.source[chunk.sequences, chunk.keys])
         curvature += (q * part.strength).flatten(0, 2).mT @ q.flatten(0, 2)
-        queries.append(q)
     metric = torch.einsum("hDr,hDs->rs", factors.output, factors.output)
-    read = sum(float(s.shape[0] * s.shape[2]) for s in seen) / samples[0].heads
+    read = _rows(samples) / samples[0].heads
     left = inverse_root(curvature[:r, :r] + OUTPUT_SHARE * read * metric, 1e-3, alike=True)
     left_slots = inverse_root(curvature[r:, r:], 1e-3)
     tables = [slot_tables(sample, factors.columns) for sample in samples]
@@ -327,17 +336,19 @@ def refit_latent(samples: Sequence[LayerSample], factors: Factors, target: Logit
         latent = torch.zeros_like(factors.latent)
         cached = [key_features(sample, *maps, factors.columns) for sample in samples]
         pulled = [torch.zeros_like(states) for states in cached]
-        for part, q, y in zip(target.chunks, queries, seen, strict=True):
-            chunk, sample = part.chunk, samples[part.part]
+        for part in target.chunks:
+            chunk = part.chunk
+            q = queries[part.part][chunk.sequences, :, chunk.queries]
             error = score(q, cached[part.part][chunk.sequences, chunk.keys])
             if with_target:
                 error -= part.logits
             n, h, length, t = error.shape
             back = part.pull(error).view(n, h * length, t).mT @ q.reshape(n, h * length, -1)
             pulled[part.part][chunk.sequences, chunk.keys] += back
+        for sample, y in zip(samples, seen, strict=True):
             missing = torch.einsum("nhqr,hDr->nqD", y @ maps[0].mT, factors.output)
             if with_target:
-                missing -= sample.target[chunk.sequences, chunk.queries]
+                missing -= sample.target
             output = torch.einsum("nqD,hDr->nhqr", missing, factors.output)
             latent += OUTPUT_SHARE * (output.flatten(0, 2).mT @ y.flatten(0, 2))
         slots = torch.zeros_like(factors.slots)

@@ -46,14 +46,16 @@ def slot_tables(sample: LayerSample, columns: Tensor) -> tuple[Tensor, Tensor]:
     return sample.cos[:, columns], sample.sin[:, columns]
 
 
-def query_features(
-    sample: LayerSample, chunk: Chunk, query_latent: Tensor, query_slots: Tensor, columns: Tensor
-) -> Tensor:
-    """Query side of the logits [N', H, Q', r + 2 s], scaled."""
-    query = sample.query[chunk.sequences, :, chunk.queries] * sample.scale
+def query_tables(sample: LayerSample, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Cos and sin of the slots where queries were sampled [Q, s]."""
     cos, sin = slot_tables(sample, columns)
-    positions = sample.positions[chunk.queries]
-    turned = rotate(query @ query_slots.transpose(-1, -2), cos[positions], sin[positions])
+    return cos[sample.positions], sin[sample.positions]
+
+
+def query_features(sample: LayerSample, query_latent: Tensor, query_slots: Tensor, columns: Tensor) -> Tensor:
+    """Query side of the logits of all sampled queries [N, H, Q, r + 2 s], scaled."""
+    query = sample.query * sample.scale
+    turned = rotate(query @ query_slots.transpose(-1, -2), *query_tables(sample, columns))
     return torch.cat([query @ query_latent, turned], -1)
 
 
@@ -79,10 +81,10 @@ def latent_reads(samples: Sequence[LayerSample], factors: Factors) -> Iterator[t
     """What each head reads from the latent under the layer's own attention, sum_n p c [N', H, Q', r], by chunk."""
     for sample in samples:
         keys = key_features(sample, factors.latent, factors.slots, factors.columns)
+        queries = query_features(sample, factors.query_latent, factors.query_slots, factors.columns)
         for chunk in sample.chunks():
-            queries = query_features(sample, chunk, factors.query_latent, factors.query_slots, factors.columns)
             cached = keys[chunk.sequences, chunk.keys]
-            weights = sample.probabilities(score(queries, cached), chunk)
+            weights = sample.probabilities(score(queries[chunk.sequences, :, chunk.queries], cached), chunk)
             yield sample, chunk, mix(weights, cached[..., : factors.rank])
 
 

@@ -63,11 +63,9 @@ def layer_sample(
 def new_logits(sample: LayerSample, factors: Factors) -> list[Tensor]:
     """Logits of the rewritten layer by chunk [N', H, Q', T'], differentiable in every factor."""
     keys = key_features(sample, factors.latent, factors.slots, factors.columns)
+    queries = query_features(sample, factors.query_latent, factors.query_slots, factors.columns)
     return [
-        score(
-            query_features(sample, chunk, factors.query_latent, factors.query_slots, factors.columns),
-            keys[chunk.sequences, chunk.keys],
-        )
+        score(queries[chunk.sequences, :, chunk.queries], keys[chunk.sequences, chunk.keys])
         for chunk in sample.chunks()
     ]
 
