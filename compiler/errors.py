@@ -43,3 +43,12 @@ class CaptureError(UsageError):
 
 class OtherAttentionError(CaptureError):
     """Attention of a kind that is not converted; it stays as it is beside attention that is."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""What an error of another library says first, to be quoted: its first line that is not blank, or its class.
+
+    >>> first_line(ValueError("\n no such dtype\nargs = (...)")), first_line(AssertionError())
+    ('no such dtype', 'AssertionError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,7 +22,7 @@ from attnedit.compiler.capture.normalise import ChildCall, clean, merge_duplicat
 from attnedit.compiler.capture.probe import AttentionCall
 from attnedit.compiler.capture.written_out import Past, drop_past, emit_anchor
 from attnedit.compiler.compatibility.torch_names import TorchDynamoException, pytree, without_fake_cache
-from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.errors import CaptureError, first_line
 from attnedit.compiler.graph.anchor import ANCHOR
 from attnedit.compiler.graph.dataflow import Evaluator
 from attnedit.compiler.graph.modules import shadow
@@ -155,8 +155,7 @@ def export_program(
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})
     except (RuntimeError, ValueError, TypeError, AssertionError, TorchDynamoException) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"torch.export failed: {reason}") from error
+        raise CaptureError(f"torch.export failed: {first_line(error)}") from error
     return program
 
 
