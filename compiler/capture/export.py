@@ -138,8 +138,7 @@ def trace_attention(call: AttentionCall) -> Trace:
 
 def structure_of(call: AttentionCall, device: str) -> Structure:
     """The arguments of a call, their tensors empty ones on a device."""
-    given = call if call.cached is None else call.cached
-    leaves, spec = pytree.tree_flatten((given.args, dict(given.kwargs)))
+    leaves, spec = pytree.tree_flatten(call.arguments)
     return Structure([_empty(leaf, device) for leaf in leaves], spec)
 
 
@@ -184,8 +183,8 @@ class Exported:
 
 def bind(call: AttentionCall) -> inspect.BoundArguments:
     """The arguments of the call that is exported by parameter name, without defaults."""
-    given = call if call.cached is None else call.cached
-    return inspect.signature(call.module.forward).bind(*given.args, **given.kwargs)
+    args, kwargs = call.arguments
+    return inspect.signature(call.module.forward).bind(*args, **kwargs)
 
 
 def export_attention(call: AttentionCall, trace: Trace) -> Exported:
@@ -261,8 +260,7 @@ def _source_signature(graph: fx.Graph, call: AttentionCall) -> Any:
                 made[at] = graph.call_function(operator.getitem, (node, keys[-1]))
             node = made[at]
         by_identity.setdefault(id(leaf), []).append(node)
-    given = call if call.cached is None else call.cached
-    originals = pytree.tree_leaves((given.args, dict(given.kwargs)))
+    originals = pytree.tree_leaves(call.arguments)
     nodes = [
         (by_identity[id(leaf)].pop(0) if len(by_identity[id(leaf)]) > 1 else by_identity[id(leaf)][0])
         for leaf in originals
