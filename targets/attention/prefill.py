@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.attention.triton_support import learns, power, runs_on
 
 __all__ = ["one_sink", "prefill_attention", "prefills_fused"]
@@ -73,7 +74,7 @@ def prefill_attention(
     return result
 
 
-def one_sink(virtual: Sequence[tuple[Tensor, Tensor | None]], heads: int) -> tuple[Tensor | None, Tensor | None]:
+def one_sink(virtual: Virtual, heads: int) -> tuple[Tensor | None, Tensor | None]:
     """Bring keys without a token to one of the same effect: their mass, and the mean of their values.
 
     Args:

@@ -17,13 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from attnedit.compiler.graph.masks import as_bias
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.module import GateSWA
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.attention.module import AttentionModule
-from attnedit.targets.runtime.decomposed import (
-    Virtual,
-    as_interface,
-    attend,
-    lower_attention,
-)
+from attnedit.targets.runtime.decomposed import as_interface, attend, lower_attention
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_cache, current_step
 from attnedit.targets.runtime.npu.extras import prompt_extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnedit.compiler.graph.masks import HIDDEN
-from attnedit.targets.runtime.decomposed import Virtual
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.runtime.npu.legalise import LayerPlan
 
 

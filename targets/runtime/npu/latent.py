@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.attention.mla.rotary import rotate
-from attnedit.targets.runtime.decomposed import Virtual, attend
+from attnedit.targets.runtime.decomposed import attend
 from attnedit.targets.runtime.latent import AbsorbedAttention
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_step
 from attnedit.targets.runtime.npu.extras import virtual_keys
