@@ -103,7 +103,7 @@ class Source(ABC):
         """New attention for the sites that a target changes, into `Job.fitted`; of all that there is for None."""
 
     def measure(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
-        """What each layer costs alone, before a target's budget is shared by it; shares are even unless this is done."""
+        """What each layer costs alone, before a target's budget is shared by it; without this, shares are even."""
         entry.did = "shares are even, nothing was measured"
 
     @abstractmethod
