@@ -73,7 +73,8 @@ def decoder_layers(model: nn.Module, sites: list[AttentionSite]) -> tuple[nn.Mod
 class Stream:
     """Calibration windows on their way through the decoder layers, in batches; each layer runs once for each.
 
-    Made by a run of what comes before the layers, and of the first layer on two tokens.
+    Construction runs what comes before the layers (embeddings, masks, rotary tables) on all windows, and layer 0 on two
+    tokens, to learn what a layer returns.
 
     Args:
         model: live model in eval mode; left as it was.
@@ -256,6 +257,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Abstract
 def _inputs(
     layer: nn.Module, index: int, attention: nn.Module, batches: list[_Batch], context: torch.autocast
 ) -> Iterator[AttentionInputs]:
+    """Advance batch by batch through a layer, and yield what its attention module is called with, exactly once each."""
     seen: list[AttentionInputs] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -278,6 +280,7 @@ def fast_bfloat16() -> bool:
 
 
 def _advance(layer: nn.Module, index: int, batch: _Batch) -> None:
+    """Run a batch through a layer; what the layer is called with is given up, so that memory falls with depth."""
     args, kwargs = batch.calls.pop(index)
     hidden = batch.hidden + batch.added[index] if index in batch.added else batch.hidden
     output = layer(hidden, *args, **kwargs)
@@ -331,6 +334,8 @@ def _recorder(
     returned: int,
     scale: float,
 ) -> Callable[..., Any]:
+    """A forward in place of a layer's: notes the arguments, and returns the hidden states scaled, in a layer's form."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args:
             hidden, args = args[0], args[1:]

@@ -200,7 +200,7 @@ def kernel_fold(site: AttentionSite) -> int:
 
 @torch.no_grad()
 def check_form(model: PreTrainedModel, form: Form) -> None:
-    """Bring a rewritten model into the profile's form and let it go again: after that, export cannot refuse it.
+    """Try the export of a rewritten model to a profile, writing nothing, so that a later export cannot be refused.
 
     Raises:
         UsageError: the profile cannot express the model; the message says what of it.
