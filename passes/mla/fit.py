@@ -96,7 +96,7 @@ def exact_factors(site: AttentionSite, shape: Shape, weight: Tensor) -> Factors:
     """
     heads, groups, d, e = site.num_attention_heads, site.num_key_value_heads, site.head_dim, site.v_head_dim
     device, share = weight.device, heads // groups
-    pairs = site.rope.pairs if site.rope else ()
+    pairs = site.rotary_pairs
     turning = {dim for pair in pairs for dim in pair}
     still = [dim for dim in range(d) if dim not in turning]
     source = torch.eye(groups * (d + e), device=device)

@@ -36,7 +36,7 @@ def windowed_form(model: PreTrainedModel, *, half: bool) -> Form:
     architecture = _architecture(state, layers)
     first = layers[0].site
     theta = plain_theta(source, architecture)
-    rotated = 2 * len(first.rope.pairs) if first.rope else 0
+    rotated = 2 * len(first.rotary_pairs)
     if architecture == WITH_SINKS and rotated != first.head_dim:
         raise UsageError(f"{first.name} rotates {rotated} of {first.head_dim} dims, llama.cpp's {architecture} all")
     tensors = decoder_tensors(outside(model, (layer.site.name for layer in layers)), source, architecture)
