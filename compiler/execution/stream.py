@@ -20,6 +20,7 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.execution.model_inputs import body_of, is_given
+from attnedit.compiler.graph.modules import lists_around
 from attnedit.compiler.model_io.heads import outputs_of
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, silent
@@ -57,16 +58,10 @@ def decoder_layers(model: nn.Module, sites: list[AttentionSite]) -> tuple[nn.Mod
     Raises:
         CaptureError: the sites do not lie in one list of layers, one per layer.
     """
-    parts = sites[0].name.split(".")
-    for end in range(1, len(parts)):
-        prefix = ".".join(parts[:end])
-        container = model.get_submodule(prefix)
-        if isinstance(container, nn.ModuleList):
-            by_layer = {
-                int(s.name[len(prefix) + 1 :].split(".")[0]): s for s in sites if s.name.startswith(prefix + ".")
-            }
-            if len(by_layer) == len(sites):
-                return container, by_layer
+    for prefix, layers in lists_around(model, sites[0].name):
+        by_layer = {int(s.name[len(prefix) + 1 :].split(".")[0]): s for s in sites if s.name.startswith(prefix + ".")}
+        if len(by_layer) == len(sites):
+            return layers, by_layer
     raise CaptureError(f"{sites[0].name}: its layers are not in one torch.nn.ModuleList, so they cannot be streamed")
 
 
