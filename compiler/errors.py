@@ -46,7 +46,13 @@ class OtherAttentionError(CaptureError):
 
 
 def first_line(error: BaseException) -> str:
-    r"""What an error of another library says first, to be quoted: its first line that is not blank, or its class.
+    r"""What an error of another library says, short enough to be quoted in a message of ours.
+
+    Args:
+        error: that was caught.
+
+    Returns:
+        The first line of its text that is not blank; the name of its class where there is none.
 
     >>> first_line(ValueError("\n no such dtype\nargs = (...)")), first_line(AssertionError())
     ('no such dtype', 'AssertionError')
