@@ -35,11 +35,8 @@ class SiteConfig:
         """Rewrites that made the attention's graph, which nobody without them can make again."""
         return []
 
-    def check_sizes(self, *names: str) -> None:
-        """Refuse fields below 1.
-
-        Args:
-            names: of the fields.
+    def _check_sizes(self, *names: str) -> None:
+        """Refuse fields of these names that are below 1.
 
         Raises:
             UsageError: one is; the message names the class, the layer and the field.
