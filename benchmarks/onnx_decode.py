@@ -39,7 +39,7 @@ import attnedit
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.model_io.models import load_source
 from attnedit.passes.budget import source_values
-from attnedit.passes.mla.build import build
+from attnedit.passes.mla.fit import build
 from attnedit.passes.mla.shapes import Shape
 from attnedit.passes.mla.weights import Factors
 from attnedit.targets.runtime.check import cases

@@ -43,3 +43,18 @@ class CaptureError(UsageError):
 
 class OtherAttentionError(CaptureError):
     """Attention of a kind that is not converted; it stays as it is beside attention that is."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""What an error of another library says, short enough to be quoted in a message of ours.
+
+    Args:
+        error: that was caught.
+
+    Returns:
+        The first line of its text that is not blank; the name of its class where there is none.
+
+    >>> first_line(ValueError("\n no such dtype\nargs = (...)")), first_line(AssertionError())
+    ('no such dtype', 'AssertionError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

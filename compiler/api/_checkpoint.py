@@ -83,6 +83,7 @@ def compile_checkpoint(
     return compile_in_parts(fspath(model), directory, CompileOptions.of(target=target, **given))
 
 
+_NO_SAMPLES = "own samples take passes through the whole model, which is read layer by layer; give text"
 _EVEN_NOTE = (
     "all latent layers cache the same: so small a cache is better shared by what each layer costs, which takes the "
     "whole model in memory"
@@ -104,7 +105,7 @@ def compile_in_parts(model: str, directory: str | PathLike[str], options: Compil
     if processes().count > 1:
         raise UsageError("layer by layer works in one process; start one")
     if options.calibration is None and options.kv_budget != 1:
-        raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
+        raise UsageError(_NO_SAMPLES)
     recipe = {"command": "compile --low-memory", **Recipe.from_options(options, model=model).model_dump(mode="json")}
     output = Path(directory).expanduser().resolve()
     job = Job(options, lambda asked: CheckpointSource(model, output, asked, recipe))
@@ -147,7 +148,7 @@ class CheckpointSource(Source):
                 "by layer here; name them: full_layers 'every:4', or indices"
             )
         if self.options.calibration is None and plan.needs_data:
-            raise UsageError("own samples take passes through the whole model, which is read layer by layer; give text")
+            raise UsageError(_NO_SAMPLES)
 
     def reading(self, result: PreTrainedModel | None = None) -> AbstractContextManager[None]:
         """Each part is read as its forward begins, of the checkpoint or of what was written."""

@@ -14,7 +14,7 @@ from attnedit._live import LiveSource
 from attnedit._pipeline import outcome, stages_of
 from attnedit._rewrite import RewriteSource
 from attnedit._stages import Job, Source, run
-from attnedit.arguments import CompileArguments, check_known, shown
+from attnedit.arguments import FOR_CHECKPOINTS, CompileArguments, check_known, shown
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.devices import device_failures
 from attnedit.compiler.model_io.remote_code import is_own_class
@@ -60,7 +60,7 @@ def compile(model: PreTrainedModel, target: str | Target = "mla", **options: Unp
         >>> result = attnedit.compile(model, "mla", kv_budget=0.25, calibration="notes.txt")  # doctest: +SKIP
         >>> result.model.generate(**prompt, max_new_tokens=20)  # doctest: +SKIP
     """
-    check_known({**options}, CompileArguments, "is for reading a checkpoint, and the model is live; leave it out")
+    check_known({**options}, CompileArguments, FOR_CHECKPOINTS)
     return compile_live(lambda asked: (model, asked), CompileOptions.of(target=target, **options))
 
 

@@ -74,7 +74,7 @@ class LiveSource(Source):
     def measure(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
         """What each layer costs alone after a quick fit, where shares go by it."""
         assert isinstance(target, AttentionTarget)
-        entry.did = "shares are even, nothing was measured"
+        super().measure(job, target, entry)
         claim = target.plan(self._question(job, target))
         if job.windows is None or not target.by_loss(claim, self.left):
             return

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from attnedit._live import LiveSource
 from attnedit._pipeline import outcome, stages_of
 from attnedit._stages import Job, run, said
-from attnedit.arguments import CompileArguments, check_known, shown
+from attnedit.arguments import FOR_CHECKPOINTS, CompileArguments, check_known, shown
 from attnedit.compiler.capture.capture import capture, graph_module
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.data.calibration_windows import CalibrationWindows
@@ -61,7 +61,7 @@ def rewrite(
         >>> attnedit.rewrite(model, [HeadGate(), Int8Cache()], tokenizer=tokenizer)  # doctest: +SKIP
     """
     chosen = resolve(rewrites)
-    check_known({**options}, CompileArguments, "is for reading a checkpoint, and the model is live; leave it out")
+    check_known({**options}, CompileArguments, FOR_CHECKPOINTS)
     for name in (*CalibrationOptions.model_fields, "run_directory"):
         if options.get(name) is not None:
             raise UsageError(f"{name} is for training: give the rewrites to attnedit.compile as a Target")

@@ -103,8 +103,8 @@ class Source(ABC):
         """New attention for the sites that a target changes, into `Job.fitted`; of all that there is for None."""
 
     def measure(self, job: Job, target: Target | None, entry: PipelineStage) -> None:
-        """What each layer costs alone, before a target's budget is shared by it."""
-        raise NotImplementedError(f"{self.name}: nothing is measured layer by layer")
+        """What each layer costs alone, before a target's budget is shared by it; without this, shares are even."""
+        entry.did = "shares are even, nothing was measured"
 
     @abstractmethod
     def lower(self, job: Job) -> None:

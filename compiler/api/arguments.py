@@ -24,6 +24,7 @@ from attnedit.passes.gateswa.options import FullLayers
 
 P = ParamSpec("P")
 R = TypeVar("R")
+FOR_CHECKPOINTS = "is for reading a checkpoint, and the model is live; leave it out"
 
 
 class DataArguments(TypedDict, total=False):

@@ -26,7 +26,7 @@ from attnedit.compiler.errors import CaptureError, OtherAttentionError
 from attnedit.compiler.graph.anchor import ANCHOR, attention_implementation
 from attnedit.compiler.graph.dataflow import anchors, structure_hash
 from attnedit.compiler.graph.masks import dense_mask
-from attnedit.compiler.graph.modules import evaluation_mode, shadow
+from attnedit.compiler.graph.modules import evaluation_mode, lists_around, shadow
 from attnedit.compiler.graph.spec import LENGTH, verify
 from attnedit.compiler.graph.surgery import unlift
 from attnedit.compiler.model_io.heads import outputs_of
@@ -92,11 +92,8 @@ def _without_attention(model: torch.nn.Module, names: list[str]) -> dict[str, st
     config: Any = model.config
     config = config.get_text_config(decoder=True)
     count, kinds = int(config.num_hidden_layers), getattr(config, "layer_types", None) or []
-    parts = names[0].split(".")
-    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
-    for prefix in prefixes:
-        layers = model.get_submodule(prefix)
-        if isinstance(layers, torch.nn.ModuleList) and len(layers) == count:
+    for prefix, layers in lists_around(model, names[0]):
+        if len(layers) == count:
             found = {f"{prefix}.{index}": layer for index, layer in enumerate(layers)}
             empty = [name for name in found if not any(f"{other}.".startswith(f"{name}.") for other in names)]
             said = dict(zip(found, kinds, strict=False))

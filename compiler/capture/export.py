@@ -22,7 +22,7 @@ from attnedit.compiler.capture.normalise import ChildCall, clean, merge_duplicat
 from attnedit.compiler.capture.probe import AttentionCall
 from attnedit.compiler.capture.written_out import Past, drop_past, emit_anchor
 from attnedit.compiler.compatibility.torch_names import TorchDynamoException, pytree, without_fake_cache
-from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.errors import CaptureError, first_line
 from attnedit.compiler.graph.anchor import ANCHOR
 from attnedit.compiler.graph.dataflow import Evaluator
 from attnedit.compiler.graph.modules import shadow
@@ -138,8 +138,7 @@ def trace_attention(call: AttentionCall) -> Trace:
 
 def structure_of(call: AttentionCall, device: str) -> Structure:
     """The arguments of a call, their tensors empty ones on a device."""
-    given = call if call.cached is None else call.cached
-    leaves, spec = pytree.tree_flatten((given.args, dict(given.kwargs)))
+    leaves, spec = pytree.tree_flatten(call.arguments)
     return Structure([_empty(leaf, device) for leaf in leaves], spec)
 
 
@@ -155,8 +154,7 @@ def export_program(
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})
     except (RuntimeError, ValueError, TypeError, AssertionError, TorchDynamoException) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"torch.export failed: {reason}") from error
+        raise CaptureError(f"torch.export failed: {first_line(error)}") from error
     return program
 
 
@@ -185,8 +183,8 @@ class Exported:
 
 def bind(call: AttentionCall) -> inspect.BoundArguments:
     """The arguments of the call that is exported by parameter name, without defaults."""
-    given = call if call.cached is None else call.cached
-    return inspect.signature(call.module.forward).bind(*given.args, **given.kwargs)
+    args, kwargs = call.arguments
+    return inspect.signature(call.module.forward).bind(*args, **kwargs)
 
 
 def export_attention(call: AttentionCall, trace: Trace) -> Exported:
@@ -262,8 +260,7 @@ def _source_signature(graph: fx.Graph, call: AttentionCall) -> Any:
                 made[at] = graph.call_function(operator.getitem, (node, keys[-1]))
             node = made[at]
         by_identity.setdefault(id(leaf), []).append(node)
-    given = call if call.cached is None else call.cached
-    originals = pytree.tree_leaves((given.args, dict(given.kwargs)))
+    originals = pytree.tree_leaves(call.arguments)
     nodes = [
         (by_identity[id(leaf)].pop(0) if len(by_identity[id(leaf)]) > 1 else by_identity[id(leaf)][0])
         for leaf in originals

@@ -253,6 +253,7 @@ class FactReader:
         return found
 
     def _path(self, node: fx.Node, hidden: fx.Node) -> _Path:
+        """The projection that a query, key or value [B, N, T, d] comes from, and what stands between the two."""
         chain = dominators(self.flow, hidden, node)
         linear = next((n for n in chain if self._linear(n) is not None), None)
         if linear is None or not value_inputs(linear) or value_inputs(linear)[0] is not hidden:
@@ -271,6 +272,7 @@ class FactReader:
         return _Path(None, None, False)
 
     def _run(self, linear: fx.Node, node: fx.Node, hidden: fx.Node, output: torch.Tensor) -> torch.Tensor:
+        """The value of a node where a linear module gives `output` [1, T, features], float64; `hidden` gives sizes."""
         width = hidden.meta["val"].shape[-1]
         sizes = torch.zeros(1, output.shape[1], width, dtype=torch.float64)
         given: dict[fx.Node, Any] = {hidden: sizes, self.input: sizes, linear: output}

@@ -18,7 +18,7 @@ from attnedit.compiler.capture.recorder import Frame, Recorder
 from attnedit.compiler.compatibility.caches import cache_parameter, with_cache
 from attnedit.compiler.compatibility.torch_names import own_buffers, pytree
 from attnedit.compiler.compatibility.transformers_names import supports_sdpa
-from attnedit.compiler.errors import CaptureError
+from attnedit.compiler.errors import CaptureError, first_line
 from attnedit.compiler.graph.anchor import PROBE, attention_implementation, experts_implementation
 from attnedit.compiler.graph.modules import evaluation_mode
 from attnedit.compiler.graph.spec import BATCH, LENGTH
@@ -79,9 +79,8 @@ def probing(model: torch.nn.Module) -> Iterator[None]:
                 stack.enter_context(experts_implementation(model, "batched_mm"))
             yield
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
-            f"{type(model).__name__}: a forward on {BATCH} x {LENGTH} tokens failed: {reason}"
+            f"{type(model).__name__}: a forward on {BATCH} x {LENGTH} tokens failed: {first_line(error)}"
         ) from error
     finally:
         for module, before in buffers:  # some move their tables to where the tokens are

@@ -120,8 +120,7 @@ class _Contents:
         self._seen: dict[int, int] = {}
         self._strict = True
         self._add("call", call.signature, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
-        given = call if call.cached is None else call.cached
-        leaves, spec = pytree.tree_flatten((given.args, dict(given.kwargs)))
+        leaves, spec = pytree.tree_flatten(call.arguments)
         self._add("arguments", repr(spec))
         for leaf in leaves:
             self._shape(leaf) if isinstance(leaf, torch.Tensor) else self._value(leaf)

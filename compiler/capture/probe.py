@@ -47,6 +47,12 @@ class AttentionCall:
     layer: int | None = None
     outer: AttentionCall | None = None
 
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of the call that is traced: with tokens cached where the module writes its attention out."""
+        traced = self if self.cached is None else self.cached
+        return traced.args, dict(traced.kwargs)
+
 
 def _check_model(model: torch.nn.Module) -> None:
     config = getattr(model, "config", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +136,16 @@ def measure(evaluator: Evaluator, hidden: fx.Node, before: fx.Node, after: fx.No
 
 
 def _read_pairs(
-    rotation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, reject: Any
+    rotation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, reject: Callable[[str], CaptureError]
 ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int, ...]]:
+    """Pairs of dims, and the columns of their real and imaginary dims, read off a rotation as a matrix.
+
+    Args:
+        rotation: [d, d], row i is what output dim i takes of each input dim.
+        cos: [columns], all different, so that an entry tells its column.
+        sin: likewise.
+        reject: makes the error for a matrix that is no rotation of pairs.
+    """
     pairs, columns, imaginary = [], [], []
     dims = rotation.shape[0]
 

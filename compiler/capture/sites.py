@@ -158,11 +158,15 @@ class AttentionSite(Facts):
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
+    def rotary_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Head dims that the rotary embedding turns together, (real, imaginary) by frequency; none without one."""
+        return () if self.rope is None else self.rope.pairs
+
+    @property
     def planes(self) -> list[tuple[int, int]]:
         """Head dims of queries and keys in pairs: those that the rotary embedding turns together, then the rest."""
-        pairs = [] if self.rope is None else list(self.rope.pairs)
-        still = sorted(set(range(self.head_dim)) - {dim for pair in pairs for dim in pair})
-        return [*pairs, *zip(still[::2], still[1::2], strict=True)]
+        still = sorted(set(range(self.head_dim)) - {dim for pair in self.rotary_pairs for dim in pair})
+        return [*self.rotary_pairs, *zip(still[::2], still[1::2], strict=True)]
 
     def node(self, name: str) -> fx.Node:
         """The node of `graph` that a fact names.

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from attnedit.compiler.errors import UsageError
+from attnedit.compiler.errors import UsageError, first_line
 
 _LINES = {".jsonl", ".ndjson"}
 _TABLES = {".csv", ".tsv"}
@@ -189,7 +189,7 @@ def _read_dataset(name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
         for record in stream:
             yield _document(record, tokenizer, f"dataset {name}")
     except (OSError, ValueError, RuntimeError, HFValidationError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UsageError(
             f"{name} is no file here and could not be read as a dataset ({reason}); give a path, or NAME:CONFIGURATION"
         ) from error

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.data.documents import parts_of_chats, read_records, source_path
 from attnedit.compiler.data.token_windows import context_length
 from attnedit.compiler.data.window_sources import check_vocabulary
-from attnedit.compiler.errors import UsageError
+from attnedit.compiler.errors import UsageError, first_line
 from attnedit.compiler.execution.model_inputs import ModelInputs
 from attnedit.compiler.model_io.heads import is_multimodal
 from attnedit.compiler.model_io.processors import Processor, read_processor
@@ -80,8 +80,7 @@ def _processed(processor: Any, record: object, folder: Path, where: str) -> dict
             return_tensors="pt",
         )
     except Exception as error:  # templates, image files and processors raise whatever they like
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UsageError(f"{where} does not suit the processor: {reason}") from error
+        raise UsageError(f"{where} does not suit the processor: {first_line(error)}") from error
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 

@@ -24,6 +24,8 @@ TextSource: TypeAlias = str | PathLike[str] | Mapping[str, float] | Iterable[str
 DEFAULT_WINDOW = 1024
 #: Characters per token that plain text hardly exceeds; only bounds how much is read before counting.
 _CHARACTERS_PER_TOKEN = 8
+#: Times as many characters as a number of tokens takes on average surely hold so many.
+_SURELY = 1.5
 
 
 class WindowSource(Protocol):
@@ -179,9 +181,13 @@ class Text:
         sample = self.text[:20_000]
         return len(sample) / max(1, len(_encode(self.tokenizer, sample)))
 
+    def _characters(self, tokens: float) -> float:
+        """Characters that surely hold so many tokens."""
+        return _SURELY * tokens * self._characters_per_token
+
     def _is_longer(self, text: str, tokens: float) -> bool:
-        """Whether a text surely has so many tokens, by its characters."""
-        return len(text) > 1.5 * tokens * self._characters_per_token
+        """Whether a text surely has so many tokens."""
+        return len(text) > self._characters(tokens)
 
     def available(self, length: int) -> int:
         """See `WindowSource`."""
@@ -204,14 +210,10 @@ class Text:
         if len(self.documents) == 1 or not fitting:
             return []
         generator = random.Random(self.seed)
-        places = [
-            (document, place)
-            for document in fitting
-            for place in range(int(len(document) / (1.5 * body * self._characters_per_token)))
-        ]
+        pieces = [(document, int(len(document) / self._characters(body))) for document in fitting]
+        places = [(document, len(document) // many, place) for document, many in pieces for place in range(many)]
         rows = []
-        for document, place in generator.sample(places, min(count, len(places))):
-            share = len(document) // int(len(document) / (1.5 * body * self._characters_per_token))
+        for document, share, place in generator.sample(places, min(count, len(places))):
             row = self._row(document, place * share, (place + 1) * share, body)
             rows += [row] if len(row) == body else []
         return rows

@@ -20,6 +20,7 @@ from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.compatibility.torch_names import pytree
 from attnedit.compiler.errors import CaptureError
 from attnedit.compiler.execution.model_inputs import body_of, is_given
+from attnedit.compiler.graph.modules import lists_around
 from attnedit.compiler.model_io.heads import outputs_of
 from attnedit.compiler.model_io.source_checks import embedding_weight
 from attnedit.compiler.progress import Progress, silent
@@ -57,23 +58,18 @@ def decoder_layers(model: nn.Module, sites: list[AttentionSite]) -> tuple[nn.Mod
     Raises:
         CaptureError: the sites do not lie in one list of layers, one per layer.
     """
-    parts = sites[0].name.split(".")
-    for end in range(1, len(parts)):
-        prefix = ".".join(parts[:end])
-        container = model.get_submodule(prefix)
-        if isinstance(container, nn.ModuleList):
-            by_layer = {
-                int(s.name[len(prefix) + 1 :].split(".")[0]): s for s in sites if s.name.startswith(prefix + ".")
-            }
-            if len(by_layer) == len(sites):
-                return container, by_layer
+    for prefix, layers in lists_around(model, sites[0].name):
+        by_layer = {int(s.name[len(prefix) + 1 :].split(".")[0]): s for s in sites if s.name.startswith(prefix + ".")}
+        if len(by_layer) == len(sites):
+            return layers, by_layer
     raise CaptureError(f"{sites[0].name}: its layers are not in one torch.nn.ModuleList, so they cannot be streamed")
 
 
 class Stream:
     """Calibration windows on their way through the decoder layers, in batches; each layer runs once for each.
 
-    Made by a run of what comes before the layers, and of the first layer on two tokens.
+    Construction runs what comes before the layers (embeddings, masks, rotary tables) on all windows, and layer 0 on two
+    tokens, to learn what a layer returns.
 
     Args:
         model: live model in eval mode; left as it was.
@@ -256,6 +252,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Abstract
 def _inputs(
     layer: nn.Module, index: int, attention: nn.Module, batches: list[_Batch], context: torch.autocast
 ) -> Iterator[AttentionInputs]:
+    """Advance batch by batch through a layer, and yield what its attention module is called with, exactly once each."""
     seen: list[AttentionInputs] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -278,6 +275,7 @@ def fast_bfloat16() -> bool:
 
 
 def _advance(layer: nn.Module, index: int, batch: _Batch) -> None:
+    """Run a batch through a layer; what the layer is called with is given up, so that memory falls with depth."""
     args, kwargs = batch.calls.pop(index)
     hidden = batch.hidden + batch.added[index] if index in batch.added else batch.hidden
     output = layer(hidden, *args, **kwargs)
@@ -331,6 +329,8 @@ def _recorder(
     returned: int,
     scale: float,
 ) -> Callable[..., Any]:
+    """A forward in place of a layer's: notes the arguments, and returns the hidden states scaled, in a layer's form."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args:
             hidden, args = args[0], args[1:]

@@ -107,3 +107,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_modes(model, modes)
+
+
+def lists_around(model: nn.Module, name: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The module lists that the module of a name lies in, outermost first, by their names."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        prefix = ".".join(parts[:end])
+        container = model.get_submodule(prefix)
+        if isinstance(container, nn.ModuleList):
+            yield prefix, container

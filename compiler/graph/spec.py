@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnedit.compiler.compatibility.torch_names import OpOverload, hint_of, pytree, schema_of
-from attnedit.compiler.errors import AttneditError, CaptureError
+from attnedit.compiler.errors import AttneditError, CaptureError, first_line
 from attnedit.compiler.graph.dataflow import anchors, where
 
 BATCH, LENGTH = 2, 11
@@ -90,7 +90,7 @@ def _check(
     try:
         graph.lint()
     except (RuntimeError, AssertionError) as error:
-        raise _BrokenError(str(error).splitlines()[0]) from error  # the graph itself follows
+        raise _BrokenError(first_line(error)) from error  # the graph itself follows
     for node in graph.nodes:
         _check_call(node, root, anchored, plain=node not in placed, writes=program)
         for leaf in pytree.tree_leaves((node.args, node.kwargs)):
@@ -187,8 +187,7 @@ class _Sizes:
         try:
             found = target(*inputs[0], **inputs[1])
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise _BrokenError(f"{where(node)} works at the probe's sizes only: {reason}") from error
+            raise _BrokenError(f"{where(node)} works at the probe's sizes only: {first_line(error)}") from error
         if noted is None:
             self._found[node] = found
         elif _form(found) != _form(noted):

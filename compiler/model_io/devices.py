@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.errors import AttneditError, UsageError, first_line
 from attnedit.compiler.processes import accelerator, processes
 
 
@@ -70,5 +70,5 @@ def device_failures(work: str, out_of_memory: str, broken: str = "try again") ->
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
             raise AttneditError(f"{work}: out of memory; {out_of_memory}") from error
         if "CUDA error" in text or "NPU error" in text:
-            raise AttneditError(f"{work}: the device failed ({text.splitlines()[0]}); {broken}") from error
+            raise AttneditError(f"{work}: the device failed ({first_line(error)}); {broken}") from error
         raise

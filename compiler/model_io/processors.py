@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.utils.hub import cached_file
 
-from attnedit.compiler.errors import UsageError
+from attnedit.compiler.errors import UsageError, first_line
 from attnedit.compiler.model_io.locations import Location
 
 Processor: TypeAlias = ProcessorMixin | str | os.PathLike[str]
@@ -55,8 +55,7 @@ def read_processor(processor: Processor | None, why: str) -> ProcessorMixin:
     try:
         read: Any = AutoProcessor.from_pretrained(os.fspath(processor), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UsageError(f"{why}, and the processor in {processor} cannot be read: {reason}") from error
+        raise UsageError(f"{why}, and the processor in {processor} cannot be read: {first_line(error)}") from error
     if not isinstance(read, ProcessorMixin):
         raise UsageError(f"{why}, and {processor} holds only a {type(read).__name__}, which makes no samples of chats")
     return read

@@ -89,9 +89,10 @@ def graft(
         if isinstance(node, fx.Node) and node not in behind and behind & value_ancestors(node):
             raise RewriteError(f"{where_}: {name.lstrip('_')} depends on the very value that is replaced")
     for name, part in (*new.named_children(), *new.named_parameters(recurse=False), *new.named_buffers(recurse=False)):
-        setattr(root, name, part) if not isinstance(part, Tensor) or isinstance(
-            part, nn.Parameter
-        ) else root.register_buffer(name, part)
+        if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+            root.register_buffer(name, part)
+        else:
+            setattr(root, name, part)
     fresh, results = _insert(root, traced, placed, outputs, rewrite)
     layer = next((node.args[8] for node in anchors(state.root.graph)), state.site.layer_idx)
     changed = _finish(root.graph, fresh, state.site, layer)
@@ -147,6 +148,7 @@ def _trace(
     sources: Mapping[str, fx.Node | Weight],
     memo: Memo,
 ) -> Traced:
+    """The replacement as a graph over what it can read, traced at the probe's sizes, or from `memo`."""
     tensors: dict[str, Tensor] = {}
     dynamic: dict[str, dict[int, Any]] = {}
     for name, source in sources.items():

@@ -182,6 +182,7 @@ def _fit(
     inputs: Inputs,
     progress: Progress | None,
 ) -> None:
+    """Let the author's `fit` give all parts their values, layer by layer where it reads data."""
     applied = {name: outcome.applied for name, outcome in outcomes.items() if outcome.applied}
     if rewrite.fit is None:
         for done in (one for several in applied.values() for one in several):

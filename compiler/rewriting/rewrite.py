@@ -330,15 +330,12 @@ def options_of(rewrite: Rewrite) -> dict[str, Any]:
             )
         return {}
     values = {f.name: getattr(rewrite, f.name) for f in dataclasses.fields(rewrite) if f.init}
-    try:
-        if json.loads(json.dumps(values)) == values:
-            return values
-    except (TypeError, ValueError):
-        pass
-    odd = next(name for name, value in values.items() if not _is_json(value))
-    raise RewriteError(
-        f"{rewrite.name}.{odd} is {values[odd]!r}; options must be JSON values, so that a result can be saved"
-    )
+    for name, value in values.items():
+        if not _is_json(value):
+            raise RewriteError(
+                f"{rewrite.name}.{name} is {value!r}; options must be JSON values, so that a result can be saved"
+            )
+    return values
 
 
 def _is_json(value: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attnedit.compiler.compatibility.transformers_names import as_if_not_capturing
-from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.errors import AttneditError, UsageError, first_line
 from attnedit.compiler.processes import processes
 
 WARM_UP = 3
@@ -91,7 +91,7 @@ class Replayed:
                 losses = self._function(*inputs)
         except RuntimeError as error:
             # Random numbers and memory of the process belong to the broken capture from here on.
-            reason = (str(error.__context__ or error).splitlines() or [""])[0]
+            reason = first_line(error.__context__ or error)
             raise AttneditError(f"no CUDA graph holds the training steps: {reason}; leave out cuda_graphs") from error
         return _Graph(graph, inputs, losses, [parameter.grad for parameter in self._parameters])
 

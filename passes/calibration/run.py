@@ -24,15 +24,9 @@ from attnedit.compiler.processes import processes
 from attnedit.compiler.progress import Progress
 from attnedit.passes.calibration.batches import Batches
 from attnedit.passes.calibration.compiled import compiled, pieces, worthwhile
-from attnedit.passes.calibration.cuda_graphs import Losses, Replayed
+from attnedit.passes.calibration.cuda_graphs import Replayed
 from attnedit.passes.calibration.distillation import Distillation, distillation_rate, summed_divergence
-from attnedit.passes.calibration.fitting import (
-    HiddenStates,
-    LayerFit,
-    fitting_rate,
-    groups,
-    hidden_before,
-)
+from attnedit.passes.calibration.fitting import HiddenStates, LayerFit, fitting_rate, groups, hidden_before
 from attnedit.passes.calibration.journal import Journal
 from attnedit.passes.calibration.optimiser import matrices
 from attnedit.passes.calibration.options import CalibrationOptions
@@ -147,6 +141,7 @@ def _fit(
     journal: Journal,
     progress: Progress | None,
 ) -> list[StageState]:
+    """Fit the layers in as many turns as memory asks for, each a stage."""
     device = _device(teacher)
     own = {site.name: trainable(student, [site.name], "attention") for site in sites}
     sizes = {name: sum(p.numel() for p in parameters.values()) for name, parameters in own.items()}
@@ -166,48 +161,73 @@ def _fit(
         for number, group in enumerate(parts, 1):
             if scratch is not None and number > 1:
                 hidden = hidden_before(teacher, sites, group[0], batches.windows, Path(scratch), options)
-            students = {site.name: student.get_submodule(site.name) for site in group}
-            layer_fit = LayerFit(teacher, students, group, hidden)
-            held = LayerFit(teacher, students, group)
-
-            parameters = {name: p for site in group for name, p in own[site.name].items()}
-
-            def losses_of(part: Tensor, rows: Tensor, layer_fit: LayerFit = layer_fit) -> Mapping[str, Tensor]:
-                with mixed_precision(teacher):
-                    return layer_fit.losses(part, rows, len(part) / options.batch_size)
-
-            part_losses = Replayed(losses_of, list(parameters.values())) if options.cuda_graphs else losses_of
-
-            def learn(step: int, part_losses: Losses = part_losses) -> Mapping[str, float]:
-                both = batches[step], batches.order[step]
-                parts = (processes().share(of_all).chunk(options.accumulation) for of_all in both)
-                found = [
-                    (len(part) / options.batch_size, part_losses(part.to(device), rows))
-                    for part, rows in zip(*parts, strict=True)
-                ]
-                return _mean(weighted_sum(found))
-
-            def evaluate(held: LayerFit = held, group: list[AttentionSite] = group) -> list[float]:
-                found = []
-                for share, part in _held_out(batches, options):
-                    with mixed_precision(teacher):
-                        found.append((share, held.losses(part.to(device))))
-                losses = weighted_sum(found)
-                return [losses.get(site.name, 0.0) for site in group]
-
-            stage = Stage(
-                name=FIT if len(parts) == 1 else f"{FIT} {number}/{len(parts)}",
-                parameters=parameters,
-                parts=[list(own[site.name]) for site in group],
-                steps=options.fit_steps,
-                rate=_rate(options.fit_learning_rate, fitting_rate),
-                tokens=batches.tokens,
-                learn=learn,
-                evaluate=evaluate,
-                backs_off=True,
-            )
+            name = FIT if len(parts) == 1 else f"{FIT} {number}/{len(parts)}"
+            stage = _fit_stage(name, student, teacher, group, own, hidden, batches, options)
             states.append(run_stage(stage, options, journal, progress=progress))
     return states
+
+
+def _fit_stage(
+    name: str,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    group: list[AttentionSite],
+    own: Mapping[str, Mapping[str, nn.Parameter]],
+    hidden: HiddenStates | None,
+    batches: Batches,
+    options: CalibrationOptions,
+) -> Stage:
+    """The stage in which a group of layers learns.
+
+    Args:
+        name: of the stage.
+        student: holds the new attention.
+        teacher: the source.
+        group: sites of the layers, in order.
+        own: parameters of the new attention of every site, by the site's name.
+        hidden: hidden states before the group's first layer; None for a group that starts at the first.
+        batches: of the whole job.
+        options: of the pass.
+    """
+    device = _device(teacher)
+    students = {site.name: student.get_submodule(site.name) for site in group}
+    learning, held = LayerFit(teacher, students, group, hidden), LayerFit(teacher, students, group)
+    parameters = {place: p for site in group for place, p in own[site.name].items()}
+
+    def losses_of(part: Tensor, rows: Tensor) -> Mapping[str, Tensor]:
+        with mixed_precision(teacher):
+            return learning.losses(part, rows, len(part) / options.batch_size)
+
+    part_losses = Replayed(losses_of, list(parameters.values())) if options.cuda_graphs else losses_of
+
+    def learn(step: int) -> Mapping[str, float]:
+        both = batches[step], batches.order[step]
+        parts = (processes().share(of_all).chunk(options.accumulation) for of_all in both)
+        found = [
+            (len(part) / options.batch_size, part_losses(part.to(device), rows))
+            for part, rows in zip(*parts, strict=True)
+        ]
+        return _mean(weighted_sum(found))
+
+    def evaluate() -> list[float]:
+        found = []
+        for share, part in _held_out(batches, options):
+            with mixed_precision(teacher):
+                found.append((share, held.losses(part.to(device))))
+        losses = weighted_sum(found)
+        return [losses.get(site.name, 0.0) for site in group]
+
+    return Stage(
+        name=name,
+        parameters=parameters,
+        parts=[list(own[site.name]) for site in group],
+        steps=options.fit_steps,
+        rate=_rate(options.fit_learning_rate, fitting_rate),
+        tokens=batches.tokens,
+        learn=learn,
+        evaluate=evaluate,
+        backs_off=True,
+    )
 
 
 def _distill(
@@ -220,6 +240,7 @@ def _distill(
     journal: Journal,
     progress: Progress | None,
 ) -> StageState:
+    """Distil the whole model, as one stage."""
     device = _device(teacher)
     compared = _feature_layers(teacher, sites, options.feature_layers) if options.feature_weight else []
     compiling = worthwhile(options.torch_compile, device, options.distill_steps)

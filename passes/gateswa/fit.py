@@ -1,4 +1,4 @@
-"""Closed-form start of a windowed layer: sink logit, sink value and output projection, from calibration samples.
+"""One attention site gets a window: sinks and output projection in closed form, and the graph that has them in it.
 
 What a query attended outside the window is gone. A virtual key with logit b and value v stands for it: with o_in what
 is left and z_in its softmax denominator, the new output is (1 - s) o_in + s v with s = sigmoid(b - log z_in). Per head
@@ -10,16 +10,20 @@ Shape letters as in `attnedit.passes.sample`, and M sampled queries of all seque
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
+from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.passes.beginnings import begins
 from attnedit.passes.sample import LayerSample
+from attnedit.passes.site_sample import output_weight
 from attnedit.passes.solve import ridge_regression
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE, doubled, gateswa_graph
 
 FIRST_SHARE = 0.5
 """Share of the first token of each window in what sink logit and value are chosen by.
@@ -231,3 +235,31 @@ def _moments(sample: LayerSample, whole: Tensor, output: Tensor) -> tuple[Tensor
 def _per_head(value: Tensor, heads: int) -> Tensor:
     """[G, e] -> [H, 1, e]."""
     return value.repeat_interleave(heads // len(value), 0)[:, None]
+
+
+@torch.no_grad()
+def build(model: nn.Module, site: AttentionSite, config: GateSWAConfig, fit: WindowFit) -> fx.GraphModule:
+    """Graph of the windowed attention with its weights.
+
+    A gate starts at 0, where it is 1/2, so the output projection's weight is doubled.
+
+    Args:
+        model: the live model.
+        site: its attention site.
+        config: shape of the windowed attention.
+        fit: its weights.
+    """
+    projection: nn.Module | None = None
+    if fit.output_weight is not None:
+        projection = copy.deepcopy(output_weight(model, site)[1])
+        weight = fit.output_weight.transpose(0, 1).flatten(1) / site.o_proj.scale
+        own = site.o_proj.weight.removeprefix(f"{site.o_proj.module}.")
+        projection.get_parameter(own).copy_(weight.mT if site.o_proj.transposed else weight)
+    if config.gate != "none":
+        projection = doubled(output_weight(model, site)[1] if projection is None else projection)
+    graph = gateswa_graph(model, site, config, projection)
+    module = graph.get_submodule(GATESWA_MODULE)
+    for name, found in (("sink_logit", fit.sink_logit), ("sink_value", fit.sink_value)):
+        if found is not None:
+            module.get_parameter(name).copy_(found)
+    return graph

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.passes.gateswa.build import build
-from attnedit.passes.gateswa.fit import WindowFit, fit_window
+from attnedit.passes.gateswa.fit import WindowFit, build, fit_window
 from attnedit.passes.gateswa.options import (
     DEFAULT_GATE,
     DEFAULT_SINKS,

@@ -7,7 +7,7 @@ sum_n p_mn |W_O,h (v_n - o_m)|^2 of what query m could read; an error common to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -302,10 +302,8 @@ def refit_query(samples: Sequence[LayerSample], factors: Factors, target: LogitT
         scale = samples[0].scale / target.total
         return [left @ latent @ right_latent.mT * scale, right_slots @ slots @ left.mT * scale]
 
-    residual = [-g for g in gradient((factors.query_latent, factors.query_slots), with_target=True)]
-    step = conjugate_gradients(lambda x: gradient(to_maps(x), with_target=False), residual, iterations)
-    latent, slots = to_maps(step)
-    return replace(factors, query_latent=factors.query_latent + latent, query_slots=factors.query_slots + slots)
+    latent, slots = _improved((factors.query_latent, factors.query_slots), gradient, to_maps, iterations)
+    return replace(factors, query_latent=latent, query_slots=slots)
 
 
 def refit_latent(samples: Sequence[LayerSample], factors: Factors, target: LogitTarget, iterations: int) -> Factors:
@@ -358,10 +356,28 @@ def refit_latent(samples: Sequence[LayerSample], factors: Factors, target: Logit
             slots += rotate(pull[..., r:], cos, -sin).flatten(0, 1).mT @ flat
         return [left @ latent @ right.mT / target.total, left_slots @ slots @ right.mT / target.total]
 
-    residual = [-g for g in gradient((factors.latent, factors.slots), with_target=True)]
-    step = conjugate_gradients(lambda x: gradient(to_maps(x), with_target=False), residual, iterations)
+    latent, slots = _improved((factors.latent, factors.slots), gradient, to_maps, iterations)
+    return replace(factors, latent=latent, slots=slots)
+
+
+def _improved(
+    maps: tuple[Tensor, Tensor],
+    gradient: Callable[[tuple[Tensor, Tensor], bool], Blocks],
+    to_maps: Callable[[Blocks], tuple[Tensor, Tensor]],
+    iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """Maps of the latent and of the slots after so many iterations of conjugate gradients.
+
+    Args:
+        maps: to begin with.
+        gradient: of half the squared error at some maps, in preconditioned coordinates; linear without the target.
+        to_maps: from preconditioned coordinates.
+        iterations: how many.
+    """
+    residual = [-part for part in gradient(maps, True)]
+    step = conjugate_gradients(lambda x: gradient(to_maps(x), False), residual, iterations)
     latent, slots = to_maps(step)
-    return replace(factors, latent=factors.latent + latent, slots=factors.slots + slots)
+    return maps[0] + latent, maps[1] + slots
 
 
 def _key_weights(samples: Sequence[LayerSample], target: LogitTarget) -> list[Tensor]:

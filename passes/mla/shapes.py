@@ -45,7 +45,7 @@ class Shape:
 
 def exact_shape(site: AttentionSite) -> Shape:
     """The lossless shape: G slots per frequency, pass-through key dims and values in the latent."""
-    planes = len(site.rope.pairs) if site.rope else 0
+    planes = len(site.rotary_pairs)
     slots = site.num_key_value_heads * planes
     return Shape(rank=source_values(site) - 2 * slots, slots=slots, exact=True)
 
@@ -55,7 +55,7 @@ def shape_for(site: AttentionSite, values: int) -> Shape:
     full = exact_shape(site)
     if values >= full.values:
         return full
-    planes = len(site.rope.pairs) if site.rope else 0
+    planes = len(site.rotary_pairs)
     if not planes:
         return Shape(rank=values, slots=0)
     fold = 1 if values >= VALUES_TO_UNFOLD * planes else 2

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
-from attnedit.passes.mla.build import build, exact_factors
-from attnedit.passes.mla.fit import Fit, fit_layer
+from attnedit.passes.mla.fit import Fit, build, exact_factors, fit_layer
 from attnedit.passes.mla.linear import LinearSite, linearise
 from attnedit.passes.mla.shapes import Shape, common_shapes, fixed_shapes, shape_for
 from attnedit.passes.questions import Claim, ClassSizes, Question, SiteFit, SiteWork

@@ -35,6 +35,17 @@ class SiteConfig:
         """Rewrites that made the attention's graph, which nobody without them can make again."""
         return []
 
+    def _check_sizes(self, *names: str) -> None:
+        """Refuse fields of these names that are below 1.
+
+        Raises:
+            UsageError: one is; the message names the class, the layer and the field.
+        """
+        for name in names:
+            if (size := getattr(self, name)) < 1:
+                where = f"{type(self).__name__} of layer {self.layer_idx}"
+                raise UsageError(f"{where}: {name} must be at least 1, got {size}")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values: what a saved result's ``config.json`` has for an attention.
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Virtual: TypeAlias = Sequence[tuple[Tensor, Tensor | None]]
+"""Keys that are no tokens and that every query sees: logits [H], and values [G, dv]; None is 0."""
 
 
 class Kernel(Protocol):
@@ -52,13 +55,19 @@ def kernel_for(x: Tensor, mask: Tensor | None = None) -> Kernel | None:
     return None if bias else _KERNELS.get(x.device.type)
 
 
+def as_virtual(sinks: Tensor | None, logit: Tensor | None, value: Tensor | None) -> Virtual:
+    """Sinks of the source [H], and a sink of the new attention [H] that may have a value [G, dv], where there are."""
+    given: Virtual = () if sinks is None else ((sinks, None),)
+    return given if logit is None else (*given, (logit, value))
+
+
 def with_virtual_keys(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor,
     scale: float,
-    virtual: Sequence[tuple[Tensor, Tensor | None]],
+    virtual: Virtual,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Append keys that are mere logits, so that any attention computes them, gradients included.
 
@@ -70,7 +79,7 @@ def with_virtual_keys(
         value: [B, G, S, dv].
         mask: bool [B or 1, 1 or H, T, S], True where to attend.
         scale: of the logits.
-        virtual: logits [H], and values [G, dv]; None is 0.
+        virtual: such keys.
 
     Returns:
         Query [B, H, T, d + m], key [B, G, S + m, d + m], value [B, G, S + m, dv], mask [.., T, S + m].

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from attnedit.targets.attention.triton_support import power, runs_on
+from attnedit.targets.attention.kernels import Virtual
+from attnedit.targets.attention.triton_support import learns, power, runs_on
 
 __all__ = ["one_sink", "prefill_attention", "prefills_fused"]
 
@@ -32,9 +33,7 @@ def prefills_fused(query: Tensor, learning: Iterable[Tensor], sizes: Sequence[in
     """
     if query.dtype not in (torch.float16, torch.bfloat16) or not all(0 < size <= MOST_SIZE for size in sizes):
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *learning)):
-        return False
-    return runs_on(query.device)
+    return not learns(query, *learning) and runs_on(query.device)
 
 
 def prefill_attention(
@@ -75,7 +74,7 @@ def prefill_attention(
     return result
 
 
-def one_sink(virtual: Sequence[tuple[Tensor, Tensor | None]], heads: int) -> tuple[Tensor | None, Tensor | None]:
+def one_sink(virtual: Virtual, heads: int) -> tuple[Tensor | None, Tensor | None]:
     """Bring keys without a token to one of the same effect: their mass, and the mean of their values.
 
     Args:

@@ -6,8 +6,14 @@ import functools
 import os
 
 import torch
+from torch import Tensor
 
-__all__ = ["power", "runs_on"]
+__all__ = ["learns", "power", "runs_on"]
+
+
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether one of these wants a gradient, which no kernel here computes."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def power(size: int) -> int:

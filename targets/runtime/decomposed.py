@@ -5,18 +5,16 @@ Shapes: B batch, T new tokens, S keys, H heads, G key/value heads, d query size,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnedit.compiler.errors import UsageError
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.attention.kinds import kind_of
 from attnedit.targets.attention.module import AttentionModule, attention_modules
-
-Virtual = Sequence[tuple[Tensor, Tensor | None]]
-"""Logits [H] of keys that every query sees, with their values [G, dv] if they have any."""
 
 
 def lowering_of(module: AttentionModule, runtime: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnedit.compiler.compatibility.torch_names import TorchDynamoException
-from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.errors import AttneditError, UsageError, first_line
 from attnedit.compiler.graph.anchor import attention_implementation, experts_implementation
 from attnedit.compiler.graph.modules import evaluation_mode
 
@@ -54,5 +54,5 @@ def traceable(model: PreTrainedModel, attention: str, experts: str, runtime: str
             warnings.simplefilter("ignore")  # torch's and onnxscript's own
             yield
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, TorchDynamoException) as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise AttneditError(f"{type(model).__name__} could not be exported to {runtime}: {reason}") from error
+        kind = type(model).__name__
+        raise AttneditError(f"{kind} could not be exported to {runtime}: {first_line(error)}") from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnedit.targets.attention.gateswa.module import GateSWA
-from attnedit.targets.runtime.decomposed import Virtual
+from attnedit.targets.attention.kernels import Virtual, as_virtual
 
 
 class WindowedAttention(nn.Module, ABC):
@@ -35,9 +35,7 @@ class WindowedAttention(nn.Module, ABC):
     ) -> Tensor:
         """Attend; as `GateSWA.forward`, with an export's cache, which tells the mask; returns [B, T, H, dv]."""
         config = self.config
-        virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
-        if self.sink_logit is not None:
-            virtual.append((self.sink_logit, self.sink_value))
+        virtual = as_virtual(sinks, self.sink_logit, self.sink_value)
         out = self.attend(cache.layers[config.layer_idx], query, key, value, virtual).transpose(1, 2)
         if self.g_proj is None or hidden is None:
             return out

@@ -12,7 +12,7 @@ from attnedit.targets.attention import MLA, GateSWA, GateSWAConfig, MLAConfig
 from attnedit.targets.runtime.npu.attention import WindowAttention
 from attnedit.targets.runtime.npu.cache import Step, calling, npu_cache
 from attnedit.targets.runtime.npu.latent import LatentAttention
-from attnedit.targets.runtime.npu.legalise import LayerPlan, Site, advice, legalise
+from attnedit.targets.runtime.npu.legalise import LayerPlan, Surveyed, advice, legalise
 from attnedit.targets.runtime.npu.limits import BLOCK, SOCS
 from attnedit.targets.runtime.npu.reference import register
 from attnedit.targets.runtime.npu.reference_attention import float32_allowed
@@ -148,9 +148,9 @@ def test_windowed_attention_is_the_trained_one(name: str, soc: str) -> None:
         torch.testing.assert_close(found[row], want, atol=2e-5, rtol=1e-4)
 
 
-def site(**options: Any) -> Site:
+def surveyed(**options: Any) -> Surveyed:
     fixed = {"heads": 32, "kv_heads": 1, "size": 128, "value_size": 128, "rank": 448, "rope": 64}
-    return Site(0, "latent", **{**fixed, **options})
+    return Surveyed(0, "latent", **{**fixed, **options})
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def site(**options: Any) -> Site:
     ],
 )
 def test_latent_decode(options: dict[str, Any], fused: bool, words: str, cached: int, needed: int) -> None:
-    decision = legalise(site(**options), SOC, "bfloat16").decode
+    decision = legalise(surveyed(**options), SOC, "bfloat16").decode
     assert decision.fused == fused
     assert words in decision.reason
     assert (decision.cached, decision.needed) == (cached, needed)
@@ -180,7 +180,7 @@ def test_latent_decode(options: dict[str, Any], fused: bool, words: str, cached:
 
 
 def test_work_counts_what_padding_adds() -> None:
-    decision = legalise(site(heads=9), SOC, "bfloat16").decode
+    decision = legalise(surveyed(heads=9), SOC, "bfloat16").decode
     assert decision.work == pytest.approx(16 * (2 * 512 + 64) / (9 * (2 * 448 + 64)))
     assert dict(decision.pads) == {"latent": 512, "rope": 64, "heads": 16}
 
@@ -197,7 +197,7 @@ def test_work_counts_what_padding_adds() -> None:
 )
 def test_other_fallbacks(options: dict[str, Any], words: str) -> None:
     fixed = {"layer": 3, "heads": 8, "kv_heads": 2, "size": 64, "value_size": 64}
-    plan = legalise(Site(**{**fixed, **options}), SOC, "bfloat16")
+    plan = legalise(Surveyed(**{**fixed, **options}), SOC, "bfloat16")
     assert not plan.decode.fused
     assert words in plan.decode.reason
     assert plan.decode.layer == 3
@@ -207,7 +207,7 @@ def test_other_fallbacks(options: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("rope", [16, 64, 176])
 @pytest.mark.parametrize("window", [None, 8])
 def test_advice_is_what_the_legaliser_does(rank: int, rope: int, window: int | None) -> None:
-    here = site(rank=rank, rope=rope, window=window)
+    here = surveyed(rank=rank, rope=rope, window=window)
     limit = 512 if window else 576
     assert str(limit) in advice(here, SOC)
     assert legalise(here, SOC, "bfloat16").decode.fused == (rank + rope <= limit)

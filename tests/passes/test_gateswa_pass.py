@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 import attnedit
 from attnedit.compiler.capture.capture import capture
 from attnedit.compiler.execution.stream import Walk, decoder_layers
-from attnedit.passes.gateswa.build import build
-from attnedit.passes.gateswa.fit import WindowFit, fit_window
+from attnedit.passes.gateswa.fit import WindowFit, build, fit_window
 from attnedit.passes.gateswa.options import GateSWAOptions, Sinks, full_count, full_layers_of
 from attnedit.passes.layer_loss import MEASURED, loss_increases, measured_rows
 from attnedit.passes.sample import LayerSample

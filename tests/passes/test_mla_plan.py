@@ -21,7 +21,7 @@ from attnedit.compiler.errors import UsageError
 from attnedit.compiler.execution.stream import AttentionInputs, stream
 from attnedit.compiler.graph.surgery import cut
 from attnedit.passes.budget import EXPONENT, allocate, by_loss, least_values, plan, source_values
-from attnedit.passes.mla.build import exact_factors, kv_as_affine
+from attnedit.passes.mla.fit import exact_factors, kv_as_affine
 from attnedit.passes.mla.shapes import Shape, exact_shape, shape_for
 from attnedit.passes.mla.weights import output_error
 from attnedit.passes.site_sample import output_weight, take_samples

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.rewriting.rewrite import Reject
-from attnedit.passes.mla.build import exact_factors, folded, split_output, with_output
-from attnedit.passes.mla.fit import refine
+from attnedit.passes.mla.fit import exact_factors, folded, refine, split_output, with_output
 from attnedit.passes.mla.initialise import Split, analytic, mix_components
 from attnedit.passes.mla.shapes import shape_for
 from attnedit.passes.mla.weights import Factors, output_error

@@ -9,23 +9,19 @@ key size, dv value size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.view import View
-from attnedit.targets.attention.kernels import with_virtual_keys
+from attnedit.targets.attention.kernels import Virtual, with_virtual_keys
 
 HELD_BYTES = 1 << 28
 """Keys, values and masks that are copied for one call, roughly: longer prefills take several."""
 
 
-def attend_in_blocks(
-    query: Tensor, view: View, config: GateSWAConfig, virtual: Sequence[tuple[Tensor, Tensor | None]], block: int
-) -> Tensor:
+def attend_in_blocks(query: Tensor, view: View, config: GateSWAConfig, virtual: Virtual, block: int) -> Tensor:
     """Attend with all queries to a view without masks.
 
     Args:
@@ -99,7 +95,7 @@ def _attend(
     values: Tensor,
     seen: Tensor,
     scale: float,
-    virtual: Sequence[tuple[Tensor, Tensor | None]],
+    virtual: Virtual,
 ) -> Tensor:
     """Attend with [B, H, N b, d] to [B, G, N, S, .] under [B or 1, N, b, S]; returns [B, N b, H, dv]."""
     batch, groups, count, _, size = values.shape

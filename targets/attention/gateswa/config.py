@@ -63,9 +63,7 @@ class GateSWAConfig(SiteConfig):
         """Refuse what no module could have."""
         where = f"GateSWAConfig of layer {self.layer_idx}"
         sizes = ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "hidden_size")
-        for name in (*sizes, "sliding_window"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{where}: {name} must be at least 1, got {getattr(self, name)}")
+        self._check_sizes(*sizes, "sliding_window")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"{where}: {self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads"

@@ -20,7 +20,7 @@ from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.layers import bounded_layer
 from attnedit.targets.attention.gateswa.ring import RingLayer
 from attnedit.targets.attention.kernels import kernel_for
-from attnedit.targets.attention.triton_support import power, runs_on
+from attnedit.targets.attention.triton_support import learns, power, runs_on
 
 __all__ = ["ring_decode", "ring_for_step", "steps_fused"]
 
@@ -55,9 +55,7 @@ def steps_fused(query: Tensor, ring: RingLayer, config: GateSWAConfig, learning:
     rep = config.num_attention_heads // config.num_key_value_heads
     if max(config.head_dim, config.v_head_dim) > MOST_SIZE or rep > MOST_HEADS:
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *learning)):
-        return False
-    return runs_on(query.device)
+    return not learns(query, *learning) and runs_on(query.device)
 
 
 def ring_decode(

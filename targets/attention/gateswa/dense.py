@@ -5,8 +5,6 @@ Shapes: B batch, H heads, G key/value heads, t queries of the block, S keys, d q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +13,7 @@ from attnedit.compiler.compatibility.live import recorded_attention
 from attnedit.compiler.graph.masks import masked, shown
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.view import View
-from attnedit.targets.attention.kernels import kernel_for, with_virtual_keys
+from attnedit.targets.attention.kernels import Virtual, kernel_for, with_virtual_keys
 
 __all__ = ["attend_densely"]
 
@@ -26,7 +24,7 @@ def attend_densely(
     values: Tensor,
     mask: Tensor,
     config: GateSWAConfig,
-    virtual: Sequence[tuple[Tensor, Tensor | None]],
+    virtual: Virtual,
     dropout: float,
     recorded: View | None,
 ) -> Tensor:

@@ -29,7 +29,7 @@ from attnedit.targets.attention.gateswa.layers import bounded_layer
 from attnedit.targets.attention.gateswa.masks import by_query, last_columns, real_keys
 from attnedit.targets.attention.gateswa.ring import RingLayer
 from attnedit.targets.attention.gateswa.view import View
-from attnedit.targets.attention.kernels import kernel_for
+from attnedit.targets.attention.kernels import Virtual, as_virtual, kernel_for
 from attnedit.targets.attention.module import AttentionModule
 from attnedit.targets.attention.prefill import one_sink, prefill_attention, prefills_fused
 
@@ -306,12 +306,8 @@ class GateSWA(AttentionModule):
             sink=one_sink(self._virtual(sinks), query.shape[1]),
         )
 
-    def _virtual(self, sinks: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-        """Logits [H] of keys that are no token, and their values [G, dv]; None is 0."""
-        virtual: list[tuple[Tensor, Tensor | None]] = [] if sinks is None else [(sinks, None)]
-        if self.sink_logit is not None:
-            virtual.append((self.sink_logit, self.sink_value))
-        return virtual
+    def _virtual(self, sinks: Tensor | None) -> Virtual:
+        return as_virtual(sinks, self.sink_logit, self.sink_value)
 
     def _attend_block(
         self,

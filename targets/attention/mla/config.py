@@ -60,9 +60,7 @@ class MLAConfig(SiteConfig):
         """Refuse sizes that no module could have."""
         object.__setattr__(self, "rope_columns", tuple(self.rope_columns))
         where = f"MLAConfig of layer {self.layer_idx}"
-        for name in ("num_attention_heads", "head_dim", "v_head_dim", "kv_lora_rank", "input_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{where}: {name} must be at least 1, got {getattr(self, name)}")
+        self._check_sizes("num_attention_heads", "head_dim", "v_head_dim", "kv_lora_rank", "input_size")
         if self.qk_nope_head_dim not in (0, self.head_dim):
             raise UsageError(
                 f"{where}: qk_nope_head_dim must be 0 or head_dim ({self.head_dim}), got {self.qk_nope_head_dim}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnedit.targets.attention.mla.decode_sizes import Blocks, Roles, choose_blocks, choose_roles, choose_splits
-from attnedit.targets.attention.triton_support import power, runs_on
+from attnedit.targets.attention.triton_support import learns, power, runs_on
 
 __all__ = ["attend_parts", "by_rows", "choose_cut", "decodes_fused", "fits", "latent_decode"]
 
@@ -40,9 +40,7 @@ def decodes_fused(query: Tensor | None, query_rope: Tensor | None, latent: Tenso
     some = query if query is not None else query_rope
     if some is None or some.shape[2] != 1 or latent.dtype not in (torch.float16, torch.bfloat16):
         return False
-    if mask is not None and mask.shape[1] != 1:
-        return False
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, query_rope, latent)):
+    if (mask is not None and mask.shape[1] != 1) or learns(query, query_rope, latent):
         return False
     rope = 0 if query_rope is None else query_rope.shape[-1]
     return fits(_heads(query, query_rope), latent.shape[-1], rope, latent.device)

@@ -18,7 +18,7 @@ from attnedit.compiler.compatibility.live import is_plain_linear
 from attnedit.compiler.compatibility.torch_names import exporting
 from attnedit.targets.attention.kernels import kernel_for
 from attnedit.targets.attention.mla.decode import attend_parts, by_rows, choose_cut, fits
-from attnedit.targets.attention.triton_support import power
+from attnedit.targets.attention.triton_support import learns, power
 
 __all__ = ["latent_decode_raised", "latent_inputs", "surrounded"]
 
@@ -60,7 +60,7 @@ def surrounded(
     given = [x for x in (query, states, kv.weight, kv.bias, up.weight, rope_weight) if x is not None]
     if query.dtype not in (torch.float16, torch.bfloat16) or any(x.dtype != query.dtype for x in given):
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if learns(*given):
         return False
     rope = 0 if rope_weight is None else rope_weight.shape[1]
     return kernel_for(query) is None and rope <= MOST_SIZE and fits(heads, up.weight.shape[1], rope, query.device)

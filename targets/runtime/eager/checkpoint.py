@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
-from attnedit.compiler.errors import AttneditError, UsageError, VerificationError
+from attnedit.compiler.errors import AttneditError, UsageError, VerificationError, first_line
 from attnedit.compiler.model_io.live_checks import check_savable
 from attnedit.compiler.model_io.locations import RUN_FILE as RUN_FILE
 from attnedit.compiler.model_io.models import READING_ERRORS
@@ -166,8 +166,7 @@ def load_model(
     except AttneditError:
         raise
     except READING_ERRORS as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"cannot read the model in {path}: {first}") from error
+        raise UsageError(f"cannot read the model in {path}: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(str(key) for key in info.get(kind) or ()):
             raise VerificationError(

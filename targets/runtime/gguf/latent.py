@@ -32,6 +32,7 @@ from attnedit.targets.runtime.gguf.form import (
 )
 from attnedit.targets.runtime.hf.latent import latent_sites, latent_weights
 from attnedit.targets.runtime.hf.mla import common_sizes, latent_config, layer_weights
+from attnedit.targets.runtime.hf.native import outside
 from attnedit.targets.runtime.hf.rope import choose_table
 
 ARCHITECTURE = "deepseek2"
@@ -84,9 +85,7 @@ def latent_form(model: PreTrainedModel, *, half: bool) -> Form:
         )
     sizes = common_sizes(layers, table.size)
     query_size = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
-    names = tuple(f"{layer.site.name}." for layer in layers)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(names)}
-    tensors = decoder_tensors(state, source, ARCHITECTURE)
+    tensors = decoder_tensors(outside(model, (layer.site.name for layer in layers)), source, ARCHITECTURE)
     for index, layer in enumerate(layers):
         weights = latent_weights(model, layer.site)
         made = layer_weights(layer, weights, sizes, table, query_size**-0.5, (1.0, 1.0))

@@ -13,14 +13,8 @@ from attnedit.compiler.errors import UsageError
 from attnedit.targets.attention.gateswa.graph import GATESWA_MODULE
 from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.gguf.form import HEAD, Form, common_keys, decoder_tensors, named, plain_theta
-from attnedit.targets.runtime.hf.windowed import (
-    Layer,
-    check_plain,
-    common_window,
-    gate_weight,
-    trained_gate,
-    windowed_layers,
-)
+from attnedit.targets.runtime.hf.native import outside
+from attnedit.targets.runtime.hf.windowed import Layer, check_plain, common_window, windowed_layers
 
 GATED, WITH_SINKS = "step35", "granite_swa"
 NO_SINK = -1e30
@@ -38,18 +32,16 @@ def windowed_form(model: PreTrainedModel, *, half: bool) -> Form:
     source: Any = source_config(model.config)
     layers = windowed_layers(model, "llama.cpp", sink_logits=True)
     check_plain(layers)
-    architecture = _architecture(model, layers)
+    state = model.state_dict()
+    architecture = _architecture(state, layers)
     first = layers[0].site
     theta = plain_theta(source, architecture)
-    rotated = 2 * len(first.rope.pairs) if first.rope else 0
+    rotated = 2 * len(first.rotary_pairs)
     if architecture == WITH_SINKS and rotated != first.head_dim:
         raise UsageError(f"{first.name} rotates {rotated} of {first.head_dim} dims, llama.cpp's {architecture} all")
-    names = tuple(f"{layer.site.name}." for layer in layers)
-    state = model.state_dict()
-    outside = {key: value for key, value in state.items() if not key.startswith(names)}
-    tensors = decoder_tensors(outside, source, architecture)
+    tensors = decoder_tensors(outside(model, (layer.site.name for layer in layers)), source, architecture)
     for index, layer in enumerate(layers):
-        made = _attention(model, layer, state, architecture)
+        made = _attention(layer, state, architecture)
         tensors |= {f"blk.{index}.{name}": value.float() for name, value in made.items()}
     keys: dict[str, Any] = {
         Keys.Attention.HEAD_COUNT_KV: first.num_key_value_heads,
@@ -78,12 +70,11 @@ def windowed_form(model: PreTrainedModel, *, half: bool) -> Form:
     return Form(architecture, common_keys(source, architecture, eps) | named(architecture, keys), tensors, notes)
 
 
-def _architecture(model: PreTrainedModel, layers: list[Layer]) -> str:
+def _architecture(state: dict[str, Tensor], layers: list[Layer]) -> str:
     """Say which architecture holds all layers."""
-    state = model.state_dict()
     facts: dict[str, str] = {}
     for layer in layers:
-        site, gate = layer.site, trained_gate(model, layer)
+        site, gate = layer.site, layer.trained_gate
         if gate is not None and len(gate) != site.num_attention_heads:
             raise UsageError(f"{site.name} has a gate per element, llama.cpp's {GATED} one per head")
         biases = [name for name in PROJECTIONS if bool(state.get(f"{site.name}.{name}.bias", torch.zeros(1)).any())]
@@ -106,9 +97,9 @@ def _architecture(model: PreTrainedModel, layers: list[Layer]) -> str:
     return WITH_SINKS if of_sinks else GATED
 
 
-def _attention(model: PreTrainedModel, layer: Layer, state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
+def _attention(layer: Layer, state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     """Weights of one layer by llama.cpp's names."""
-    site, config, gate = layer.site, layer.config, trained_gate(model, layer)
+    site, config, gate = layer.site, layer.config, layer.trained_gate
     own = {
         name: state[f"{site.name}.{name}"].detach().double()
         for name in (f"{part}.{kind}" for part in (*PROJECTIONS, *NORMS) for kind in ("weight", "bias"))
@@ -119,7 +110,7 @@ def _attention(model: PreTrainedModel, layer: Layer, state: dict[str, Tensor], a
     for name in ("q_norm.weight",) if site.query_norm is not None else ("q_proj.weight", "q_proj.bias"):
         if name in own:
             own[name] = own[name] * gain
-    if gate is None and gate_weight(model, layer) is not None:  # all zeros: one half
+    if gate is None and layer.gate is not None:  # all zeros: one half
         own["o_proj.weight"] = own["o_proj.weight"] / 2
     made = {}
     for name, value in own.items():

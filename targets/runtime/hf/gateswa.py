@@ -23,14 +23,7 @@ from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.hf.native import OTHER, Native, decoder_config, neutral_norm, refuse_half
 from attnedit.targets.runtime.hf.profiles import Profile
 from attnedit.targets.runtime.hf.rope import flat_rope
-from attnedit.targets.runtime.hf.windowed import (
-    Layer,
-    check_plain,
-    common_window,
-    gate_weight,
-    trained_gate,
-    windowed_layers,
-)
+from attnedit.targets.runtime.hf.windowed import Layer, check_plain, common_window, windowed_layers
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -53,7 +46,7 @@ def laguna_checkpoint(model: PreTrainedModel) -> Native:
     """
     layers = windowed_layers(model, "laguna")
     for layer in layers:
-        if trained_gate(model, layer) is not None:
+        if layer.trained_gate is not None:
             raise UsageError(
                 f"{layer.site.name} has a trained gate, a sigmoid; Laguna's is a softplus: use lfm3 or remote"
             )
@@ -66,7 +59,7 @@ def laguna_checkpoint(model: PreTrainedModel) -> Native:
     }
     config = decoder_config(source, "laguna", **fields)
     gain = 1 / math.log(2)
-    state = _state(model, layers, lambda layer: gain if gate_weight(model, layer) is None else gain / 2)
+    state = _state(model, layers, lambda layer: gain if layer.gate is None else gain / 2)
     for layer in layers:
         heads = layer.site.num_attention_heads
         state[f"{layer.site.name}.g_proj.weight"] = torch.zeros(heads, source.hidden_size)
@@ -80,11 +73,10 @@ def lfm3_checkpoint(model: PreTrainedModel) -> Native:
         UsageError: the class cannot express the model; the message says what of it.
     """
     layers = windowed_layers(model, "lfm3")
-    gates = {layer.site.name: gate_weight(model, layer) for layer in layers}
-    gated = any(gate is not None for gate in gates.values())
+    gated = any(layer.gate is not None for layer in layers)
     for layer in layers:
         config = layer.config
-        if config is not None and config.gate == "element" and trained_gate(model, layer) is not None:
+        if config is not None and config.gate == "element" and layer.trained_gate is not None:
             raise UsageError(f"{layer.site.name} has a gate per element, LFM3's is per head; {OTHER}")
         rope = layer.site.rope
         if rope is not None and 2 * len(rope.pairs) != layer.site.head_dim:
@@ -96,9 +88,9 @@ def lfm3_checkpoint(model: PreTrainedModel) -> Native:
         raise UsageError(f"lfm3 has a silu in its MLP, the source {source.hidden_act}; {OTHER}")
     fields = _fields(layers, source, model) | {"use_sandwich_norm": False, "use_attention_gate": gated}
     made: Any = decoder_config(source, "lfm3", **fields)
-    state = _state(model, layers, lambda layer: 2.0 if gated and gates[layer.site.name] is None else 1.0)
+    state = _state(model, layers, lambda layer: 2.0 if gated and layer.gate is None else 1.0)
     for layer in layers if gated else ():
-        gate, heads = gates[layer.site.name], layer.site.num_attention_heads
+        gate, heads = layer.gate, layer.site.num_attention_heads
         per_head = gate if gate is not None and len(gate) == heads else torch.zeros(heads, source.hidden_size)
         state[f"{layer.site.name}.g_proj.weight"] = per_head
     return Native(made, {_renamed(name): value for name, value in state.items()}, _notes(layers))
@@ -112,14 +104,14 @@ def native_checkpoint(model: PreTrainedModel) -> Native:
     """
     layers = windowed_layers(model, "native", sink_logits=True)
     for layer in layers:
-        if trained_gate(model, layer) is not None:
+        if layer.trained_gate is not None:
             raise UsageError(f"{layer.site.name} has a trained gate, which plain classes do not; use lfm3 or remote")
         if layer.config is not None and layer.config.sink_logit and layer.site.sinks is None:
             raise UsageError(f"{layer.site.name} has sink logits, which its source's class does not; {OTHER}")
     source: Any = copy.deepcopy(source_config(model.config))
     state = {name: value for name, value in model.state_dict().items() if f".{GATESWA_MODULE}." not in name}
     for layer in layers:
-        if gate_weight(model, layer) is not None:  # all zeros: 1/2
+        if layer.gate is not None:  # all zeros: 1/2
             name = f"{layer.site.name}.{layer.site.o_proj.weight}"
             state[name] = state[name] / 2
         if layer.config is not None and layer.config.sink_logit:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.hf.latent import LatentSite, LatentWeights, latent_sites, latent_weights
-from attnedit.targets.runtime.hf.native import Native, decoder_config, neutral_norm, refuse_half, skeleton
+from attnedit.targets.runtime.hf.native import Native, decoder_config, neutral_norm, outside, refuse_half, skeleton
 from attnedit.targets.runtime.hf.profiles import Profile
 from attnedit.targets.runtime.hf.rope import Table, choose_table
 
@@ -96,8 +96,7 @@ def latent_checkpoint(
     if table.type == "default":
         config.rope_theta = table.parameters["rope_theta"]  # where engines looked before rope_parameters
     sizes, scaling = common_sizes(layers, table.size, kernel_dims), float(_first_attention(config).scaling)
-    names = tuple(f"{layer.site.name}." for layer in layers)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(names)}
+    state = outside(model, (layer.site.name for layer in layers))
     for layer in layers:
         made = layer_weights(layer, latent_weights(model, layer.site), sizes, table, scaling)
         if gguf:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("cpu"), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
+
+
+def outside(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Return the state of a model but for what is in the modules of some names, which a class has otherwise."""
+    inside = tuple(f"{name}." for name in modules)
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(inside)}
 
 
 def neutral_norm(epsilon: float) -> tuple[float, float]:

@@ -124,7 +124,7 @@ def check_source(model: PreTrainedModel, sites: list[AttentionSite], form: Form)
         raise UsageError(f"rope_type {kind!r} changes with the length, and {form.profile} has one table; {OTHER}")
     # The rest of the model must have its places; how large the attention will be does not matter here.
     first = sites[0]
-    sizes = Sizes(8, 2 * max(1, len(first.rope.pairs) if first.rope else 1), first.head_dim, first.v_head_dim)
+    sizes = Sizes(8, 2 * max(1, len(first.rotary_pairs)), first.head_dim, first.v_head_dim)
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     names = tuple(f"{site.name}." for site in sites)
     check_places(skeleton(latent_config(model.config, form.profile, sizes, rope)), model.state_dict(), names)
@@ -195,12 +195,12 @@ def slot_columns(model: PreTrainedModel, sites: list[AttentionSite], form: Form)
 
 def kernel_fold(site: AttentionSite) -> int:
     """How many of a site's frequencies share a slot of the kernels' table."""
-    return max(1, (len(site.rope.pairs) if site.rope else 0) // (KERNEL_DIMS["qk_rope_head_dim"] // 2))
+    return max(1, len(site.rotary_pairs) // (KERNEL_DIMS["qk_rope_head_dim"] // 2))
 
 
 @torch.no_grad()
 def check_form(model: PreTrainedModel, form: Form) -> None:
-    """Bring a rewritten model into the profile's form and let it go again: after that, export cannot refuse it.
+    """Try the export of a rewritten model to a profile, writing nothing, so that a later export cannot be refused.
 
     Raises:
         UsageError: the profile cannot express the model; the message says what of it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 from torch import Tensor
@@ -17,17 +18,29 @@ from attnedit.targets.runtime.eager.classes import source_sites
 from attnedit.targets.runtime.hf.native import OTHER
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer: its source, its configuration where it got a window, and the window that it has."""
+    """One layer of a model with windows.
+
+    Attributes:
+        site: of the source.
+        config: of the windowed attention; None where the layer has the source's.
+        gate: its weight [H or H e, D]; None without.
+    """
 
     site: AttentionSite
     config: GateSWAConfig | None
+    gate: Tensor | None
 
     @property
     def window(self) -> int | None:
         """Tokens a query sees; None for all."""
         return self.site.window if self.config is None else self.config.sliding_window
+
+    @cached_property
+    def trained_gate(self) -> Tensor | None:
+        """The gate; None where all its weights are 0, too: then it is a constant."""
+        return self.gate if self.gate is not None and bool(self.gate.any()) else None
 
 
 def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = False) -> list[Layer]:
@@ -49,7 +62,10 @@ def windowed_layers(model: PreTrainedModel, profile: str, sink_logits: bool = Fa
             }
             if fact := next((fact for fact, holds in found.items() if holds), None):
                 raise UsageError(f"{site.name} has {fact}, which {profile} does not; {OTHER}")
-        layers.append(Layer(site, config))
+        gate = None
+        if config is not None and config.gate != "none":
+            gate = model.get_parameter(f"{site.name}.{GATESWA_MODULE}.g_proj.weight").detach()
+        layers.append(Layer(site, config, gate))
     common_window(layers)
     return layers
 
@@ -64,19 +80,6 @@ def common_window(layers: list[Layer]) -> int:
     if len(windows) != 1:
         raise UsageError(f"the class has one sliding window, the model {windows or 'none'}; {OTHER}")
     return windows[0]
-
-
-def gate_weight(model: PreTrainedModel, layer: Layer) -> Tensor | None:
-    """Return the weight of the layer's gate [H or H e, D]; None without."""
-    if layer.config is None or layer.config.gate == "none":
-        return None
-    return model.get_parameter(f"{layer.site.name}.{GATESWA_MODULE}.g_proj.weight").detach()
-
-
-def trained_gate(model: PreTrainedModel, layer: Layer) -> Tensor | None:
-    """The same; None where all its values are 0, too: then the gate is a constant."""
-    gate = gate_weight(model, layer)
-    return gate if gate is not None and bool(gate.any()) else None
 
 
 def check_plain(layers: list[Layer]) -> None:

@@ -17,17 +17,13 @@ from transformers.masking_utils import AttentionMaskInterface
 from attnedit.compiler.graph.masks import as_bias
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
 from attnedit.targets.attention.gateswa.module import GateSWA
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.attention.module import AttentionModule
-from attnedit.targets.runtime.decomposed import (
-    Virtual,
-    as_interface,
-    attend,
-    lower_attention,
-)
+from attnedit.targets.runtime.decomposed import as_interface, attend, lower_attention
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_cache, current_step
 from attnedit.targets.runtime.npu.extras import prompt_extras, virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
-from attnedit.targets.runtime.npu.legalise import LayerPlan, Site
+from attnedit.targets.runtime.npu.legalise import LayerPlan, Surveyed
 from attnedit.targets.runtime.npu.limits import BLOCK
 from attnedit.targets.runtime.windowed import WindowedAttention
 
@@ -58,9 +54,9 @@ class WindowAttention(WindowedAttention):
     """`GateSWA` with a cache that is a ring: the tokens of the window, and the kept sinks before them."""
 
     @staticmethod
-    def describe(config: GateSWAConfig) -> Site:
+    def describe(config: GateSWAConfig) -> Surveyed:
         """What the kernels' limits are about."""
-        return Site(
+        return Surveyed(
             config.layer_idx,
             "window",
             config.num_attention_heads,
@@ -103,10 +99,10 @@ def grouped_attention(
         virtual: logits [H] of keys that every query sees, with their values [G, dv] if they have any.
     """
     plan, step = layer.plan, current_step()
-    site = plan.site
-    if site.form == "window":
+    surveyed = plan.surveyed
+    if surveyed.form == "window":
         layer.write_ring(key, value)
-    elif site.form == "full":
+    elif surveyed.form == "full":
         layer.write_pages(key, value)
     if step.prefill and plan.prefill.fused:
         extras = prompt_extras(plan, query, key, value, scale, virtual)
@@ -115,11 +111,11 @@ def grouped_attention(
         return _token_attention(layer, query, value.shape[-1], scale, virtual)
     if step.prefill:
         bias = prompt_bias(plan, query.shape[2])
-    elif site.form == "window":
+    elif surveyed.form == "window":
         key, value = (buffer for buffer in layer.buffers)
         bias = as_bias(layer.ring_visible())
     else:
-        if site.form == "full":
+        if surveyed.form == "full":
             key, value = layer.all_rows(0), layer.all_rows(1)
         bias = rows_bias(plan, key.shape[2])
     return attend(query * scale, key, value, bias, softcap, virtual)
@@ -131,7 +127,7 @@ def _token_attention(layer: NpuLayer, query: Tensor, value_size: int, scale: flo
     extras = virtual_keys(query, value_size, virtual)
     key, value = layer.buffers
     options: dict[str, Any]
-    if plan.site.form == "window":
+    if plan.surveyed.form == "window":
         options = {"atten_mask": ~layer.ring_visible()}
     else:
         key, value = layer.pages(0), layer.pages(1)
@@ -142,7 +138,7 @@ def _token_attention(layer: NpuLayer, query: Tensor, value_size: int, scale: flo
         value,
         **options,
         num_query_heads=query.shape[1],
-        num_key_value_heads=plan.site.kv_heads,
+        num_key_value_heads=plan.surveyed.kv_heads,
         softmax_scale=scale,
         input_layout="BNSD",
         return_softmax_lse=extras is not None,
@@ -153,7 +149,7 @@ def _token_attention(layer: NpuLayer, query: Tensor, value_size: int, scale: flo
 
 def lower(model: nn.Module, plans: list[LayerPlan]) -> None:
     """Replace every rewritten attention in a model by the form that Ascend runs, in place."""
-    by_layer = {plan.site.layer: plan for plan in plans}
+    by_layer = {plan.surveyed.layer: plan for plan in plans}
     lower_attention(
         model, "npu", lambda lowering, module: (lowering or TracedAttention)(module, by_layer[module.config.layer_idx])
     )

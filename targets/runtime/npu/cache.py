@@ -111,7 +111,7 @@ class NpuLayer(CacheLayerMixin):
         A layer that holds something else than attention reads is the exception: it is written here, and in decode
         everything held is returned, [B, G, M * block, .].
         """
-        if self.plan.site.form not in ("held", "traced"):
+        if self.plan.surveyed.form not in ("held", "traced"):
             return key_states, value_states
         empty = not value_states.shape[-1]  # no buffer holds that
         self.write_pages(*((key_states,) if empty else (key_states, value_states)))
@@ -146,8 +146,8 @@ class NpuLayer(CacheLayerMixin):
 
     def write_ring(self, *parts: Tensor) -> None:
         """Write new tokens [B, G, T, .] into the sinks' slots and the ring of the window."""
-        step, site = current_step(), self.plan.site
-        window, sinks = int(site.window or 0), site.sink_tokens
+        step, surveyed = current_step(), self.plan.surveyed
+        window, sinks = int(surveyed.window or 0), surveyed.sink_tokens
         for part, buffer in zip(parts, self.buffers, strict=True):
             new = F.pad(part, (0, buffer.shape[-1] - part.shape[-1]))
             if step.prefill:
@@ -175,13 +175,13 @@ class NpuLayer(CacheLayerMixin):
 
     def ring_visible(self) -> Tensor:
         """Which places a decoding token sees, bool [B, 1, 1, n + W]."""
-        site, position = self.plan.site, current_step().positions
-        window = int(site.window or 0)
+        surveyed, position = self.plan.surveyed, current_step().positions
+        window = int(surveyed.window or 0)
         # Place j holds the last token so far of that place.
         visible = position - (position - torch.arange(window)) % window >= 0
-        if site.sink_tokens:
+        if surveyed.sink_tokens:
             # A sink inside the window is in the ring, so its own slot shows only once it has left.
-            visible = torch.cat((position - torch.arange(site.sink_tokens) >= window, visible), dim=1)
+            visible = torch.cat((position - torch.arange(surveyed.sink_tokens) >= window, visible), dim=1)
         return visible[:, None, None]
 
     def get_seq_length(self) -> int:
@@ -201,6 +201,6 @@ def npu_cache(plans: Sequence[LayerPlan], buffers: dict[str, Tensor]) -> Cache:
     """Make a transformers cache over buffers by name."""
     layers: list[Any] = []
     for plan in plans:
-        prefix = f"past.{plan.site.layer}."
+        prefix = f"past.{plan.surveyed.layer}."
         layers.append(NpuLayer(plan, [buffer for name, buffer in buffers.items() if name.startswith(prefix)]))
     return Cache(layers=layers)

@@ -92,7 +92,7 @@ def export(
     precise = share_copy(source).to(device="cpu", dtype=torch.float32).eval()
     with staged(target) as staging:
         with stage("decide", progress):
-            plans = [legalise(site, chip, chosen) for site in survey(precise)]
+            plans = [legalise(surveyed, chip, chosen) for surveyed in survey(precise)]
         with stage("export", progress):
             programs = _programs(precise, plans, sizes, chip)
         with stage("check", progress), float32_allowed():

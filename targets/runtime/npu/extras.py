@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnedit.compiler.graph.masks import HIDDEN
-from attnedit.targets.runtime.decomposed import Virtual
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.runtime.npu.legalise import LayerPlan
 
 
@@ -60,14 +60,14 @@ def prompt_extras(
     virtual: Virtual,
 ) -> Extras | None:
     """Virtual keys, and the kept sinks for queries whose window they have left."""
-    count = plan.site.sink_tokens
+    count = plan.surveyed.sink_tokens
     if not count:
         return virtual_keys(query, value.shape[-1], virtual)
     length, shared = query.shape[2], query.shape[1] // key.shape[1]
     first = torch.arange(count).clamp(max=length - 1)
     keys, values = (x.index_select(2, first).repeat_interleave(shared, dim=1) for x in (key, value))
     logits = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
-    gone = torch.arange(length)[:, None] - torch.arange(count) >= int(plan.site.window or 0)
+    gone = torch.arange(length)[:, None] - torch.arange(count) >= int(plan.surveyed.window or 0)
     logits = logits.masked_fill(~gone, HIDDEN)
     if virtual:
         more, own = _of_all(query, value.shape[-1], virtual)

@@ -30,7 +30,7 @@ def prompt_attention(
         scale: of the logits.
         extras: further keys.
     """
-    window = plan.site.window
+    window = plan.surveyed.window
     size = plan.prefill_size
     out, total = ops.npu_fused_infer_attention_score_v2(
         *(F.pad(x, (0, size - x.shape[-1])).contiguous() for x in (query, key, value)),
@@ -50,12 +50,12 @@ def prompt_attention(
 
 def prompt_bias(plan: LayerPlan, length: int) -> Tensor:
     """Bias of a prompt's causal or banded mask with its kept sinks, float32 [1, 1, T, T]."""
-    site = plan.site
+    surveyed = plan.surveyed
     key = torch.arange(length)
     behind = key[:, None] - key
     visible = behind >= 0
-    if site.window is not None:
-        visible = visible & ((behind < site.window) | (key < site.sink_tokens))
+    if surveyed.window is not None:
+        visible = visible & ((behind < surveyed.window) | (key < surveyed.sink_tokens))
     return as_bias(visible)[None, None]
 
 
@@ -63,6 +63,6 @@ def rows_bias(plan: LayerPlan, columns: int) -> Tensor:
     """Bias of a decoding token over everything that its row's pages hold, float32 [B, 1, 1, S]."""
     behind = current_step().positions - torch.arange(columns)
     visible = behind >= 0
-    if plan.site.window is not None:
-        visible = visible & (behind < plan.site.window)
+    if plan.surveyed.window is not None:
+        visible = visible & (behind < plan.surveyed.window)
     return as_bias(visible)[:, None, None]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from attnedit.compiler.model_io.heads import check_text_alone
 from attnedit.compiler.reporting.report import ranges
-from attnedit.targets.runtime.npu.legalise import PLAIN, Decision, LayerPlan, Site, advice, legalise
+from attnedit.targets.runtime.npu.legalise import PLAIN, Decision, LayerPlan, Surveyed, advice, legalise
 from attnedit.targets.runtime.npu.limits import SOCS
 from attnedit.targets.runtime.npu.survey import survey
 from attnedit.targets.runtime.staging import check_choice
@@ -36,9 +36,9 @@ def inspect(model: PreTrainedModel, *, soc: str = "910b", dtype: str | None = No
     chosen = chip.dtypes[0] if dtype is None else dtype
     check_choice("--dtype", chosen, chip.dtypes)
     check_text_alone(model.config, type(model).__name__, "an NPU export")
-    kinds: dict[Site, list[LayerPlan]] = {}
-    for site in survey(model):
-        kinds.setdefault(replace(site, layer=0), []).append(legalise(site, chip, chosen))
+    kinds: dict[Surveyed, list[LayerPlan]] = {}
+    for surveyed in survey(model):
+        kinds.setdefault(replace(surveyed, layer=0), []).append(legalise(surveyed, chip, chosen))
     plans = [plan for group in kinds.values() for plan in group]
     return {
         "soc": soc,
@@ -46,13 +46,13 @@ def inspect(model: PreTrainedModel, *, soc: str = "910b", dtype: str | None = No
         "fallbacks": sum(not decision.fused for plan in plans for decision in (plan.prefill, plan.decode)),
         "kinds": [
             {
-                "layers": [plan.site.layer for plan in group],
-                "attention": site.form,
+                "layers": [plan.surveyed.layer for plan in group],
+                "attention": surveyed.form,
                 "prefill": _facts(group[0].prefill),
                 "decode": _facts(group[0].decode),
-                "latent_sizes": advice(site, chip),
+                "latent_sizes": advice(surveyed, chip),
             }
-            for site, group in kinds.items()
+            for surveyed, group in kinds.items()
         ],
     }
 

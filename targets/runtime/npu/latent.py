@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.attention.mla.rotary import rotate
-from attnedit.targets.runtime.decomposed import Virtual, attend
+from attnedit.targets.runtime.decomposed import attend
 from attnedit.targets.runtime.latent import AbsorbedAttention
 from attnedit.targets.runtime.npu.cache import NpuLayer, current_step
 from attnedit.targets.runtime.npu.extras import virtual_keys
 from attnedit.targets.runtime.npu.fused import prompt_attention, prompt_bias, rows_bias
-from attnedit.targets.runtime.npu.legalise import LayerPlan, Site
+from attnedit.targets.runtime.npu.legalise import LayerPlan, Surveyed
 from attnedit.targets.runtime.npu.limits import BLOCK
 
 ops = torch.ops.npu
@@ -34,9 +35,9 @@ class LatentAttention(AbsorbedAttention):
     """`MLA` with a paged cache: expanded for the prompt, absorbed in decode."""
 
     @staticmethod
-    def describe(config: MLAConfig) -> Site:
+    def describe(config: MLAConfig) -> Surveyed:
         """What the kernels' limits are about."""
-        return Site(
+        return Surveyed(
             config.layer_idx,
             "latent",
             config.num_attention_heads,
@@ -107,7 +108,7 @@ class LatentAttention(AbsorbedAttention):
         options: dict[str, Any] = {}
         if plan.split:
             options = {"query_rope": parts[1], "key_rope": layer.pages(1)}
-        elif plan.site.window is not None:
+        elif plan.surveyed.window is not None:
             columns = step.table.shape[1] * BLOCK
             options = {"atten_mask": rows_bias(plan, columns) < 0}
         context, total = ops.npu_fused_infer_attention_score_v2(

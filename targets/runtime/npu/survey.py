@@ -22,12 +22,12 @@ from attnedit.compiler.graph.anchor import (
 )
 from attnedit.targets.attention.module import AttentionModule, attention_modules
 from attnedit.targets.runtime.decomposed import lowering_of
-from attnedit.targets.runtime.npu.legalise import Site
+from attnedit.targets.runtime.npu.legalise import Surveyed
 from attnedit.targets.runtime.tracing import kept_tensors, takes_positions
 
 
 @torch.no_grad()
-def survey(model: PreTrainedModel) -> list[Site]:
+def survey(model: PreTrainedModel) -> list[Surveyed]:
     """Run two tokens, and describe the attention of every layer of the cache; a model on meta will do.
 
     Raises:
@@ -41,7 +41,7 @@ def survey(model: PreTrainedModel) -> list[Site]:
     lowerings = {layer: lowering_of(module, "npu") for layer, module in rewritten.items()}
     found = {layer: lowering.describe(rewritten[layer].config) for layer, lowering in lowerings.items() if lowering}
     cache = DynamicCache(config=model.config)
-    calls: dict[int, tuple[Site, Tensor, Tensor]] = {}
+    calls: dict[int, tuple[Surveyed, Tensor, Tensor]] = {}
 
     def listen(call: InterfaceCall) -> None:
         layer = getattr(call.module, "layer_idx", None)
@@ -70,12 +70,12 @@ def survey(model: PreTrainedModel) -> list[Site]:
                 f"layer {index} of {type(model).__name__} does not go through transformers' attention interface; "
                 "rewrite its attention first"
             )
-        site, seen_key, seen_value = calls[index]
-        found[index] = site if _same(key, seen_key) and _same(value, seen_value) else _held(site, key, value)
+        surveyed, seen_key, seen_value = calls[index]
+        found[index] = surveyed if _same(key, seen_key) and _same(value, seen_value) else _held(surveyed, key, value)
     return [found[index] for index in sorted(found)]
 
 
-def _traced(module: AttentionModule, key: Tensor, value: Tensor) -> Site:
+def _traced(module: AttentionModule, key: Tensor, value: Tensor) -> Surveyed:
     """An attention whose kind has no lowering of its own, by what it cached of two tokens [1, heads, 2, size]."""
     config = module.config
     if key.shape[1] != value.shape[1]:
@@ -83,7 +83,7 @@ def _traced(module: AttentionModule, key: Tensor, value: Tensor) -> Site:
     sizes = (key.shape[1], key.shape[3], value.shape[3])
     window = getattr(config, "window", None)
     heads, size = config.num_attention_heads, config.head_dim
-    return Site(config.layer_idx, "traced", heads, key.shape[1], size, config.v_head_dim, window=window, held=sizes)
+    return Surveyed(config.layer_idx, "traced", heads, key.shape[1], size, config.v_head_dim, window=window, held=sizes)
 
 
 def _refuse_own_mask(module: AttentionModule, given: tuple[Any, ...]) -> None:
@@ -96,12 +96,12 @@ def _refuse_own_mask(module: AttentionModule, given: tuple[Any, ...]) -> None:
         )
 
 
-def _described(layer: int, call: InterfaceCall) -> Site:
+def _described(layer: int, call: InterfaceCall) -> Surveyed:
     settings = dict(call.settings)
     shown = mask_window(call.mask)
     if shown is None or not shown.regular:
         raise UsageError(f"layer {layer}: its mask is neither causal nor a sliding window")
-    return Site(
+    return Surveyed(
         layer,
         "full" if shown.window is None else "window",
         call.query.shape[1],
@@ -122,18 +122,20 @@ def _same(cached: Tensor, seen: Tensor) -> bool:
     return cached.is_meta or torch.equal(cached[:, :, -kept:], seen[:, :, -kept:])
 
 
-def _held(site: Site, key: Tensor, value: Tensor) -> Site:
-    if site.window is not None:
-        raise UsageError(f"layer {site.layer} makes keys under a window out of another cache, which is not supported")
+def _held(surveyed: Surveyed, key: Tensor, value: Tensor) -> Surveyed:
+    if surveyed.window is not None:
+        raise UsageError(
+            f"layer {surveyed.layer} makes keys under a window out of another cache, which is not supported"
+        )
     sizes = (key.shape[1], key.shape[3], value.shape[3])
-    return Site(
-        site.layer,
+    return Surveyed(
+        surveyed.layer,
         "held",
-        site.heads,
-        site.kv_heads,
-        site.size,
-        site.value_size,
-        virtual=site.virtual,
-        softcap=site.softcap,
+        surveyed.heads,
+        surveyed.kv_heads,
+        surveyed.size,
+        surveyed.value_size,
+        virtual=surveyed.virtual,
+        softcap=surveyed.softcap,
         held=sizes,
     )

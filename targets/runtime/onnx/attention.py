@@ -18,16 +18,11 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from attnedit.compiler.graph.masks import as_bias
 from attnedit.targets.attention.gateswa.config import GateSWAConfig
+from attnedit.targets.attention.kernels import Virtual
 from attnedit.targets.attention.mla.config import MLAConfig
 from attnedit.targets.attention.mla.module import MLA
 from attnedit.targets.attention.mla.rotary import rotate
-from attnedit.targets.runtime.decomposed import (
-    Virtual,
-    as_interface,
-    attend,
-    lower_attention,
-    probabilities,
-)
+from attnedit.targets.runtime.decomposed import as_interface, attend, lower_attention, probabilities
 from attnedit.targets.runtime.latent import AbsorbedAttention
 from attnedit.targets.runtime.onnx.cache import ExportLayer, Step, current_step
 from attnedit.targets.runtime.windowed import WindowedAttention

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from attnedit.compiler.errors import UsageError, VerificationError
+from attnedit.compiler.errors import UsageError, VerificationError, first_line
 from attnedit.compiler.model_io.heads import check_exportable
 from attnedit.compiler.progress import Progress, stage
 from attnedit.targets.attention.kinds import kind_of
@@ -201,8 +201,7 @@ def _check_file(file: Path) -> None:
     try:
         onnx.checker.check_model(str(file))
     except onnx.checker.ValidationError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise VerificationError(f"onnx.checker refuses the exported model: {reason}") from error
+        raise VerificationError(f"onnx.checker refuses the exported model: {first_line(error)}") from error
 
 
 # Once per process they would say that torchvision is not there, which no language model needs.

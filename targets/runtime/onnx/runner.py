@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnxruntime
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from attnedit.compiler.errors import AttneditError, UsageError
+from attnedit.compiler.errors import AttneditError, UsageError, first_line
 from attnedit.targets.runtime.check import PREFILL
 from attnedit.targets.runtime.onnx.manifest import MODEL_FILE, Manifest
 from attnedit.targets.runtime.onnx.program import Signature
@@ -228,8 +228,7 @@ class Decoding:
         try:
             self.model.sessions[length].run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise AttneditError(f"onnxruntime failed: {reason}") from error
+            raise AttneditError(f"onnxruntime failed: {first_line(error)}") from error
         # In the order of binding: logits first, then the cache as the signature lists it.
         outputs = dict(zip(signature.outputs(), binding.get_outputs(), strict=True))
         for past in kept:
@@ -248,8 +247,7 @@ def _session(file: Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(file, sess_options=options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UsageError(f"onnxruntime cannot load {file}: {reason}") from error
+        raise UsageError(f"onnxruntime cannot load {file}: {first_line(error)}") from error
 
 
 def choose(
