@@ -21,6 +21,10 @@ __all__ = ["one_sink", "prefill_attention", "prefills_fused"]
 
 MOST_SIZE = 256
 """Of queries, values and rotary values: beyond it a block leaves the chip's registers."""
+WHOLE = 16
+"""On a GPU sizes of queries and values, and steps from row to row, are multiples of this. Compiled for queries of 24
+and values of 16 (triton 3.6, H200) the kernel gives wrong numbers, in triton's interpreter right ones: keys are then
+copied one number at a time, values are not. Sizes of 32 and 64 are right."""
 
 
 def prefills_fused(query: Tensor, learning: Iterable[Tensor], sizes: Sequence[int]) -> bool:
@@ -113,7 +117,7 @@ def _launch(
     from attnedit.targets.attention.prefill_kernels import attend_new
 
     batch, heads, length, size = query.shape
-    query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
+    query, keys, values = map(_with_whole_rows, (query, keys, values))
     wide, count = values.shape[-1], slots.shape[1]
     out = query.new_empty((batch, length, heads, wide))
     if sink_logit is not None:
@@ -162,6 +166,11 @@ def _launch(
             num_stages=2,
         )
     return out
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """The same numbers, neighbours beside each other and rows where copies of 16 bytes may begin."""
+    return x if x.stride(-1) == 1 and x.stride(-2) % WHOLE == 0 else x.contiguous()
 
 
 def _blocks(size: int, wide: int, rope: int) -> tuple[int, int, int]:

@@ -34,7 +34,7 @@ BATCH = ((1, 7), (1, 150), (96, 96), (80, 200), (3, 120), (1, 1))
 @needs_triton
 def test_kernel_and_plain_torch_equal_float64() -> None:
     errors = results_of("paged_latent_cases.py")["errors"]
-    assert len(errors) == 64
+    assert len(errors) == (32 if DEVICE == "cuda" else 64)  # plain torch is no GPU's
     limits = {"float32": 1e-6, "torch.float16": 1e-3, "bfloat16": 1e-2}
     limit = {name: next(value for kind, value in limits.items() if kind in name) for name in errors}
     assert {name: error for name, error in errors.items() if not error < limit[name]} == {}
@@ -70,7 +70,17 @@ def test_kernel_compiles_for_hopper(heads: int, rank: int, slots: int, most_new:
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"window": 50}, {"softcap": 3.0}, {"sinks": True}, {"rope_columns": ()}, {"qk_nope_head_dim": 0}]
+    "form",
+    [
+        {},
+        {"window": 50},
+        {"softcap": 3.0},
+        {"sinks": True},
+        {"rope_columns": ()},
+        {"qk_nope_head_dim": 0},
+        {"head_dim": 32, "qk_nope_head_dim": 32},  # which the kernel for prompts takes on a GPU
+        {"head_dim": 48, "qk_nope_head_dim": 48, "v_head_dim": 32, "rope_columns": (0, 1, 2, 3), "window": 70},
+    ],
 )
 def test_a_batch_of_steps_and_prompts_equals_float64(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Absorbed or with keys and values, heads in blocks, a paged cache in any order, padding."""

@@ -151,7 +151,9 @@ def test_compiled_by_torch(folder: Path, directories: Directories) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(folder: Path, directories: Directories, dtype: str) -> None:
     """As near to float32 as eager is in that precision, on the tokens that vLLM chose."""
-    names = ("llama-mla", "llama-gateswa+mla", "qwen3-gateswa")
+    names = ["llama-mla", "llama-gateswa+mla", "qwen3-gateswa"]
+    if on_gpu() and dtype == "float16":  # sink logits are refused there
+        names = ["llama-mla"]
     jobs = {name: {"directory": str(directories[name]), "settings": {"dtype": dtype}} for name in names}
     found = serve(folder, jobs)
     for name in names:
@@ -294,13 +296,19 @@ REFUSED = {
 
 def test_refused_in_one_line(folder: Path) -> None:
     jobs = {}
-    for name, (options, settings, _) in REFUSED.items():
+    cases = dict(REFUSED)
+    if on_gpu():
+        few = torch.cuda.device_count() < 4  # which vLLM asks before
+        cases = {name: case for name, case in cases.items() if not (few and "parallel" in str(case[1]))}
+        cases["half"] = ({}, {"dtype": "float16"}, "layer 0 has sink logits, which vLLM's FLASH_ATTN takes in bfloat16")
+    for name, (options, settings, _) in cases.items():
         directory = save_random("llama", folder / f"refused-{name}", ("gateswa", "full"), **options)
         jobs[name] = {"directory": str(directory), "settings": settings}
-    small = save_random("llama", folder / "refused-size", ("gateswa",), sizes={"head_dim": 16}, **gated())
-    jobs["size"] = {"directory": str(small)}
+    expected = {name: case[2] for name, case in cases.items()}
+    if not on_gpu():  # a GPU's backends take heads of 16
+        small = save_random("llama", folder / "refused-size", ("gateswa",), sizes={"head_dim": 16}, **gated())
+        jobs["size"], expected["size"] = {"directory": str(small)}, "this model has 16"
     found = serve(folder, jobs)
-    expected = {**{name: case[2] for name, case in REFUSED.items()}, "size": "this model has 16"}
     for name, text in expected.items():
         error = found[name].get("error", "it was served")
         assert error.startswith("UsageError: ")

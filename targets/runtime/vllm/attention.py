@@ -148,10 +148,16 @@ class ServedWindow(nn.Module):
             prefix=f"{prefix}.attn",
             **({} if logits is None else {"sinks": logits}),
         )
+        backend = self.attn.attn_backend.get_name()
+        if logits is not None and logits.dtype == torch.float16 and backend == "FLASH_ATTN":
+            raise UsageError(
+                f"layer {config.layer_idx} has sink logits, which vLLM's {backend} takes in bfloat16 only; use --dtype "
+                "bfloat16, or --attention-backend TRITON_ATTN"
+            )
         sizes = self.attn.attn_backend.get_supported_head_sizes()
         if sizes and config.head_dim not in sizes:
             raise UsageError(
-                f"layer {config.layer_idx}: vLLM's {self.attn.attn_backend.get_name()} attends with heads of "
+                f"layer {config.layer_idx}: vLLM's {backend} attends with heads of "
                 f"{', '.join(map(str, sizes))} values, this model has {config.head_dim}; use attnedit.load"
             )
 
