@@ -257,7 +257,7 @@ def _learned_notes(stages: Sequence[StageReport]) -> list[str]:
     """What a user should know of how distillation went."""
     return [
         f"{done.name}: the text is learned by heart (loss {done.trained_on:.3g} on it, {done.best:.3g} held out); more "
-        "text, self_generated or token_noise would take the result further"
+        "text, or self_generated, may take the result further"
         for done in stages
         if done.name == DISTILL and done.trained_on and done.best > BY_HEART * done.trained_on
     ]

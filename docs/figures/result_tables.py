@@ -29,6 +29,12 @@ SHOWN = {
         "eighth by both targets, sink logits only, trained at 4,096, then 8,192, second seed"
     ),
     "GateSWA and MLA 1/16, trained at 4,096, then 8,192": "sixteenth by both targets, trained at 4,096, then 8,192",
+    "MLA 1/2, trained with manuals": "half, trained with manuals",
+    "GateSWA and MLA 1/8, trained with manuals": "eighth by both targets, trained with manuals",
+    "GateSWA and MLA 1/8 with sink logits only, trained with manuals": (
+        "eighth by both targets, sink logits only, trained with manuals"
+    ),
+    "GateSWA and MLA 1/16, trained with manuals": "sixteenth by both targets, trained with manuals",
 }
 """Which runs the pages show, by the name that they have there."""
 
@@ -37,7 +43,7 @@ def runs(*, seeds: bool = False) -> dict[str, tuple[list[float], list[float], di
     """The runs shown: ratios of perplexity by position, facts found by length, and all that is known of the run.
 
     Args:
-        seeds: with those that repeat another with a second seed.
+        seeds: with those that repeat another with a second seed or on other text.
     """
     figures = data("long-context-smollm2")
     named = {run["name"]: run for run in figures["runs"]}
@@ -45,7 +51,7 @@ def runs(*, seeds: bool = False) -> dict[str, tuple[list[float], list[float], di
     found = {}
     for label, name in SHOWN.items():
         run = named[name]
-        if run.get("seed") and not seeds:
+        if not seeds and (run.get("seed") or "text" in run):
             continue
         ratios = run.get("ratio") or [one / other for one, other in zip(run["perplexity"], source, strict=True)]
         found[label] = (ratios, run["found"], run)

@@ -101,7 +101,7 @@ def test_a_text_learned_by_heart_is_told_of() -> None:
     (stage,) = result.report.stages
     assert stage.trained_on is not None
     assert stage.best > 1.8 * stage.trained_on
-    assert [note for note in result.report.notes if "learned by heart" in note and "token_noise" in note]
+    assert [note for note in result.report.notes if "learned by heart" in note and "self_generated" in note]
     (stage,) = compiled("llama", "mla", **few, distill_steps=80, token_noise=0.3).report.stages
     assert stage.trained_on is not None
     assert stage.best < 1.8 * stage.trained_on
