@@ -32,6 +32,7 @@ from attnedit.passes.solve import (
     cholesky,
     conjugate_gradients,
     inverse_root,
+    product,
     ridge_regression,
     spectrum,
     thin,
@@ -341,7 +342,7 @@ def refit_latent(samples: Sequence[LayerSample], factors: Factors, target: Logit
             if with_target:
                 error -= part.logits
             n, h, length, t = error.shape
-            back = part.pull(error).view(n, h * length, t).mT @ q.reshape(n, h * length, -1)
+            back = product(part.pull(error).view(n, h * length, t).mT, q.reshape(n, h * length, -1))
             pulled[part.part][chunk.sequences, chunk.keys] += back
         for sample, y in zip(samples, seen, strict=True):
             missing = torch.einsum("nhqr,hDr->nqD", y @ maps[0].mT, factors.output)
