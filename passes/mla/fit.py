@@ -71,7 +71,7 @@ def refine(samples: Sequence[LayerSample], factors: Factors, energy: float, opti
         AttneditError: nothing finite was found.
     """
     output, error = refit_output(samples, factors)
-    best = Fit(output, energy, error)
+    best, lowest = Fit(output, energy, error), error
     sides = (refit_query, refit_latent) if options.latent_side else (refit_query,)
     if options.alternations:
         few = [sample.thinned(max(1, round(len(sample.positions) * options.logit_share))) for sample in samples]
@@ -79,8 +79,8 @@ def refine(samples: Sequence[LayerSample], factors: Factors, energy: float, opti
         target = logit_target(few, factors if turn else None)
         factors, error = refit_output(samples, refit(few, factors, target, options.iterations))
         # Logits stand in for what is attended; where few keys take all of it, that may fail.
-        if error <= best.output_error + ROUNDING:
-            best = Fit(factors, energy, error)
+        if error <= lowest + ROUNDING:
+            best, lowest = Fit(factors, energy, error), min(error, lowest)
     if not math.isfinite(best.output_error):
         raise AttneditError("queries, keys or values are too large for float32, so that no latent can be fitted")
     return best
