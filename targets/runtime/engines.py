@@ -239,6 +239,8 @@ def check_checkpoint(engine: str, config: Any) -> list[str] | None:
     if rank is None:
         if engine == SGLANG and "full_attention" not in config.layer_types:
             raise UsageError("SGLang's Laguna wants a full layer; compile with --full-layers 1 or more")
+        if engine == SGLANG and config.tie_word_embeddings:
+            raise UsageError("SGLang's Laguna ties no head to the embeddings; it needs weights of its own")
         if engine != VLLM or config.model_type in VLLM_WINDOWS:
             return None
         if config.model_type in VLLM_LLAMA:

@@ -16,10 +16,10 @@ from gguf_models import VOCABULARY, trained_tokenizer, with_tokenizer
 from hf_exports import windowed, written
 from project import ROOT
 from tiny_llama import make_llama
-from transformers import PreTrainedModel, Qwen2Config
+from transformers import CONFIG_MAPPING, PreTrainedModel, Qwen2Config
 
 import attnedit
-from attnedit.targets.runtime.engines import stock_rank, tried, window_cache
+from attnedit.targets.runtime.engines import check_checkpoint, stock_rank, tried, window_cache
 from attnedit.targets.runtime.gguf import export as export_gguf
 from attnedit.targets.runtime.hf import PROFILES, export
 from attnedit.targets.runtime.hf.files import check_files
@@ -127,6 +127,13 @@ def test_sglang_wants_a_full_layer(tmp_path: Path) -> None:
     result = SimpleNamespace(model=windowed(build("llama"), full_layers=0), tokenizer=None)
     with pytest.raises(attnedit.UsageError, match="SGLang's Laguna wants a full layer"):
         export(result, tmp_path / "out", engine="sglang")
+
+
+def test_sglang_is_given_no_laguna_with_a_tied_head() -> None:
+    config = CONFIG_MAPPING["laguna"](layer_types=["full_attention"], num_hidden_layers=1, tie_word_embeddings=True)
+    assert check_checkpoint("vllm", config) is None
+    with pytest.raises(attnedit.UsageError, match="SGLang's Laguna ties no head"):
+        check_checkpoint("sglang", config)
 
 
 def test_qwen3_windows_are_not_ignored_by_vllm(tmp_path: Path) -> None:
