@@ -65,7 +65,7 @@ _TRIED = {
     "deepseek_v3": "vLLM 0.32.0 (CPU, 512 + 64 values, without its rotary kernel); SGLang 0.5.17 (CPU, with "
     "two lines of it changed). For llama.cpp export the result with --to gguf.",
     "youtu": "None: neither vLLM 0.32 nor SGLang knows this class.",
-    "laguna": "vLLM 0.32.0 (CPU); SGLang 0.5.17 (CPU), of which it wants a head of its own (--engine sglang).",
+    "laguna": "vLLM 0.32.0 (CPU); SGLang 0.5.17 (CPU), which wants a head of its own (--engine sglang).",
     "lfm3": "None: vLLM 0.32 does not know this class.",
     "native": "vLLM 0.32.0 (CPU), as its LlamaForCausalLM with layer_types; not as any other class.",
     "remote": "None: engines run their own classes.",
