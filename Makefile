@@ -57,7 +57,7 @@ NEWEST_VENV := .venv-newest
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip install --quiet
 TESTS ?=
 
-.PHONY: help commands demo docs tutorial benchmarks lock release-check test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm lint types setup clean
+.PHONY: help commands demo docs tutorial benchmarks lock release-check test test-long test-newest test-oldest test-wheel test-random test-kills test-suites test-npu test-npu-device test-engines test-llamacpp test-vllm test-sglang lint types setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -110,6 +110,9 @@ test-llamacpp: $(STAMP) $(LLAMACPP_STAMP)
 test-vllm: $(STAMP) $(if $(ATTNEDIT_VLLM_PYTHON),,$(VLLM_STAMP))  ## serve results in vLLM on the CPU and compare with eager (another one: ATTNEDIT_VLLM_PYTHON=...)
 	ATTNEDIT_VLLM_PYTHON=$(or $(ATTNEDIT_VLLM_PYTHON),$(abspath $(VLLM_VENV)/bin/python)) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -m engines tests/engines/test_vllm.py
+
+test-sglang: $(STAMP)  ## serve checkpoints in SGLang and compare with eager, with the python that has it (ATTNEDIT_SGLANG_PYTHON=...)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines/test_sglang.py
 
 tutorial: $(STAMP) $(LLAMACPP_STAMP)  ## run the first tutorial's commands and record what they print (ten minutes)
 	ATTNEDIT_LLAMACPP_PYTHON=$(abspath $(LLAMACPP_VENV)/bin/python) $(BIN)/python docs/tutorials/record.py build/tutorial

@@ -62,10 +62,10 @@ WINDOWED = {
 _TRIED = {
     "saved": "vLLM 0.26.0 and 0.32.0 (CPU), through attnedit's plugin.",
     "gguf": "llama.cpp (CPU; xllamacpp 2026.10.11549).",
-    "deepseek_v3": "vLLM 0.32.0 (CPU, 512 + 64 values, without its rotary kernel); SGLang was not run. For llama.cpp "
-    "export the result with --to gguf.",
+    "deepseek_v3": "vLLM 0.32.0 (CPU, 512 + 64 values, without its rotary kernel); SGLang 0.5.17 (CPU, with "
+    "two lines of it changed). For llama.cpp export the result with --to gguf.",
     "youtu": "None: neither vLLM 0.32 nor SGLang knows this class.",
-    "laguna": "vLLM 0.32.0 (CPU); SGLang was not run.",
+    "laguna": "vLLM 0.32.0 (CPU); SGLang 0.5.17 (CPU), which wants a head of its own (--engine sglang).",
     "lfm3": "None: vLLM 0.32 does not know this class.",
     "native": "vLLM 0.32.0 (CPU), as its LlamaForCausalLM with layer_types; not as any other class.",
     "remote": "None: engines run their own classes.",
@@ -239,6 +239,8 @@ def check_checkpoint(engine: str, config: Any) -> list[str] | None:
     if rank is None:
         if engine == SGLANG and "full_attention" not in config.layer_types:
             raise UsageError("SGLang's Laguna wants a full layer; compile with --full-layers 1 or more")
+        if engine == SGLANG and config.tie_word_embeddings:
+            raise UsageError("SGLang's Laguna ties no head to the embeddings; it needs weights of its own")
         if engine != VLLM or config.model_type in VLLM_WINDOWS:
             return None
         if config.model_type in VLLM_LLAMA:

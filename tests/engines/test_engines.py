@@ -16,10 +16,10 @@ from gguf_models import VOCABULARY, trained_tokenizer, with_tokenizer
 from hf_exports import windowed, written
 from project import ROOT
 from tiny_llama import make_llama
-from transformers import PreTrainedModel, Qwen2Config
+from transformers import CONFIG_MAPPING, PreTrainedModel, Qwen2Config
 
 import attnedit
-from attnedit.targets.runtime.engines import stock_rank, tried, window_cache
+from attnedit.targets.runtime.engines import check_checkpoint, stock_rank, tried, window_cache
 from attnedit.targets.runtime.gguf import export as export_gguf
 from attnedit.targets.runtime.hf import PROFILES, export
 from attnedit.targets.runtime.hf.files import check_files
@@ -129,6 +129,13 @@ def test_sglang_wants_a_full_layer(tmp_path: Path) -> None:
         export(result, tmp_path / "out", engine="sglang")
 
 
+def test_sglang_is_given_no_laguna_with_a_tied_head() -> None:
+    config = CONFIG_MAPPING["laguna"](layer_types=["full_attention"], num_hidden_layers=1, tie_word_embeddings=True)
+    assert check_checkpoint("vllm", config) is None
+    with pytest.raises(attnedit.UsageError, match="SGLang's Laguna ties no head"):
+        check_checkpoint("sglang", config)
+
+
 def test_qwen3_windows_are_not_ignored_by_vllm(tmp_path: Path) -> None:
     model = windowed(build("qwen3"))
     written(model, tmp_path / "out", "native")
@@ -190,7 +197,7 @@ def test_another_tokenizer_and_other_settings_are_noticed(tmp_path: Path) -> Non
 
 def test_engines_that_are_said_to_be_tried_are_those_of_the_pages() -> None:
     """Every version in model cards stands under "What was run" of an engine's page, and the pinned ones in cards."""
-    pages = [ROOT / "docs" / "engines" / name for name in ("vllm.md", "llama.cpp.md")]
+    pages = [ROOT / "docs" / "engines" / name for name in ("vllm.md", "llama.cpp.md", "sglang.md")]
     run = " ".join(page.read_text(encoding="utf-8").partition("## What was run")[2] for page in pages)
     cards = {form: tried(form) for form in (*PROFILES, "saved", "gguf")}
     for form, card in cards.items():
@@ -198,5 +205,3 @@ def test_engines_that_are_said_to_be_tried_are_those_of_the_pages() -> None:
     pinned = re.findall(r"^(?:VLLM|LLAMACPP) := \S+==(\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert len(pinned) == 2
     assert all(version in cards["saved"] + cards["gguf"] for version in pinned)
-    assert "**SGLang was not run**" in (ROOT / "docs/engines/sglang.md").read_text(encoding="utf-8")
-    assert all("SGLang was not run" in card for card in cards.values() if "SGLang" in card and "None" not in card)

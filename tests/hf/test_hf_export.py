@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from commands import save as save_with_tokenizer
 from compiled import compile_tiny, deviation, half, logits, source
 from families import build
 from hf_exports import IDS, alone, gated, greedy, needs_lfm3, windowed, written
+from safetensors.torch import load_file
 from tiny_llama import make_llama
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedModel
 
 import attnedit
+from attnedit.targets.runtime.hf.native import read_native
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,30 @@ def test_windows_as_other_classes(
     assert {sum(check["lengths"]) for check in manifest.checks} == {
         model.config.attnedit["sites"]["model.layers.1.self_attn"]["sliding_window"] + by for by in (4, 10)
     }
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
+@pytest.mark.parametrize("engine", [None, "sglang", "vllm"])
+def test_a_laguna_has_a_head_of_its_own_where_no_embeddings_stand_in(engine: str | None, tmp_path: Path) -> None:
+    """SGLang's class ties no head. vLLM's does: a tied checkpoint, as all were once, is loaded as before."""
+    model = windowed(build("qwen3", tie_word_embeddings=True))
+    written(model, tmp_path / "out", "laguna", engine=engine)
+    config, weights = config_of(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    assert config["tie_word_embeddings"] is (engine == "vllm")
+    assert ("lm_head.weight" in weights) is (engine != "vllm")
+    if engine != "vllm":
+        assert torch.equal(weights["lm_head.weight"], model.get_input_embeddings().weight)
+    assert deviation(logits(read_native(tmp_path / "out"), IDS), logits(model, IDS)) < 1e-5
+
+
+def test_a_plain_class_keeps_its_head_tied(tmp_path: Path) -> None:
+    written(windowed(build("llama", tie_word_embeddings=True)), tmp_path / "out", "native", engine="vllm")
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
 @needs_lfm3

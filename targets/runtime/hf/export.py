@@ -21,7 +21,7 @@ from attnedit.targets.runtime.engines import LLAMA_CPP, SLOT_VALUES, VLLM, check
 from attnedit.targets.runtime.hf.card import NATIVE, REMOTE, write_about
 from attnedit.targets.runtime.hf.check import check_same
 from attnedit.targets.runtime.hf.files import check_files
-from attnedit.targets.runtime.hf.native import Native, read_native, write_native
+from attnedit.targets.runtime.hf.native import Native, give_own_head, read_native, write_native
 from attnedit.targets.runtime.hf.profiles import (
     PROFILES,
     REMOTE_PROFILE,
@@ -171,6 +171,8 @@ def native_form(
     slots = SLOT_VALUES if engine == VLLM else None
     sizes = {"kernel_dims": kernel_dims, "gguf": gguf, "slot_values": slots} if form.uniform else {}
     native = form.write(model, **sizes)
+    if form.own_head and engine != VLLM:
+        give_own_head(native.config, native.state)
     return native if engine is None else replace(native, architectures=check_checkpoint(engine, native.config))
 
 

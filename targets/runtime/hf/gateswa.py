@@ -236,6 +236,6 @@ def _notes(layers: list[Layer]) -> list[str]:
     return [f"{count} of {len(layers)} layers attend to the last {window} tokens, the token itself included."]
 
 
-LAGUNA = Profile(laguna_checkpoint, gates=("none",), sinks=("none",))
+LAGUNA = Profile(laguna_checkpoint, gates=("none",), sinks=("none",), own_head=True)
 LFM3 = Profile(lfm3_checkpoint, gates=("none", "head"), sinks=("none",))
 NATIVE = Profile(native_checkpoint, named=False, gates=("none",), sinks=("none", "logit"))

@@ -17,7 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from attnedit.compiler.errors import UsageError
 from attnedit.targets.runtime.eager.classes import source_config
 from attnedit.targets.runtime.hf.latent import LatentSite, LatentWeights, latent_sites, latent_weights
-from attnedit.targets.runtime.hf.native import Native, decoder_config, neutral_norm, outside, refuse_half, skeleton
+from attnedit.targets.runtime.hf.native import (
+    Native,
+    decoder_config,
+    give_own_head,
+    neutral_norm,
+    outside,
+    refuse_half,
+    skeleton,
+)
 from attnedit.targets.runtime.hf.profiles import Profile
 from attnedit.targets.runtime.hf.rope import Table, choose_table
 
@@ -102,9 +110,7 @@ def latent_checkpoint(
         if gguf:
             made |= _query_in_two_steps(made.pop("q_proj"), model.dtype)
         state |= {f"{layer.site.name}.{name}.weight": value.to(model.dtype) for name, value in made.items()}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"].detach().clone()
-        config.tie_word_embeddings = False
+    give_own_head(config, state)
     if config.rms_norm_eps != LATENT_EPSILON:
         _scale_residual_stream(state, (LATENT_EPSILON / config.rms_norm_eps) ** 0.5)
         config.rms_norm_eps = LATENT_EPSILON

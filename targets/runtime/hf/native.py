@@ -145,6 +145,13 @@ def check_places(model: PreTrainedModel, state: Mapping[str, Tensor], except_in:
         raise UsageError(f"{title} needs {absent[0]}, which the model does not have; {OTHER}")
 
 
+def give_own_head(config: PreTrainedConfig, state: dict[str, Tensor]) -> None:
+    """Write a tied head out, for engines whose class takes no embeddings in its place, whatever config.json says."""
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].detach().clone()
+        config.tie_word_embeddings = False
+
+
 def write_native(native: Native, directory: Path, dtype: torch.dtype, generation_config: Any) -> None:
     """Write weights and configuration; the generation config is the class's own without one.
 

@@ -31,6 +31,7 @@ class Profile:
         named: whether its name is the ``model_type`` of a class of transformers.
         gates: trained gates that it holds, the first unless asked for another; None where none is asked about.
         sinks: sinks that it holds.
+        own_head: whether a tied head is written out, but for vLLM, whose class ties it; a `uniform` one does so itself.
     """
 
     write: Callable[..., Native]
@@ -38,6 +39,7 @@ class Profile:
     named: bool = True
     gates: tuple[str, ...] | None = None
     sinks: tuple[str, ...] | None = None
+    own_head: bool = False
 
 
 def kind_with(profile: str) -> AttentionKind:
