@@ -20,6 +20,12 @@ from attnedit.targets.attention import prefill as prefill_module
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter of triton 3.9 takes bfloat16 for integers.
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
+VALUES = 16 if DEVICE == "cuda" else 12
+"""Of windows. On a GPU the kernel takes multiples of 16 alone."""
+LATENTS: tuple[tuple[int, int, int], ...] = ((8, 6, 3), (8, 6, 0))
+"""Sizes of queries and of values, and rotary slots."""
+if DEVICE == "cuda":
+    LATENTS = ((32, 32, 4), (128, 128, 88), (64, 64, 8), (32, 16, 3), (48, 32, 0))
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "kept": {"sink_tokens": 3},
@@ -37,7 +43,7 @@ def gateswa(form: str, dtype: torch.dtype) -> GateSWA:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        v_head_dim=12,
+        v_head_dim=VALUES,
         hidden_size=32,
         sliding_window=7,
         scale=0.25,
@@ -83,27 +89,29 @@ def main() -> None:
                 for length in lengths if kind != "none" else lengths[:1]:
                     sinks = normal(dtype, 4) if module.config.sinks else None
                     states = (normal(dtype, 2, 4, length, 16), normal(dtype, 2, 2, length, 16))
-                    calls.append((*states, normal(dtype, 2, 2, length, 12), sinks))
+                    calls.append((*states, normal(dtype, 2, 2, length, VALUES), sinks))
                 errors[f"gateswa {dtype} {form} {kind} {lengths}"] = error(
                     module, calls, kind, lambda x, cache: (*x[:3], None, None, cache, x[3])
                 )
         windows = used.call_count
-        for dtype, window, slots in itertools.product(DTYPES, (None, 20), ((0, 2, 3), ())):
-            config = MLAConfig(0, 4, 8, 6, 12, slots, 8, 10, 0.4, window=window)
+        for dtype, window, (size, wide, slots) in itertools.product(DTYPES, (None, 20), LATENTS):
+            columns = tuple(range(1, slots + 1))
+            config = MLAConfig(0, 4, size, wide, 12, columns, size, 10, 0.4 * (8 / size) ** 0.5, window=window)
             latent = MLA(config, device=DEVICE, dtype=dtype).requires_grad_(False)
             latent.path = "expanded"
             calls = []
             for length in (70, 33, 150):
-                angle = torch.rand(2, length, 5, device=DEVICE)
+                angle = torch.rand(2, length, slots + 2, device=DEVICE)
                 turns = angle.cos().to(dtype), angle.sin().to(dtype)
-                calls.append((normal(dtype, 2, 4, length, 8), normal(dtype, 2, length, 10), *turns))
-            errors[f"mla {dtype} {window} {len(slots)}"] = error(
+                calls.append((normal(dtype, 2, 4, length, size), normal(dtype, 2, length, 10), *turns))
+            errors[f"mla {dtype} {window} {size} {wide} {slots}"] = error(
                 latent, calls, "dynamic", lambda x, cache: (*x, None, cache)
             )
+        latents = used.call_count - windows
     learns = {}
     sink, latent = gateswa("sink", DTYPES[0]), MLA(config, device=DEVICE, dtype=DTYPES[0]).requires_grad_(False)
     latent.path = "expanded"
-    states = (normal(DTYPES[0], 1, heads, 9, size) for heads, size in ((4, 16), (2, 16), (2, 12)))
+    states = (normal(DTYPES[0], 1, heads, 9, size) for heads, size in ((4, 16), (2, 16), (2, VALUES)))
     for name, module, weight, given in (
         ("sink", sink, sink.sink_logit, (*states,)),
         ("latent", latent, latent.kv_b_proj.weight, (*calls[-1], None, DynamicCache())),
@@ -113,7 +121,14 @@ def main() -> None:
             out = module(*given)
         learns[name] = bool(torch.autograd.grad(out.float().square().sum(), weight)[0].abs().sum() > 0)
     json.dump(
-        {"learns": learns, "errors": errors, "windows": windows, "latents": used.call_count - windows}, sys.stdout
+        {
+            "learns": learns,
+            "errors": errors,
+            "windows": windows,
+            "latents": latents,
+            "cases": len(LATENTS) * len(DTYPES),
+        },
+        sys.stdout,
     )
 
 
