@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-
-from attnedit.compiler.execution.stream import fast_bfloat16
 
 Blocks = list[Tensor]
 
@@ -174,26 +171,15 @@ def conjugate_gradients(
     return x
 
 
-_ROUNDED: ContextVar[bool] = ContextVar("products may be rounded", default=False)
-
-
 @contextmanager
 def rounded_products() -> Iterator[None]:
-    """Let products of float32 matrices round their factors: all of them to TF32 on CUDA GPUs, `product` on CPUs."""
-    before, token = torch.backends.cuda.matmul.fp32_precision, _ROUNDED.set(True)
+    """Products of float32 matrices in TF32 on CUDA GPUs; elsewhere as always."""
+    before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-        _ROUNDED.reset(token)
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product, in `rounded_products` of factors in bfloat16 on processors that multiply these faster."""
-    if _ROUNDED.get() and left.device.type == "cpu" and left.dtype == torch.float32 and fast_bfloat16():
-        return (left.bfloat16() @ right.bfloat16()).float()
-    return left @ right
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

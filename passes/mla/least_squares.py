@@ -32,7 +32,6 @@ from attnedit.passes.solve import (
     cholesky,
     conjugate_gradients,
     inverse_root,
-    product,
     ridge_regression,
     spectrum,
     thin,
@@ -342,9 +341,7 @@ def refit_latent(samples: Sequence[LayerSample], factors: Factors, target: Logit
             if with_target:
                 error -= part.logits
             n, h, length, t = error.shape
-            # Transposed once more than it seems to need: in bfloat16 processors take three times as long otherwise.
-            asked = q.reshape(n, h * length, -1).mT
-            back = product(asked, part.pull(error).view(n, h * length, t)).mT
+            back = part.pull(error).view(n, h * length, t).mT @ q.reshape(n, h * length, -1)
             pulled[part.part][chunk.sequences, chunk.keys] += back
         for sample, y in zip(samples, seen, strict=True):
             missing = torch.einsum("nhqr,hDr->nqD", y @ maps[0].mT, factors.output)

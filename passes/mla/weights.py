@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from attnedit.passes.sample import Chunk, LayerSample
-from attnedit.passes.solve import product
 from attnedit.targets.attention.mla.rotary import rotate
 
 
@@ -69,13 +68,13 @@ def key_features(sample: LayerSample, latent: Tensor, slots: Tensor, columns: Te
 def score(queries: Tensor, keys: Tensor) -> Tensor:
     """Logits [N', H, Q', T'] of query features [N', H, Q', w] and cached values [N', T', w], heads folded into rows."""
     n, h, q, w = queries.shape
-    return product(queries.reshape(n, h * q, w), keys.transpose(-1, -2)).view(n, h, q, -1)
+    return (queries.reshape(n, h * q, w) @ keys.transpose(-1, -2)).view(n, h, q, -1)
 
 
 def mix(weights: Tensor, states: Tensor) -> Tensor:
     """Attention-weighted mean of shared states: [N', H, Q', T'] x [N', T', w] -> [N', H, Q', w]."""
     n, h, q, t = weights.shape
-    return product(weights.reshape(n, h * q, t), states).view(n, h, q, -1)
+    return (weights.reshape(n, h * q, t) @ states).view(n, h, q, -1)
 
 
 def latent_reads(samples: Sequence[LayerSample], factors: Factors) -> Iterator[tuple[LayerSample, Chunk, Tensor]]:
