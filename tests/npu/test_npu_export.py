@@ -267,13 +267,21 @@ def test_what_cannot_be_lowered_is_refused(family: str, words: str, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def rounding_of(live: torch.nn.Module) -> float:
+    """What float32 costs a model itself, of its logits: the fit of "split" has weights of 450 in what nothing asks for."""
+    exact = copy.deepcopy(live).double()
+    with torch.no_grad():
+        found, expected = (part(tokens(2, 40)).logits for part in (live, exact))
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["split", "window", "composition", "experts"])
 def test_without_fused_kernels(kind: str) -> None:
     _, manifest = exported(kind, "310p")
     assert manifest.operators == {"prefill": {}, "decode": {}}
     assert {decision["kernel"] for decision in manifest.decisions} == {"matmul"}
-    assert max(check["deviation"] for check in manifest.checks) < 2e-5
+    assert max(check["deviation"] for check in manifest.checks) < 2e-5 + rounding_of(model(kind))
 
 
 @pytest.mark.long
