@@ -267,11 +267,11 @@ def test_what_cannot_be_lowered_is_refused(family: str, words: str, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def rounding_of(live: torch.nn.Module) -> float:
-    """What float32 costs a model itself, of its logits: the fit of "split" has weights of 450 in what nothing asks for."""
-    exact = copy.deepcopy(live).double()
+def rounding_of(live: PreTrainedModel) -> float:
+    """What float32 costs a model itself, of its logits on random tokens."""
+    ids = torch.randint(4, live.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found, expected = (part(tokens(2, 40)).logits for part in (live, exact))
+        found, expected = (part(ids).logits for part in (live, copy.deepcopy(live).double()))
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
@@ -281,7 +281,8 @@ def test_without_fused_kernels(kind: str) -> None:
     _, manifest = exported(kind, "310p")
     assert manifest.operators == {"prefill": {}, "decode": {}}
     assert {decision["kernel"] for decision in manifest.decisions} == {"matmul"}
-    assert max(check["deviation"] for check in manifest.checks) < 2e-5 + rounding_of(model(kind))
+    own = rounding_of(model(kind)) if kind == "split" else 0  # 2e-5, with weights of 450
+    assert max(check["deviation"] for check in manifest.checks) < 2e-5 + own
 
 
 @pytest.mark.long
