@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,15 +128,4 @@ def _held(surveyed: Surveyed, key: Tensor, value: Tensor) -> Surveyed:
         raise UsageError(
             f"layer {surveyed.layer} makes keys under a window out of another cache, which is not supported"
         )
-    sizes = (key.shape[1], key.shape[3], value.shape[3])
-    return Surveyed(
-        surveyed.layer,
-        "held",
-        surveyed.heads,
-        surveyed.kv_heads,
-        surveyed.size,
-        surveyed.value_size,
-        virtual=surveyed.virtual,
-        softcap=surveyed.softcap,
-        held=sizes,
-    )
+    return replace(surveyed, form="held", held=(key.shape[1], key.shape[3], value.shape[3]))
