@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kv-budget", type=float, default=0.28125, help="512 + 64 of 2,048 values for qwen3-8b")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--calibration-length", type=int, default=1024, help="of each window of the closed form")
     parser.add_argument("--alternations", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -149,7 +150,8 @@ def main() -> None:
     teacher = random_model(options.shape, options.layers, options.device)
     made = time.perf_counter() - began
     vocabulary = teacher.config.vocab_size
-    windows = torch.randint(0, vocabulary, (max(1, options.calibration_tokens // 1024), 1024))
+    length = options.calibration_length
+    windows = torch.randint(0, vocabulary, (max(1, options.calibration_tokens // length), length))
     clock = Clock()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -159,6 +161,7 @@ def main() -> None:
         kv_budget=options.kv_budget,
         calibration=windows,
         calibration_tokens=windows.numel(),
+        calibration_length=length,
         alternations=options.alternations,
         progress=clock,
     )

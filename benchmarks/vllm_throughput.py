@@ -5,13 +5,14 @@
 
 Qwen3-8B's shape with random weights, bfloat16: the source as vLLM's own class, results of ours through the plugin, and
 512 + 64 as a checkpoint of DeepSeek's class. vLLM's own connector for benchmarks fills the cache, as if a prompt of
-that length had been read; steps are timed as the difference between a long and a short answer, so that filling is left
-out. The first token is that of a prompt of its own, without the connector. Each model has a process of its own.
+that length had been read; a step is the median time from one of the engine's steps to the next while all requests are
+answered. The first token is that of a prompt of its own, without the connector. Each model has a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -22,6 +23,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from gpu_models import TINY, Shape
@@ -33,8 +35,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 MODELS = ("source", "MLA 1/2", "MLA 1/4", "MLA 512+64", "DeepSeek 512+64", "GateSWA", "GateSWA + MLA 1/8")
 MOST = 1024
 """Sequences at once; more of them change nothing but the run's length."""
-SHORT, LONG = 8, 72
-"""New tokens of two answers, whose difference is timed."""
+NEW = 72
+"""Tokens of an answer."""
 TRIAL = replace(TINY, head_dim=32, vocabulary=2000)
 
 
@@ -119,6 +121,26 @@ def seconds(engine: Any, batch: int, length: int, new: int) -> float:
     return time.perf_counter() - begin
 
 
+def step_seconds(engine: Any, batch: int, length: int) -> float:
+    """Median time from one step to the next while each of so many requests gets one token.
+
+    The time of whole answers tells less: blocks are handed out and filled before their first step, and how long that
+    takes differs between runs by seconds where batches are large.
+    """
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    schedule, steps = scheduler.schedule, []
+
+    def noted(*args: Any, **named: Any) -> Any:
+        found = schedule(*args, **named)
+        steps.append((time.perf_counter(), found.total_num_scheduled_tokens))
+        return found
+
+    with mock.patch.object(scheduler, "schedule", noted):
+        seconds(engine, batch, length, NEW)
+    pairs = itertools.pairwise(steps)
+    return statistics.median(after - before for (before, first), (after, last) in pairs if first == last == batch)
+
+
 def largest_batch(engine: Any, length: int) -> int:
     """How many requests the cache holds while they are answered.
 
@@ -130,7 +152,7 @@ def largest_batch(engine: Any, length: int) -> int:
     for group in config.kv_cache_groups:
         spec = group.kv_cache_spec
         window = getattr(spec, "sliding_window", None)
-        tokens = length + LONG if window is None else window - 1
+        tokens = length + NEW if window is None else window - 1
         held += -(-tokens // spec.block_size) + (window is not None)
     longest = engine.llm_engine.vllm_config.model_config.max_model_len
     one = -(-config.num_blocks * longest // engine.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
@@ -185,10 +207,7 @@ def measure(name: str, lengths: list[int], batches: list[int], most_new: int, sh
                 continue
             FilledCache.filling = True
             seconds(engine, batch, length, 2)
-            short, long = (
-                statistics.median(seconds(engine, batch, length, new) for _ in range(2)) for new in (SHORT, LONG)
-            )
-            step = (long - short) / (LONG - SHORT)
+            step = statistics.median(step_seconds(engine, batch, length) for _ in range(2))
             report["decode"].append(
                 {"length": length, "batch": batch, "step_ms": 1e3 * step, "tokens_per_s": batch / step}
             )

@@ -27,6 +27,9 @@ GPU_CHUNKS = 16
 QUERY_BLOCKS = 8
 """Blocks of neighbouring queries: each meets only keys that it can see, which saves close to half of all logits."""
 
+WHOLE = 8
+"""Keys of a block come in multiples of this where there are as many: GPUs multiply rows of odd lengths much slower."""
+
 FIRST_POSITIONS = 4
 """Positions at the start of a sequence whose queries are always among those sampled."""
 
@@ -133,7 +136,8 @@ class LayerSample:
         result, positions = [], self.positions.tolist()  # one wait for the device
         for first, end in itertools.pairwise(edges):
             low, high = positions[first], positions[end - 1] + 1
-            keys = slice(0 if self.window is None else max(0, low - self.window + 1), high)
+            start = 0 if self.window is None else max(0, low - self.window + 1)
+            keys = slice(start - start % WHOLE, min(high + -high % WHOLE, self.key.shape[2]))
             step = max(1, most // (h * (end - first) * (keys.stop - keys.start)))
             result += [Chunk(slice(i, min(i + step, n)), slice(first, end), keys) for i in range(0, n, step)]
         return result

@@ -99,6 +99,8 @@ def test_chunks_hold_every_visible_pair_once(
         patch.setattr(sample_module, "CHUNK_ELEMENTS", chunk)
         for part in sample.chunks():
             seen[part.sequences, part.queries, part.keys] += sample.visible(part)
+            assert part.keys.start % 8 == 0
+            assert part.keys.stop % 8 == 0 or part.keys.stop == length
     behind = sample.positions[:, None] - torch.arange(length)
     expected = (behind >= 0) & (behind < (window or length))
     assert torch.equal(seen, expected.long().expand(sequences, -1, -1))
