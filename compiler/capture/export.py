@@ -21,7 +21,7 @@ from attnedit.compiler.capture.forwards import PAST
 from attnedit.compiler.capture.normalise import ChildCall, clean, merge_duplicates, raise_children, retarget_sizes
 from attnedit.compiler.capture.probe import AttentionCall
 from attnedit.compiler.capture.written_out import Past, drop_past, emit_anchor
-from attnedit.compiler.compatibility.torch_names import TorchDynamoException, pytree, without_fake_cache
+from attnedit.compiler.compatibility.torch_names import pytree, without_fake_cache
 from attnedit.compiler.errors import CaptureError, first_line
 from attnedit.compiler.graph.anchor import ANCHOR
 from attnedit.compiler.graph.dataflow import Evaluator
@@ -153,7 +153,7 @@ def export_program(
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch's own copy of it
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})
-    except (RuntimeError, ValueError, TypeError, AssertionError, TorchDynamoException) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise CaptureError(f"torch.export failed: {first_line(error)}") from error
     return program
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.traceback import NodeSource, NodeSourceAction
@@ -23,7 +22,6 @@ __all__ = [
     "NodeSourceAction",
     "OpOverload",
     "TorchDispatchMode",
-    "TorchDynamoException",
     "pytree",
 ]
 

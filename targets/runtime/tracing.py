@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attnedit.compiler.compatibility.torch_names import TorchDynamoException
 from attnedit.compiler.errors import AttneditError, UsageError, first_line
 from attnedit.compiler.graph.anchor import attention_implementation, experts_implementation
 from attnedit.compiler.graph.modules import evaluation_mode
@@ -53,6 +52,6 @@ def traceable(model: PreTrainedModel, attention: str, experts: str, runtime: str
         ):
             warnings.simplefilter("ignore")  # torch's and onnxscript's own
             yield
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, TorchDynamoException) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
         kind = type(model).__name__
         raise AttneditError(f"{kind} could not be exported to {runtime}: {first_line(error)}") from error

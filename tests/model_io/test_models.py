@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +28,7 @@ from transformers import (
 import attnedit
 from attnedit.compiler.errors import UsageError
 from attnedit.compiler.model_io.devices import parse_dtype, resolve_device
+from attnedit.compiler.model_io.gguf_reading import shared_gguf_reader
 from attnedit.compiler.model_io.models import load_config_only, load_source
 
 
@@ -288,3 +291,25 @@ def test_the_embedded_model_loads_and_saves(tmp_path: Path) -> None:
     assert torch.equal(again.model.lm_head.weight, source.model.lm_head.weight)
     assert again.tokenizer is not None
     assert again.tokenizer.chat_template == source.tokenizer.chat_template
+
+
+def test_a_gguf_is_parsed_once_and_as_a_plain_array(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_token_list(["a", "bc", "d"])
+    writer.add_tensor("x", numpy.arange(64, dtype=numpy.float32).reshape(2, 32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    plain = gguf.GGUFReader(file)
+    with shared_gguf_reader():
+        shared = gguf.GGUFReader(file)
+        assert gguf.GGUFReader(file) is shared
+    assert type(shared.data) is numpy.ndarray  # slices of a memory map take three times as long
+    assert {name: field.contents() for name, field in shared.fields.items()} == {
+        name: field.contents() for name, field in plain.fields.items()
+    }
+    assert [(tensor.name, tensor.data.tolist()) for tensor in shared.tensors] == [
+        (tensor.name, tensor.data.tolist()) for tensor in plain.tensors
+    ]
