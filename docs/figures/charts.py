@@ -29,6 +29,8 @@ def charts() -> dict[str, str]:
     made |= {"quality-qwen": quality_of_qwen(), "ruler": ruler(), "tasks": tasks(), "memory": memory(), "cost": cost()}
     made["badges"] = badges()
     made |= {"growth-decode": growth_of_decode(), "growth-prompt": growth_of_prompt()}
+    made["growth-closed-form"] = growth_of_converting("closed-form", "Closed form of latents")
+    made["growth-training"] = growth_of_converting("training", "Distillation of latents")
     return {f"{name}.svg": drawing.svg() for name, drawing in made.items()}
 
 
@@ -168,6 +170,16 @@ def growth_of_prompt() -> Drawing:
     title = "One prompt through four layers, ms (H200)"
     ticks = [5, 10, 30, 100, 300, 1000, 4000]
     return curves(title, list(CACHED.values()), series, ticks, logarithmic=True, x_title="tokens of the prompt")
+
+
+def growth_of_converting(what: str, shown: str) -> Drawing:
+    """Time of the closed form or of training, over that of the smallest, against what doubles, both logarithmic."""
+    rows = [row for row in data("growth-converting")["rows"] if (row["what"], row["target"]) == (what, "mla")]
+    series = [(row["axis"], [each / row["seconds"][0] for each in row["seconds"]], False) for row in rows]
+    steps = max(len(row["sizes"]) for row in rows)
+    sizes = [f"{2**step} x" for step in range(steps)]
+    title = f"{shown}: time over the smallest's (two cores)"
+    return curves(title, sizes, series, [0.5, 1, 2, 4, 8, 16], logarithmic=True, x_title="size over the smallest")
 
 
 def badges() -> Drawing:

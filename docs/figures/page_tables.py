@@ -139,6 +139,19 @@ def training_speed() -> str:
     return table(["", "", "tokens/s", "memory"], data("cost")["training"]["rows"])
 
 
+def growth_of_converting() -> str:
+    """How time and memory of the closed form and of training grow, with exponents."""
+    names = {"mla": "MLA 1/2", "gateswa": "GateSWA"}
+    stages = {"closed-form": "closed form", "training": "distillation"}
+    rows = []
+    for row in data("growth-converting")["rows"]:
+        times = [", ".join(f"{each:.3g}" for each in row["seconds"]), f"{row['seconds exponent']:.2f}"]
+        memory = [", ".join(f"{each:.0f}" for each in row["MiB"]), f"{row['MiB exponent']:.2f}"]
+        sizes = ", ".join(f"{size:,}" for size in row["sizes"])
+        rows.append([f"{names[row['target']]}, {stages[row['what']]}", f"{row['axis']}: {sizes}", *times, *memory])
+    return table(["", "against", "seconds", "exponent", "MiB", "exponent"], rows)
+
+
 def recipes() -> str:
     """The trained runs shown, with their commands."""
     lines = []
@@ -159,7 +172,7 @@ def choices() -> str:
 
 
 MADE = [quality, found, qwen, qwen_found, ruler_qwen, tasks, short_windows, short_trained, recall_of_windows]
-MADE += [*RESULT_TABLES, *SPEED_TABLES, on_cpu, cost, training_speed, recipes, choices]
+MADE += [*RESULT_TABLES, *SPEED_TABLES, on_cpu, cost, training_speed, growth_of_converting, recipes, choices]
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in MADE}
 
 
