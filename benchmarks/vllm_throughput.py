@@ -127,7 +127,7 @@ def step_seconds(engine: Any, batch: int, length: int) -> float:
     The time of whole answers tells less: blocks are handed out and filled before their first step, and how long that
     takes differs between runs by seconds where batches are large.
     """
-    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(engine)
     schedule, steps = scheduler.schedule, []
 
     def noted(*args: Any, **named: Any) -> Any:
@@ -138,7 +138,15 @@ def step_seconds(engine: Any, batch: int, length: int) -> float:
     with mock.patch.object(scheduler, "schedule", noted):
         seconds(engine, batch, length, NEW)
     pairs = itertools.pairwise(steps)
-    return statistics.median(after - before for (before, first), (after, last) in pairs if first == last == batch)
+    gaps = [after - before for (before, first), (after, last) in pairs if first == last == batch]
+    if not gaps:
+        raise SystemExit(f"{batch} requests of {length} tokens never ran at once; give fewer with --batches")
+    return statistics.median(gaps)
+
+
+def scheduler_of(engine: Any) -> Any:
+    """The scheduler of an engine in this process."""
+    return engine.llm_engine.engine_core.engine_core.scheduler
 
 
 def largest_batch(engine: Any, length: int) -> int:
@@ -147,7 +155,7 @@ def largest_batch(engine: Any, length: int) -> int:
     vLLM's own figure counts for every window the tokens of two steps as well, which a request gives back when its
     prompt has been read. One request must find room for that, so as much as one request may take is left free.
     """
-    config = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    config = scheduler_of(engine).kv_cache_config
     held = 0
     for group in config.kv_cache_groups:
         spec = group.kv_cache_spec

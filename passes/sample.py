@@ -27,7 +27,7 @@ GPU_CHUNKS = 16
 QUERY_BLOCKS = 8
 """Blocks of neighbouring queries: each meets only keys that it can see, which saves close to half of all logits."""
 
-WHOLE = 8
+KEY_MULTIPLE = 8
 """Keys of a block come in multiples of this where there are as many: GPUs multiply rows of odd lengths much slower."""
 
 FIRST_POSITIONS = 4
@@ -137,7 +137,7 @@ class LayerSample:
         for first, end in itertools.pairwise(edges):
             low, high = positions[first], positions[end - 1] + 1
             start = 0 if self.window is None else max(0, low - self.window + 1)
-            keys = slice(start - start % WHOLE, min(high + -high % WHOLE, self.key.shape[2]))
+            keys = slice(start - start % KEY_MULTIPLE, min(high + -high % KEY_MULTIPLE, self.key.shape[2]))
             step = max(1, most // (h * (end - first) * (keys.stop - keys.start)))
             result += [Chunk(slice(i, min(i + step, n)), slice(first, end), keys) for i in range(0, n, step)]
         return result

@@ -16,10 +16,10 @@ def test_kernel_equals_the_modules_in_float64() -> None:
 
 @needs_triton
 def test_the_kernel_ran() -> None:
-    # Every call of more than one token to a window; latents after a past, under a window, or wider than torch's take.
+    # Every call of more than one token to a window; latents after a past, under a window, or too wide for torch's.
     found = results_of("prefill_cases.py")
     assert found["windows"] >= 5 * (4 + 2 * 8)
-    assert found["latents"] == found["cases"] * (2 + 3) + found["first"]
+    assert found["latents"] == found["cases"] * (2 + 3) + found["wide"]
 
 
 def test_processors_keep_the_plain_path() -> None:

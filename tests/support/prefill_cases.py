@@ -16,6 +16,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from attnedit.targets.attention import MLA, GateSWA, GateSWAConfig, MLAConfig
 from attnedit.targets.attention import prefill as prefill_module
+from attnedit.targets.attention.mla.paths import TORCH_SIZE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter of triton 3.9 takes bfloat16 for integers.
@@ -24,8 +25,6 @@ VALUES = 16 if DEVICE == "cuda" else 12
 """Of windows. On a GPU the kernel takes multiples of 16 alone."""
 LATENTS: tuple[tuple[int, int, int], ...] = ((8, 6, 3), (8, 6, 0))
 """Sizes of queries and of values, and rotary slots."""
-WIDEST = 256
-"""Of torch's fused kernels: wider queries go through ours before there is a past, too."""
 if DEVICE == "cuda":
     LATENTS = ((32, 32, 4), (128, 128, 88), (64, 64, 8), (32, 16, 3), (48, 32, 0))
 FORMS: dict[str, dict[str, Any]] = {
@@ -130,7 +129,7 @@ def main() -> None:
             "windows": windows,
             "latents": latents,
             "cases": len(LATENTS) * len(DTYPES),
-            "first": len(DTYPES) * sum(size + 2 * slots > WIDEST for size, _, slots in LATENTS),
+            "wide": len(DTYPES) * sum(size + 2 * slots > TORCH_SIZE for size, _, slots in LATENTS),
         },
         sys.stdout,
     )
