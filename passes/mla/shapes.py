@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 
 from attnedit.compiler.capture.sites import AttentionSite
 from attnedit.passes.budget import source_values
+from attnedit.targets.attention.mla.paths import TORCH_SIZE
 
 VALUES_PER_SLOT = 8
 """One rotary slot (two values) for every eight cached values: the best split at a context of 8,192 tokens
 (docs/results.md); at 1,024 tokens twelve were."""
+MOST_VALUES_PER_SLOT = 11
+"""Where queries would grow beyond `TORCH_SIZE`, slots may be as few as this to keep them within: one for nine values is
+as good as one for eight, one for twelve costs half a percent of perplexity (SmolLM2, a half, 8,192 tokens)."""
 VALUES_TO_UNFOLD = 4
 """Cached values per rotary frequency from which frequencies are not folded in pairs."""
 VALUES_TO_ALIGN = 256
@@ -62,6 +66,9 @@ def shape_for(site: AttentionSite, values: int) -> Shape:
     # at least one slot for every two (folded) frequencies, whatever the share
     slots = max(round(values / VALUES_PER_SLOT), planes // (2 * fold))
     slots = max(1, min(slots, values // 4, full.slots))
+    fast = (TORCH_SIZE - site.head_dim) // 2
+    if slots > fast >= values / MOST_VALUES_PER_SLOT:
+        slots = fast
     rank = values - 2 * slots
     if values >= VALUES_TO_ALIGN and full.slots % 4 == 0:
         slots = max(4, round(slots / 4) * 4)

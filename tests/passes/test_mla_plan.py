@@ -100,6 +100,17 @@ def test_a_shape_holds_what_it_was_given(sites: list[AttentionSite], values: int
     assert min(shape.rank, shape.slots) >= 1
 
 
+@pytest.mark.parametrize(("values", "slots"), [(512, 64), (576, 64), (680, 64), (768, 96), (1024, 128)])
+def test_a_few_slots_are_given_for_queries_that_kernels_take(
+    sites: list[AttentionSite], values: int, slots: int
+) -> None:
+    """Heads of 128 values and 64 slots are queries of 256; so many fewer slots than wanted are not given up."""
+    pairs = tuple((i, i + 64) for i in range(64))
+    wide = dataclasses.replace(sites[0], head_dim=128, v_head_dim=128, num_key_value_heads=8, rotary_pairs=pairs)
+    shape = shape_for(wide, values)
+    assert (shape.slots, shape.values) == (slots, values)
+
+
 @pytest.mark.parametrize("budget", [0.0, -0.5, 1.5])
 def test_a_budget_is_a_fraction(sites: list[AttentionSite], budget: float) -> None:
     with pytest.raises(UsageError, match="above 0 and at most 1"):
