@@ -227,7 +227,7 @@ COSTS = (
     "SmolLM2, MLA 1/2, closed form at 8,192 tokens (the default)",
     "SmolLM2, training on 10 million tokens at 8,192",
     "Qwen2.5-Coder-0.5B, MLA 1/2, closed form at 32,768 tokens (the default)",
-    "Qwen3-8B's shape, MLA 512 + 64, 16,384 tokens, one round",
+    "Qwen3-8B's shape, MLA of 576 values, 16,384 tokens, one round",
     "Qwen3-8B's shape, MLA 1/2 layer by layer (`--low-memory`)",
 )
 """What is shown of the cost of converting."""
