@@ -140,8 +140,9 @@ def sampled_queries(windows: Sequence[Tensor], total: int) -> Callable[[int], in
     def count(length: int) -> int:
         """Of each window of a length: by tokens among those of its kind."""
         long = length > NEAR
+        among = tokens[long] or tokens[not long]  # there may be no other short ones than beginnings
         queries = total * work[long] * min(1.0, _mean_position(NEAR) / _mean_position(length))
-        return max(1, int(queries * length / tokens[long]))
+        return max(1, int(queries * length / among))
 
     return count
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import source, tokens
+from families import build
 
 import attnedit
 from attnedit.passes.beginnings import LENGTH, MOST, beginnings, without_beginnings
@@ -59,3 +60,10 @@ def test_windows_are_fitted_on_them_and_latents_are_not(monkeypatch: pytest.Monk
     given = {"window": 8, "full_layers": [1], "kv_budget": 0.5, "calibration": tokens(16, 24), "alternations": 1}
     attnedit.compile(source("llama"), "gateswa+mla", **given)
     assert seen == {"gateswa": {24, LENGTH}, "mla": {24}}
+
+
+def test_all_other_windows_may_be_long() -> None:
+    """As they are for windows of attention of more than 256 tokens."""
+    source = build("llama", max_position_embeddings=2048)
+    given = {"window": 300, "full_layers": [1], "calibration": tokens(3, 1300)}
+    assert attnedit.compile(source, "gateswa", **given).report.layers[0].output_error is not None

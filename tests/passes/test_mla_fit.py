@@ -134,6 +134,8 @@ def test_queries_of_long_windows_are_fewer_for_the_same_work() -> None:
     assert both(8192) * keys * 16 == pytest.approx(LONG_WORK * 16384 * 512, rel=0.05)
     uneven = sampled_queries([windows(2, 4096), windows(8, 1024), windows(10, 300)], 16384)
     assert uneven(300) / uneven(1024) == pytest.approx(300 / 1024, rel=0.02)
+    # What is shorter than any that counted: beginnings, beside windows that are all long.
+    assert sampled_queries([windows(4, 2048)], 16384)(4) == 16384 * 4 / (4 * 2048)
 
 
 def by_sequences(sample: LayerSample, *counts: int) -> list[LayerSample]:
