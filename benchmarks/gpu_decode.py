@@ -6,9 +6,9 @@
     python benchmarks/gpu_decode.py --plot gpu-decode.json gpu-decode.svg
     python benchmarks/gpu_decode.py --tiny --out tiny.json     # a trial of the program, on a processor
 
-Everything has the shape of Qwen3-8B and random weights, bf16. Times are medians over replays of CUDA graphs, read from
-CUDA events; what fits into the cache of the chip is rotated among copies that do not. The most important cases come
-first, and each is saved when it is done: `--seconds` stops between two.
+Everything has the shape of Qwen3-8B and random weights, bfloat16 unless asked otherwise. Times are medians over replays
+of CUDA graphs, read from CUDA events; what fits into the cache of the chip is rotated among copies that do not.
+The most important cases come first, and each is saved when it is done: `--seconds` stops between two.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class Layer:
             step = size + (products + around) * self.item
             if shape.device == "cuda":
                 self.measure(f"MLA {name} kernel", size, size, functools.partial(self.kernel_calls, name))
+                each = functools.partial(self.kernel_calls, name, by_row=True)
+                self.measure(f"MLA {name} kernel, lengths by row", size, size, each)
             self.measure(f"MLA {name}", step, size, functools.partial(self.step_calls, name))
         self.measure(f"GateSWA {shape.window}", self.window_bytes, self.window_bytes, self.window_calls)
 
@@ -109,11 +111,15 @@ class Layer:
 
         return [functools.partial(call, self.random(*size), self.random(*size)) for _ in range(copies)]
 
-    def kernel_calls(self, latent: str, copies: int) -> Calls:
-        """The kernel of MLA alone."""
+    def kernel_calls(self, latent: str, copies: int, by_row: bool = False) -> Calls:
+        """The kernel of MLA alone; by row, each sequence is one token shorter than the one before."""
         rank, slots = self.shape.latents[latent]
         query, rope = (self.random(self.batch, self.shape.heads, size) / rank**0.5 for size in (rank, 2 * slots))
-        return [functools.partial(latent_decode, query, rope, *self.latents(latent)) for _ in range(copies)]
+        mask: Tensor | None = None
+        if by_row:
+            places, rows = (torch.arange(end, device=self.shape.device) for end in (self.length, self.batch))
+            mask = places < (self.length - rows)[:, None]
+        return [functools.partial(latent_decode, query, rope, *self.latents(latent), mask) for _ in range(copies)]
 
     def step_calls(self, latent: str, copies: int) -> Calls:
         """One step of MLA: cache projection, rotation and the absorbed products around the kernel."""
@@ -216,13 +222,14 @@ def main() -> None:
         "--compiled", action="store_true", help="only models of four layers, through torch.compile, at small batches"
     )
     parser.add_argument("--steps", action="store_true", help="only layers at small batches, with what surrounds them")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of all but --tiny")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a processor")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "IMAGE"), help="only draw earlier results")
     options = parser.parse_args()
     if options.plot:
         plot(*options.plot)
         return
-    shape = TINY if options.tiny else Shape()
+    shape = TINY if options.tiny else Shape(dtype=getattr(torch, options.dtype))
     report = Report(options.out, options.seconds, shape.device)
     if options.compiled:
         small = Models(replace(shape, layers=4))
