@@ -105,8 +105,9 @@ def test_a_few_slots_are_given_for_queries_that_kernels_take(
     sites: list[AttentionSite], values: int, slots: int
 ) -> None:
     """Heads of 128 values and 64 slots are queries of 256; so many fewer slots than wanted are not given up."""
-    pairs = tuple((i, i + 64) for i in range(64))
-    wide = dataclasses.replace(sites[0], head_dim=128, v_head_dim=128, num_key_value_heads=8, rotary_pairs=pairs)
+    assert sites[0].rope is not None
+    rope = dataclasses.replace(sites[0].rope, pairs=tuple((i, i + 64) for i in range(64)))
+    wide = dataclasses.replace(sites[0], head_dim=128, v_head_dim=128, num_key_value_heads=8, rope=rope)
     shape = shape_for(wide, values)
     assert (shape.slots, shape.values) == (slots, values)
 
