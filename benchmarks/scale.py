@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, help="in place of the shape's own number")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--kv-budget", type=float, default=0.28125, help="512 + 64 of 2,048 values for qwen3-8b")
+    parser.add_argument("--kv-budget", type=float, default=0.28125, help="576 of 2,048 values for qwen3-8b")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--calibration-length", type=int, default=1024, help="of each window of the closed form")
     parser.add_argument("--alternations", type=int, default=1)

@@ -66,9 +66,9 @@ def shape_for(site: AttentionSite, values: int) -> Shape:
     # at least one slot for every two (folded) frequencies, whatever the share
     slots = max(round(values / VALUES_PER_SLOT), planes // (2 * fold))
     slots = max(1, min(slots, values // 4, full.slots))
-    fast = (TORCH_SIZE - site.head_dim) // 2
-    if slots > fast >= values / MOST_VALUES_PER_SLOT:
-        slots = fast
+    slots_beside_head = (TORCH_SIZE - site.head_dim) // 2
+    if slots > slots_beside_head >= values / MOST_VALUES_PER_SLOT:
+        slots = slots_beside_head
     rank = values - 2 * slots
     if values >= VALUES_TO_ALIGN and full.slots % 4 == 0:
         slots = max(4, round(slots / 4) * 4)

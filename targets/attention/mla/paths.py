@@ -56,10 +56,15 @@ def fused_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     size, wide = query.shape[-1], value.shape[-1]
     if mask is None and query.is_cuda and torch.version.hip is None and query.element_size() == 2 and wide % 8 == 0:
         if size > TORCH_SIZE:
-            return -(-size // 8) * 8, wide
+            return _multiple(size, 8), wide
         # Small queries learn padded: that cuDNN's gradients are right there was not compared.
         small = size <= 128 and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         if torch.cuda.get_device_capability(query.device)[0] == 9 and not small:
-            return -(-size // 64) * 64 if size > 128 else -(-size // 8) * 8, wide
-    size = -(-max(size, wide) // 8) * 8
+            return _multiple(size, 64 if size > 128 else 8), wide
+    size = _multiple(max(size, wide), 8)
     return size, size
+
+
+def _multiple(size: int, of: int) -> int:
+    """The next multiple."""
+    return -(-size // of) * of
